@@ -1,0 +1,1 @@
+//! Writing safetensors files and folders.
