@@ -1,0 +1,37 @@
+"""Says how many tests ran, from the reports that `make test` leaves in a folder."""
+
+import re
+import sys
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+RESULT = re.compile(r"^test result: \w+\. (\d+) passed; (\d+) failed; (\d+) ignored", re.MULTILINE)
+
+
+def rust(report: Path) -> tuple[int, int, int]:
+    """Passed, failed and skipped tests of a `cargo test` log."""
+    counts = [tuple(map(int, found)) for found in RESULT.findall(report.read_text())]
+    passed, failed, skipped = (sum(column) for column in zip(*counts, strict=True)) if counts else (0, 0, 0)
+    return passed, failed, skipped
+
+
+def python(report: Path) -> tuple[int, int, int]:
+    """Passed, failed and skipped tests of a JUnit report by pytest."""
+    suites = ElementTree.parse(report).getroot().iter("testsuite")  # noqa: S314 (our own report)
+    counts = [[int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")] for suite in suites]
+    tests, failures, errors, skipped = (sum(column) for column in zip(*counts, strict=True))
+    return tests - failures - errors - skipped, failures + errors, skipped
+
+
+def main(folder: Path) -> int:
+    """Prints a line per language and the sum; fails unless both ran tests and all of them passed."""
+    results = {"Rust": rust(folder / "cargo.txt"), "Python": python(folder / "pytest.xml")}
+    for language, (passed, failed, skipped) in results.items():
+        print(f"{language}: {passed} tests passed, {failed} failed, {skipped} skipped")
+    passed, failed, skipped = (sum(column) for column in zip(*results.values(), strict=True))
+    print(f"Together: {passed} tests passed, {failed} failed, {skipped} skipped")
+    return int(failed > 0 or any(result[0] == 0 for result in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1])))
