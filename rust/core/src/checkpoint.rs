@@ -1,1 +1,0 @@
-//! Reading safetensors files and folders.

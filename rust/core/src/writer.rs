@@ -1,1 +1,0 @@
-//! Writing safetensors files and folders.
