@@ -1,9 +1,103 @@
 //! Checkpoints for Python.
 
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use peftrs_core::checkpoint::{Checkpoint as Core, Links};
+use peftrs_core::dtype::Dtype;
+use peftrs_core::error::{Error, show_name};
+use peftrs_core::writer::{self, Tensor};
+use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
+use pyo3::types::PyByteArray;
 
+use crate::error::run;
+
+/// An open safetensors checkpoint whose headers have all been checked; tensor bytes are read on request.
 #[pyclass(frozen, module = "peftrs._native")]
-pub struct Checkpoint;
+pub struct Checkpoint(Core);
 
+#[pymethods]
+impl Checkpoint {
+    #[staticmethod]
+    #[pyo3(signature = (folder, *, follow_links = false))]
+    fn adapter(py: Python<'_>, folder: PathBuf, follow_links: bool) -> PyResult<Self> {
+        run(py, || Core::open_adapter(&folder, links(follow_links))).map(Self)
+    }
+
+    #[staticmethod]
+    #[pyo3(signature = (path, *, follow_links = false))]
+    fn model(py: Python<'_>, path: PathBuf, follow_links: bool) -> PyResult<Self> {
+        run(py, || Core::open_model(&path, links(follow_links))).map(Self)
+    }
+
+    fn entries(&self) -> Vec<(&str, &'static str, &[usize])> {
+        self.0.entries().map(|(name, entry)| (name, entry.dtype.name(), entry.shape.as_slice())).collect()
+    }
+
+    fn metadata(&self) -> &BTreeMap<String, String> {
+        self.0.metadata()
+    }
+
+    fn read<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyByteArray>> {
+        let length = run(py, || self.0.bytes(name))?;
+        PyByteArray::new_with(py, length, |bytes| run(py, || self.0.read_into(name, bytes)))
+    }
+}
+
+fn links(follow: bool) -> Links {
+    if follow { Links::Follow } else { Links::Confined }
+}
+
+/// A tensor as Python hands it over: its buffer keeps the memory in place while it is written.
+struct Given {
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    buffer: PyUntypedBuffer,
+}
+
+impl Given {
+    fn new(py: Python<'_>, folder: &Path, tensor: (String, String, Vec<usize>, Bound<'_, PyAny>)) -> PyResult<Self> {
+        let (name, dtype, shape, object) = tensor;
+        let fault = |reason: String| {
+            let error = Error::checkpoint(folder, format!("tensor `{}` cannot be written: {reason}", show_name(&name)));
+            run(py, || Err(error))
+        };
+        let Some(dtype) = Dtype::from_name(&dtype) else {
+            return fault(format!("unknown dtype `{}`", show_name(&dtype)));
+        };
+        let buffer = PyUntypedBuffer::get(&object)?;
+        if !buffer.is_c_contiguous() {
+            return fault("its bytes are not contiguous".into());
+        }
+        Ok(Self { name, dtype, shape, buffer })
+    }
+
+    fn tensor(&self) -> Tensor<'_> {
+        let (start, length) = (self.buffer.buf_ptr().cast_const().cast::<u8>(), self.buffer.len_bytes());
+        // SAFETY: the exporter keeps `length` contiguous bytes at `start` alive and in place while `self.buffer` is held,
+        // and a null pointer, which it may give for no bytes, is not used. Python code that writes to a tensor while
+        // another thread saves it gets one value or the other in the file, as with every call that releases the interpreter.
+        let data = if length == 0 { &[][..] } else { unsafe { std::slice::from_raw_parts(start, length) } };
+        Tensor { name: &self.name, dtype: self.dtype, shape: &self.shape, data }
+    }
+}
+
+/// Writes an adapter's folder; see [`writer::write_adapter`].
 #[pyfunction]
-pub fn write_adapter() {}
+#[pyo3(signature = (folder, config, tensors, *, files = None, sync = true))]
+pub fn write_adapter(
+    py: Python<'_>,
+    folder: PathBuf,
+    config: &str,
+    tensors: Vec<(String, String, Vec<usize>, Bound<'_, PyAny>)>,
+    files: Option<BTreeMap<String, Vec<u8>>>,
+    sync: bool,
+) -> PyResult<()> {
+    let given = tensors.into_iter().map(|tensor| Given::new(py, &folder, tensor)).collect::<PyResult<Vec<_>>>()?;
+    let tensors: Vec<Tensor<'_>> = given.iter().map(Given::tensor).collect();
+    let files = files.unwrap_or_default();
+    let files: Vec<(&str, &[u8])> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
+    run(py, || writer::write_adapter(&folder, config, &tensors, &files, sync))
+}

@@ -1,5 +1,7 @@
 //! The Python extension `peftrs._native`: each room converts, releases the interpreter, calls the core, converts back.
 
+#![allow(clippy::needless_pass_by_value, reason = "what Python hands over arrives by value")]
+
 mod checkpoint;
 mod config;
 mod error;

@@ -154,6 +154,11 @@ impl Checkpoint {
         &self.shards
     }
 
+    /// How many bytes the tensor called `name` has.
+    pub fn bytes(&self, name: &str) -> Result<usize> {
+        self.locate(name).map(|(_, entry)| entry.bytes)
+    }
+
     /// The bytes of one tensor, little-endian and row-major.
     pub fn read(&self, name: &str) -> Result<Vec<u8>> {
         let (shard, entry) = self.locate(name)?;

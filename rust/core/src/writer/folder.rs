@@ -80,9 +80,9 @@ impl FolderWriter {
         // Someone else may have put something there while the merge ran.
         self.replaces = check_out(&self.out, self.replaces)?;
         if self.replaces {
-            self.exchange()?
+            self.exchange()?;
         } else {
-            self.rename(&self.path, &self.out)?
+            self.rename(&self.path, &self.out)?;
         }
         self.finished = true;
         if sync {
