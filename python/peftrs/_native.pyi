@@ -1,0 +1,130 @@
+"""The Rust core as Python sees it: files in and out, module names to targets, arithmetic on weights in place."""
+
+from collections.abc import Mapping, Sequence
+from typing import final
+
+__version__: str
+
+class PeftrsError(Exception):
+    """The root of every error that peftrs raises; its message names what is at fault and the way out."""
+
+class ConfigError(PeftrsError, ValueError):
+    """An adapter config is malformed, or asks for what cannot be."""
+
+class CheckpointError(PeftrsError, ValueError):
+    """A checkpoint's bytes break the format, or its tensors are not those that were expected."""
+
+class TargetError(PeftrsError, ValueError):
+    """A pattern is malformed, too costly, or matched nothing."""
+
+class MergeError(PeftrsError, ValueError):
+    """A merge was refused or failed."""
+
+class StorageError(PeftrsError, OSError):
+    """The operating system refused to read or write a file or folder."""
+
+@final
+class Checkpoint:
+    """An open safetensors checkpoint whose headers have all been checked; tensor bytes are read on request."""
+
+    @staticmethod
+    def adapter(folder: str, *, follow_links: bool = False) -> Checkpoint:
+        """Opens `adapter_model.safetensors` in `folder`. Raises `CheckpointError` or `StorageError`."""
+    @staticmethod
+    def model(path: str, *, follow_links: bool = False) -> Checkpoint:
+        """Opens a model folder (one file, or shards with an index) or one safetensors file."""
+    def entries(self) -> list[tuple[str, str, list[int]]]:
+        """Every tensor as (name, dtype as safetensors spells it, shape), in the order of the file."""
+    def metadata(self) -> dict[str, str]:
+        """The header's `__metadata__` (that of the first file of a sharded checkpoint)."""
+    def read(self, name: str) -> bytearray:
+        """The bytes of one tensor, little-endian and row-major. Raises `CheckpointError` if there is none of that name."""
+
+def read_config(folder: str) -> tuple[str, list[str]]:
+    """The text of `adapter_config.json` in `folder`, checked to be one JSON object, and warnings (duplicate keys).
+
+    Raises `CheckpointError` (missing, too large, too deep, not JSON) or `StorageError`.
+    """
+
+def check_config(text: str, origin: str) -> list[str]:
+    """Checks the types and limits of an adapter config's fields; returns warnings, raises `ConfigError` listing all faults."""
+
+def write_adapter(
+    folder: str,
+    config: str,
+    tensors: Sequence[tuple[str, str, Sequence[int], object]],
+    *,
+    files: Mapping[str, bytes] | None = None,
+    sync: bool = True,
+) -> None:
+    """Writes `adapter_config.json`, `adapter_model.safetensors` and `files` into `folder`, all or nothing.
+
+    Each tensor is (name, dtype as safetensors spells it, shape, object with the buffer protocol over its contiguous bytes).
+    The folder is made if missing; other files in it are left alone. `sync` flushes to the disk before the names appear.
+    """
+
+def write_config(folder: str, config: str) -> None:
+    """Writes `adapter_config.json` into `folder`, made if missing, atomically and synced."""
+
+@final
+class Selection:
+    """What a config's patterns select, and a report of what each entry matched."""
+
+    @property
+    def targets(self) -> list[str]:
+        """Names of the modules to adapt, in the order given."""
+    @property
+    def parameters(self) -> list[str]:
+        """Full names (`<module>.<parameter>`) of the bare parameters to adapt, in the order given."""
+    @property
+    def modules_to_save(self) -> list[str]:
+        """Names of the modules to train and save whole."""
+    @property
+    def excluded(self) -> list[str]:
+        """Names that `exclude_modules` took out."""
+    @property
+    def feedforward(self) -> list[bool]:
+        """For each target, whether `feedforward_modules` names it."""
+    def pattern_index(self, field: str) -> list[int]:
+        """For each target, then for each parameter, the index of the first key of `field` that matches it, or -1."""
+    @property
+    def report(self) -> list[tuple[str, str, int, str | None]]:
+        """One row per entry: (field, entry, how many names it matched, the nearest module name if none)."""
+
+def select(
+    modules: Sequence[str],
+    *,
+    target_modules: str | Sequence[str] | None = None,
+    exclude_modules: str | Sequence[str] | None = None,
+    linear: Sequence[str] = (),
+    layers_to_transform: Sequence[int] | None = None,
+    layers_pattern: Sequence[str] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+    feedforward_modules: str | Sequence[str] | None = None,
+    parameters: Sequence[str] = (),
+    target_parameters: Sequence[str] | None = None,
+    patterns: Mapping[str, Sequence[str]] | None = None,
+) -> Selection:
+    """Applies PEFT's targeting rules to all module names in one call.
+
+    `linear` are the names that "all-linear" stands for. `patterns` are fields whose keys are looked up per target
+    (`rank_pattern`, `alpha_pattern`). Raises `TargetError` for a pattern that is malformed or too costly.
+    """
+
+def shortest_suffixes(targets: Sequence[str], others: Sequence[str]) -> list[str]:
+    """The smallest sorted list of dotted suffixes that match every name of `targets` and none of `others`."""
+
+def parse_keys(keys: Sequence[str], slots: Sequence[str]) -> list[tuple[str, str] | None]:
+    """For each checkpoint key, its (module path, slot) if it ends in one of `slots`, the `base_model.model.` prefix removed."""
+
+def add_low_rank(
+    weight: int, dtype: str, rows: int, columns: int, up: int, down: int, rank: int, scaling: float
+) -> None:
+    """weight += scaling * up @ down, in place, rounded once; the interpreter is released while it runs.
+
+    `weight`, `up` (rows, rank) and `down` (rank, columns) are addresses of contiguous row-major memory. `dtype` is that of
+    the weight: F16 and BF16 take float32 factors and accumulate in float32, F32 takes float64 factors and accumulates in float64.
+    """
+
+def merge_main(arguments: Sequence[str]) -> int:
+    """Runs the `peftrs-merge` tool and returns its exit code."""

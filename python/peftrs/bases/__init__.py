@@ -1,0 +1,1 @@
+"""How frozen layers of each library present themselves: one file a library."""

@@ -1,0 +1,47 @@
+"""How a frozen layer presents itself to the core: its weight as `(out, in, ...)`, and its own operation.
+
+A base holds no tensors: one instance serves every layer of its kind.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftrs.bases.kinds import Affine, LayerKind
+
+
+class Base(ABC):
+    """A kind of frozen layer."""
+
+    kind: LayerKind
+    transposed = False
+    """Whether the layer stores `(in, out)`, so that the presented weight is a transposed view of it."""
+    opaque = False
+    """Whether the owner's forward reads the weight by itself, so that only the weight view can change it."""
+
+    @abstractmethod
+    def parameters(self, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """The stored weight and bias."""
+
+    def groups(self, module: nn.Module) -> int:
+        """How many groups the layer's channels fall into."""
+        return 1
+
+    def dense(self, module: nn.Module) -> Affine:
+        """The layer as an affine map: views of what is stored, to be read, never written."""
+        weight, bias = self.parameters(module)
+        return Affine(weight.mT if self.transposed else weight, bias)
+
+    @abstractmethod
+    def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """The layer's own operation with another affine map. `x` is the first positional input."""
+
+
+def as_dtype(affine: Affine, dtype: torch.dtype) -> Affine:
+    """The map in the dtype that the layer's operation computes in."""
+    bias = affine.bias
+    return Affine(affine.weight.to(dtype), None if bias is None else bias.to(dtype))

@@ -1,0 +1,69 @@
+"""What layers are: their kinds, their affine maps, and what is known of one before it is adapted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class LayerKind(StrEnum):
+    """What a layer computes, as far as methods tell layers apart."""
+
+    LINEAR = "linear"
+    EMBEDDING = "embedding"
+    CONV1D = "conv1d"
+    CONV2D = "conv2d"
+    CONV3D = "conv3d"
+    ATTENTION = "attention"
+    """The joint input projection of `nn.MultiheadAttention`, which its forward reads by itself."""
+    PARAMETER = "parameter"
+    """A bare parameter that its owner's forward reads by itself, such as a stack of experts."""
+
+
+CONVOLUTIONS = frozenset({LayerKind.CONV1D, LayerKind.CONV2D, LayerKind.CONV3D})
+
+
+class Affine(NamedTuple):
+    """An affine map: weight `(out, in, *kernel)` or `(experts, out, in)`, and bias `(out,)` if there is one."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What is known of a layer before it is adapted. `shape` is that of the presented weight."""
+
+    name: str
+    kind: LayerKind
+    shape: tuple[int, ...]
+    bias: bool = False
+    groups: int = 1
+    matched: Mapping[str, Any] = field(default_factory=dict)
+    """The value that each of the config's pattern fields gives this layer, where a key of it matched."""
+
+    @property
+    def stacked(self) -> bool:
+        """Whether the weight is a stack of experts, `(experts, out, in)`."""
+        return self.kind is LayerKind.PARAMETER and len(self.shape) == 3
+
+    @property
+    def out_features(self) -> int:
+        """Rows of the presented weight: features, channels, or the width of an embedding."""
+        return self.shape[1] if self.stacked else self.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        """Columns of the presented weight: features, input channels (of all groups), or rows of an embedding's table."""
+        return self.shape[2] if self.stacked else self.shape[1] * self.groups
+
+
+def along_channels(vector: Tensor, spec: LayerSpec) -> Tensor:
+    """`vector`, one value a channel, shaped to broadcast over the activations of a layer of this kind."""
+    if spec.kind not in CONVOLUTIONS:
+        return vector
+    return vector.view(-1, *[1] * (len(spec.shape) - 2))

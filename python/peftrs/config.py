@@ -1,0 +1,251 @@
+"""Adapter configs: plain dataclasses whose types the Rust core checks, read from and written to `adapter_config.json`."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Any, ClassVar, Self, cast
+
+from peftrs import _native, registry
+from peftrs.errors import ConfigError, PeftrsWarning
+from peftrs.hub import local_folder, split_options
+
+CONFIG_NAME = "adapter_config.json"
+FORMAT_VERSION = "0.21.2"
+"""The version of PEFT whose files ours are; written as `peft_version`."""
+
+
+class PeftType(StrEnum):
+    """The kinds of adapter that files name; `peftrs.registry` says which of them work."""
+
+    LORA = "LORA"
+    ADALORA = "ADALORA"
+    ADAMSS = "ADAMSS"
+    BOFT = "BOFT"
+    ADAPTION_PROMPT = "ADAPTION_PROMPT"
+    IA3 = "IA3"
+    BEFT = "BEFT"
+    LILY = "LILY"
+    LOHA = "LOHA"
+    LOKR = "LOKR"
+    OFT = "OFT"
+    POLY = "POLY"
+    LN_TUNING = "LN_TUNING"
+    VERA = "VERA"
+    PVERA = "PVERA"
+    FROD = "FROD"
+    FOURIERFT = "FOURIERFT"
+    GLORA = "GLORA"
+    XLORA = "XLORA"
+    HRA = "HRA"
+    VBLORA = "VBLORA"
+    UNILORA = "UNILORA"
+    CPT = "CPT"
+    MISS = "MISS"
+    RANDLORA = "RANDLORA"
+    ROAD = "ROAD"
+    TRAINABLE_TOKENS = "TRAINABLE_TOKENS"
+    HIRA = "HIRA"
+    SHIRA = "SHIRA"
+    C3A = "C3A"
+    WAVEFT = "WAVEFT"
+    OSF = "OSF"
+    DELORA = "DELORA"
+    GRALORA = "GRALORA"
+    CARTRIDGE = "CARTRIDGE"
+    TINYLORA = "TINYLORA"
+    PSOFT = "PSOFT"
+    PEANUT = "PEANUT"
+    SHADOW = "SHADOW"
+    SUPERTUNING = "SUPERTUNING"
+    DEFT = "DEFT"
+    PROMPT_TUNING = "PROMPT_TUNING"
+    MULTITASK_PROMPT_TUNING = "MULTITASK_PROMPT_TUNING"
+    P_TUNING = "P_TUNING"
+    PREFIX_TUNING = "PREFIX_TUNING"
+
+
+class TaskType(StrEnum):
+    """The tasks that a model's head can be for."""
+
+    SEQ_CLS = "SEQ_CLS"
+    SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
+    CAUSAL_LM = "CAUSAL_LM"
+    TOKEN_CLS = "TOKEN_CLS"
+    QUESTION_ANS = "QUESTION_ANS"
+    FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
+
+
+RUNTIME: dict[str, bool] = {"runtime": True}
+"""Metadata of a field that is never written to a file."""
+
+
+@dataclass
+class PeftConfig:
+    """What every adapter config holds. Raises `ConfigError` on construction, listing every fault at once."""
+
+    task_type: str | TaskType | None = None
+    peft_type: str | PeftType | None = None
+    auto_mapping: dict[str, Any] | None = None
+    peft_version: str | None = None
+    base_model_name_or_path: str | None = None
+    revision: str | None = None
+    inference_mode: bool = False
+
+    def __post_init__(self) -> None:
+        tasks = [task.value for task in TaskType]
+        if self.task_type is not None and self.task_type not in tasks:
+            raise ConfigError(f"task_type {self.task_type!r} is not one of {', '.join(tasks)}")
+        if self.peft_type is not None:
+            self.peft_type = PeftType(self.peft_type)
+            self.check()
+
+    def check(self) -> None:
+        """Checks types and limits, as if the config were about to be written. Raises `ConfigError`."""
+        for warning in _native.check_config(json.dumps(self.to_dict()), type(self).__name__):
+            warnings.warn(warning, PeftrsWarning, stacklevel=4)
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        """Whether the adapter is a learned prompt rather than a change to layers."""
+        return False
+
+    @property
+    def is_adaption_prompt(self) -> bool:
+        """Whether the adapter is LLaMA-Adapter's."""
+        return self.peft_type == PeftType.ADAPTION_PROMPT
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON values, sets in sorted order, without those that live only at run time."""
+        return {
+            item.name: _json_value(getattr(self, item.name)) for item in fields(self) if not item.metadata.get("runtime")
+        }
+
+    def to_json(self) -> str:
+        """The text of `adapter_config.json`: the same bytes for the same config."""
+        values = self.to_dict() | {"peft_version": self.peft_version or FORMAT_VERSION}
+        return json.dumps(values, indent=2, sort_keys=True)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
+        """Writes `adapter_config.json` into the folder, atomically; `auto_mapping_dict` fills that field first."""
+        if kwargs.get("auto_mapping_dict") is not None:
+            self.auto_mapping = kwargs["auto_mapping_dict"]
+        _native.write_config(os.fspath(save_directory), self.to_json())
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+    ) -> Self:
+        """The config in a local folder or repository, as the class that its `peft_type` names.
+
+        Keyword arguments that are fields replace what the file says. Raises `CheckpointError` for an unreadable file,
+        `ConfigError` for one whose fields are wrong.
+        """
+        hub, options = split_options(kwargs)
+        folder = local_folder(pretrained_model_name_or_path, [CONFIG_NAME], subfolder, **hub)
+        text, notes = _native.read_config(folder)
+        origin = os.path.join(folder, CONFIG_NAME)
+        for note in notes:
+            warnings.warn(f"{origin}: {note}", PeftrsWarning, stacklevel=2)
+        return cls.from_values(json.loads(text), origin, **options)
+
+    @classmethod
+    def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
+        """The values in a config file, unchecked by class."""
+        with open(path_json_file, encoding="utf-8") as file:
+            return cast(dict[str, Any], json.load(file))
+
+    @classmethod
+    def from_peft_type(cls, **kwargs: Any) -> Self:
+        """A config of the class that `peft_type` names."""
+        return cls.from_values(kwargs, cls.__name__)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any], origin: str, **replaced: Any) -> Self:
+        """A config from the values of a file. Unknown keys are named in one warning and left out."""
+        values = {**values, **replaced}
+        peft_type = values.get("peft_type")
+        if peft_type is None and cls in (PeftConfig, TargetedConfig, LayeredConfig):
+            raise ConfigError(f"{origin}: has no `peft_type`, so nobody knows what kind of adapter this is")
+        if peft_type not in (None, *PeftType):
+            raise ConfigError(f"{origin}: peft_type {peft_type!r} is unknown")
+        chosen = cls if peft_type is None else cast(type[Self], registry.method(peft_type).config)
+        known = {item.name for item in fields(chosen) if not item.metadata.get("runtime")}
+        if unknown := sorted(set(values) - known):
+            warnings.warn(
+                f"{origin}: unknown keys {unknown} are left out; a newer library may have written them",
+                PeftrsWarning,
+                stacklevel=3,
+            )
+        kept = {key: value for key, value in values.items() if key in known and key != "peft_type"}
+        try:
+            return chosen(**kept)
+        except ConfigError as error:
+            raise ConfigError(f"{origin}: {error}") from None
+
+
+@dataclass
+class TargetedConfig(PeftConfig):
+    """A config that names the layers to change. The patterns' meaning is Python's `re`; see the README on targeting."""
+
+    pattern_fields: ClassVar[tuple[str, ...]] = ()
+    """Fields that map patterns to values for the layers that match."""
+
+    target_modules: str | list[str] | set[str] | None = None
+    exclude_modules: str | list[str] | set[str] | None = None
+    modules_to_save: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple, set, frozenset)):
+                setattr(self, name, set(value))
+        super().__post_init__()
+
+
+@dataclass
+class LayeredConfig(TargetedConfig):
+    """A config that can also choose among the numbered layers of a model."""
+
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        faults = []
+        if isinstance(self.target_modules, str):
+            if self.layers_to_transform is not None:
+                faults.append("`layers_to_transform` has no effect when `target_modules` is a string: put it in the pattern")
+            if self.layers_pattern is not None:
+                faults.append("`layers_pattern` has no effect when `target_modules` is a string: put it in the pattern")
+        if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
+            faults.append("`layers_pattern` says where layer numbers stand and needs `layers_to_transform`")
+        if faults:
+            raise ConfigError("; ".join(faults))
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    if isinstance(value, dict):
+        return {str(key): _json_value(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
+    if isinstance(value, StrEnum):
+        return value.value
+    return value
+
+
+__all__ = [
+    "CONFIG_NAME",
+    "FORMAT_VERSION",
+    "RUNTIME",
+    "LayeredConfig",
+    "PeftConfig",
+    "PeftType",
+    "TargetedConfig",
+    "TaskType",
+]

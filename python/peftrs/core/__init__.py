@@ -1,0 +1,1 @@
+"""The machinery that every method shares: the contract, the adapted layer and its fold, injection, merging, management."""

@@ -1,0 +1,170 @@
+"""Putting an adapter into a model: plan, wrap, allocate, fill, freeze."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import nn
+
+from peftrs.bases.dense import Parameter
+from peftrs.config import TargetedConfig
+from peftrs.core.dtype import adapter_dtype
+from peftrs.core.layer import Activation, AdaptedLayer
+from peftrs.core.plan import Plan
+from peftrs.core.replace import ReplacedModule
+from peftrs.core.slots import FittedAdapter
+from peftrs.core.target import Target
+from peftrs.core.tree import places, wrappers
+from peftrs.errors import AdapterError
+
+log = logging.getLogger("peftrs")
+
+
+def check_name(model: nn.Module, adapter: str) -> None:
+    """Raises `AdapterError` for a name that is taken, or that could not be a part of parameter names and folders."""
+    if not adapter or adapter != adapter.strip() or any(mark in adapter for mark in './\\\0') or adapter == "__base__":
+        raise AdapterError(f"adapter name {adapter!r} must be one path component without dots or surrounding spaces")
+    if hasattr(nn.ModuleDict(), adapter) or hasattr(nn.ParameterDict(), adapter):
+        raise AdapterError(f"adapter name {adapter!r} is the name of a method of torch's containers; choose another")
+    if adapter in adapters(model):
+        raise AdapterError(f"Adapter with name {adapter!r} already exists.")
+
+
+def adapters(model: nn.Module) -> list[str]:
+    """The names of all adapters of a model, in the order in which they came."""
+    names: dict[str, None] = {}
+    for _, wrapper in wrappers(model):
+        names |= dict.fromkeys(wrapper.adapters if isinstance(wrapper, AdaptedLayer) else wrapper.modules_to_save)
+    return list(names)
+
+
+def activation(model: nn.Module) -> Activation:
+    """What the wrapped modules of a model share about which adapters are active; new if it has none."""
+    return next((wrapper.activation for _, wrapper in wrappers(model)), Activation())
+
+
+def inject(
+    model: nn.Module,
+    config: TargetedConfig,
+    adapter: str,
+    plan: Plan,
+    *,
+    fill: bool = True,
+    autocast_adapter_dtype: bool = True,
+) -> None:
+    """Puts the adapter into the model as planned. Its tensors get first values, or with `fill=False` none (device meta).
+
+    The first adapter of a model becomes the active one. All parameters that are not adapters' are frozen, but for biases that the
+    config trains.
+    """
+    check_name(model, adapter)
+    state = activation(model)
+    if not state.active:
+        state.active = (adapter,)
+    fitted: dict[str, FittedAdapter] = {}
+    with torch.no_grad():
+        for target in plan.targets:
+            fitted[target.spec.name] = _fit(_wrap(target, state), target, config, adapter, fitted, fill, autocast_adapter_dtype)
+    copies: dict[str, nn.Module] = {}
+    for place, tied in plan.saved:
+        replaced = place.module if isinstance(place.module, ReplacedModule) else ReplacedModule(place.module, state, place.name)
+        if replaced is not place.module:
+            replaced.train(place.module.training)
+            place.put(replaced)
+        copies[place.name] = replaced.add(adapter, copies.get(tied) if tied else None)
+    _keep_calling(model)
+    freeze(model, config, state)
+    log.info("%s", plan.summary(adapter))
+
+
+def _wrap(target: Target, state: Activation) -> AdaptedLayer:
+    place = target.place
+    current = place.parent.get_submodule(place.attribute)
+    layer: nn.Module = current
+    while isinstance(layer, AdaptedLayer):
+        if _same(layer.base, target.base):
+            return layer
+        layer = layer.base_layer
+    wrapped = AdaptedLayer(current, target.base, state, target.spec)
+    wrapped.train(current.training)
+    place.put(wrapped)
+    return wrapped
+
+
+def _same(base: Any, other: Any) -> bool:
+    return type(base) is type(other) and (not isinstance(base, Parameter) or base.name == other.name)
+
+
+def _fit(
+    layer: AdaptedLayer,
+    target: Target,
+    config: TargetedConfig,
+    name: str,
+    fitted: dict[str, FittedAdapter],
+    fill: bool,
+    autocast_adapter_dtype: bool,
+) -> FittedAdapter:
+    adapter = FittedAdapter(layer, name, target.method, config, target.spec)
+    layer.adapters[name] = adapter
+    if target.tied is not None:
+        adapter.leader = fitted[target.tied]
+        return adapter
+    base = layer.base.dense(layer.base_layer)
+    dtype = adapter_dtype(base.weight, autocast_adapter_dtype)
+    adapter.allocate(dtype, base.weight.device if fill else torch.device("meta"))
+    if base.weight.device.type != "meta":
+        for slot, value in target.method.origin(adapter, base).items():
+            adapter[slot] = nn.Parameter(value.to(dtype).contiguous(), requires_grad=False)
+        if fill:
+            target.method.init(adapter, base)
+    return adapter
+
+
+def freeze(model: nn.Module, config: TargetedConfig, state: Activation) -> None:
+    """Leaves only active adapters trainable, and the biases that the config's `bias` names."""
+    trained: set[int] = set()
+    for _, wrapper in wrappers(model):
+        if isinstance(wrapper, AdaptedLayer):
+            for one in wrapper.adapters.values():
+                trained |= {id(parameter) for _, parameter in one.parameters()}
+        else:
+            trained |= {id(parameter) for parameter in wrapper.modules_to_save.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in trained:
+            parameter.requires_grad_(False)
+    for _, wrapper in wrappers(model):
+        wrapper.require_grad(state.active, only=True, requires_grad=not config.inference_mode)
+    for _, bias in biases(model, config):
+        bias.requires_grad_(True)
+
+
+def biases(model: nn.Module, config: TargetedConfig) -> list[tuple[str, nn.Parameter]]:
+    """The biases of the base that the config trains, by full name: all, or those of adapted layers."""
+    mode = getattr(config, "bias", "none")
+    if mode == "all":
+        return [(name, parameter) for name, parameter in model.named_parameters() if name.endswith("bias") and "lora_" not in name]
+    found = []
+    if mode.endswith("_only"):
+        for name, wrapper in wrappers(model):
+            bias = getattr(wrapper.base_layer, "bias", None) if isinstance(wrapper, AdaptedLayer) else None
+            if isinstance(bias, nn.Parameter):
+                found.append((f"{name}.base_layer.bias", bias))
+    return found
+
+
+def _keep_calling(model: nn.Module) -> None:
+    """Keeps torch on the path that calls adapted layers: its fused encoder reads weights past their modules unless a hook stands there."""
+    for parent in model.modules():
+        if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+            for module in parent.modules():
+                if isinstance(module, AdaptedLayer) and _nothing not in module._forward_pre_hooks.values():
+                    module.register_forward_pre_hook(_nothing)
+        elif isinstance(parent, nn.TransformerEncoder) and any(isinstance(module, AdaptedLayer) for module in parent.modules()):
+            # Nested tensors are made for the fused path alone.
+            parent.use_nested_tensor = False
+
+
+def _nothing(module: nn.Module, inputs: Any) -> None:
+    """A hook that does nothing: that it is there is what counts."""

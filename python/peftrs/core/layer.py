@@ -1,0 +1,281 @@
+"""The adapted layer: a frozen layer with adapters over it, and the fold that both forward and merging are.
+
+Active adapters `[a, b]`: of two that act on the input, `a` meets it first, being the outermost; of two that act on the output,
+`a` acts first, being the innermost.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import deque
+from collections.abc import Iterator, MutableMapping, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from peftrs.bases.base import Base
+from peftrs.bases.kinds import Affine, LayerSpec
+from peftrs.core import merge as merging
+from peftrs.core.method import Side
+from peftrs.core.slots import FittedAdapter
+from peftrs.errors import AdapterError, PeftrsWarning
+
+Chain = tuple[FittedAdapter, ...]
+
+
+class Activation:
+    """Which adapters act, in order, and whether any does. A model's layers share one, so that switching is one write."""
+
+    __slots__ = ("active", "enabled")
+
+    def __init__(self, active: Sequence[str] = (), enabled: bool = True) -> None:
+        self.active = tuple(active)
+        self.enabled = enabled
+
+
+class Beneath:
+    """What lies beneath an adapter of a chain, for one call of the layer."""
+
+    __slots__ = ("chain", "layer", "options", "rest")
+
+    def __init__(self, layer: AdaptedLayer, chain: Chain, rest: tuple[Any, ...], options: dict[str, Any]) -> None:
+        self.layer = layer
+        self.chain = chain
+        self.rest = rest
+        self.options = options
+
+    @property
+    def training(self) -> bool:
+        return self.layer.training
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.chain:
+            return cast(Tensor, self.layer.base_layer(x, *self.rest, **self.options))
+        outermost = self.chain[-1]
+        return outermost.method.forward(outermost, x, Beneath(self.layer, self.chain[:-1], self.rest, self.options))
+
+    def dense(self) -> Affine:
+        return fold(self.chain, self.layer.base.dense(self.layer.base_layer))
+
+    def op(self, x: Tensor, affine: Affine) -> Tensor:
+        return cast(Tensor, self.layer.base.op(self.layer.base_layer, x, affine, self.rest, self.options))
+
+
+def fold(chain: Chain, affine: Affine) -> Affine:
+    """The affine map under the chain, innermost first."""
+    for adapter in chain:
+        affine = adapter.method.apply(adapter, affine)
+    return affine
+
+
+class AdaptedLayer(nn.Module):
+    """A frozen layer and the adapters over it. What it does not know itself, it asks the frozen layer for.
+
+    `ledger` holds what is needed to take merged adapters out again, and is None while nothing is merged.
+    """
+
+    def __init__(self, base_layer: nn.Module, base: Base, activation: Activation, spec: LayerSpec) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.base = base
+        self.spec = spec
+        self.activation = activation
+        self.override: Activation | None = None
+        self.adapters: dict[str, FittedAdapter] = {}
+        self.ledger: merging.Ledger | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            adapters = self.__dict__.get("adapters", {})
+            if any(name in adapter.method.attributes for adapter in adapters.values()):
+                return Setting(adapters, name)
+            base_layer = self.__dict__.get("_modules", {}).get("base_layer")
+            if base_layer is None or name in ("adapters", "ledger"):
+                raise
+            return getattr(base_layer, name)
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        state = self.override or self.activation
+        if self.ledger is not None and not state.enabled:
+            self.unmerge()
+        chain = self.chain(state.active) if state.enabled and self.ledger is None else ()
+        if not chain:
+            return self.base_layer(*inputs, **options)
+        if self.base.opaque:
+            affine = fold(chain, self.base.dense(self.base_layer))
+            return self.base.op(self.base_layer, inputs, affine, (), options)
+        if not inputs:
+            inputs = (options.pop("input"),)
+        return Beneath(self, chain, inputs[1:], options)(inputs[0])
+
+    def chain(self, names: Sequence[str]) -> Chain:
+        """The adapters of these names that are on this layer, innermost first."""
+        found = [self.adapters[name] for name in names if name in self.adapters]
+        if len(found) < 2:
+            return tuple(found)
+        chain: deque[FittedAdapter] = deque()
+        for adapter in found:
+            if adapter.method.side_of(adapter) is Side.INPUT:
+                chain.appendleft(adapter)
+            else:
+                chain.append(adapter)
+        return tuple(chain)
+
+    def folded(self) -> Affine:
+        """The layer as an affine map with the active adapters in it; differentiable."""
+        state = self.override or self.activation
+        chain = self.chain(state.active) if state.enabled and self.ledger is None else ()
+        return fold(chain, self.base.dense(self.base_layer))
+
+    # Activation of this layer alone; the model's own is in `manage`.
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act, in order, whether or not this layer has them."""
+        return list((self.override or self.activation).active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The one active adapter, or all of several."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    @property
+    def disable_adapters(self) -> bool:
+        """Whether the layer runs as if it had no adapters."""
+        return not (self.override or self.activation).enabled
+
+    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes these the active adapters of this layer alone, trainable unless `inference_mode`."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
+        self._override(Activation(names, not self.disable_adapters))
+        self.require_grad(names, only=True, requires_grad=not inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Turns the adapters of this layer alone on, or off with their gradients."""
+        self._override(Activation(self.active_adapters, enabled))
+        self.require_grad(self.active_adapters if enabled else [], only=True)
+
+    def _override(self, state: Activation) -> None:
+        if self.ledger is not None and tuple(self.ledger.names) != state.active:
+            warnings.warn(
+                f"{self.spec.name}: the adapters {list(self.ledger.names)} were merged and are unmerged now", PeftrsWarning, 3
+            )
+            self.unmerge()
+        self.override = state
+
+    def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:
+        """Sets whether the named adapters are trained; `only` freezes all others."""
+        for name, adapter in self.adapters.items():
+            if name in names or only:
+                for _, parameter in adapter.parameters():
+                    if parameter.is_floating_point():
+                        parameter.requires_grad_(requires_grad and name in names)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Sets whether the named adapters of this layer are trained."""
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        self.require_grad(names, requires_grad=requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter off this layer. Raises `AdapterError` while it is merged."""
+        if adapter_name not in self.adapters:
+            return
+        if adapter_name in self.merged_adapters:
+            raise AdapterError(f"{self.spec.name}: adapter {adapter_name!r} is merged; unmerge it before deleting it")
+        self.adapters[adapter_name].remove()
+        del self.adapters[adapter_name]
+        if self.override is not None:
+            self.override = Activation([n for n in self.override.active if n != adapter_name], self.override.enabled)
+
+    # Merging.
+
+    @property
+    def merged(self) -> bool:
+        """Whether any adapter is merged into the weights."""
+        return self.ledger is not None
+
+    @property
+    def merged_adapters(self) -> list[str]:
+        """The adapters merged into the weights, in the order in which they act."""
+        return [] if self.ledger is None else list(self.ledger.names)
+
+    def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
+        """Merges adapters (the active ones unless named) into the weights, rounding once. See `peftrs.core.merge`.
+
+        Weights that would not be finite are refused whatever `safe_merge` says. Raises `MergeError`.
+        """
+        merging.merge(self, merging.names_to_merge(self, adapter_names))
+
+    def unmerge(self) -> None:
+        """Restores the bits from before the merge, whatever happened to the adapters since."""
+        merging.unmerge(self)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What the adapter alone adds to the weight, in the layout and dtype in which the layer stores it."""
+        fitted = self.adapters[adapter]
+        base = self.base.dense(self.base_layer)
+        weight = fitted.method.apply(fitted, base).weight - base.weight
+        return (weight.mT if self.base.transposed else weight).to(base.weight.dtype)
+
+    # Strength.
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Sets an adapter's strength, as a multiple of the one that its config gives."""
+        if adapter in self.adapters:
+            fitted = self.adapters[adapter]
+            fitted.scaling = scale * fitted.method.scale(fitted.config, fitted.values)
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiplies the strength of the active adapters."""
+        for adapter in self.chain(self.active_adapters):
+            adapter.scaling *= scale
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divides the strength of the active adapters, or without `scale` sets it back to what their configs give."""
+        for adapter in self.chain(self.active_adapters):
+            own = adapter.method.scale(adapter.config, adapter.values)
+            adapter.scaling = own if scale is None else adapter.scaling / scale
+
+    def get_base_layer(self) -> nn.Module:
+        """The frozen layer, below all layers adapted around it."""
+        layer = self.base_layer
+        return layer.get_base_layer() if isinstance(layer, AdaptedLayer) else layer
+
+    @property
+    def adapter_layer_names(self) -> tuple[str, ...]:
+        """The attributes that hold adapters' tensors."""
+        return tuple(dict.fromkeys(place[0] for adapter in self.adapters.values() for place in adapter.places.values()))
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={adapter.method.name}" for name, adapter in self.adapters.items())
+
+
+class Setting(MutableMapping[str, Any]):
+    """One setting of every adapter of a layer, by adapter name: `layer.r["default"]`, `layer.scaling["default"] = 2.0`."""
+
+    def __init__(self, adapters: dict[str, FittedAdapter], name: str) -> None:
+        self.adapters = adapters
+        self.name = name
+
+    def __getitem__(self, adapter: str) -> Any:
+        fitted = self.adapters[adapter]
+        if self.name == "scaling":
+            return fitted.scaling
+        return fitted.values[self.name] if self.name in fitted.values else getattr(fitted.config, self.name)
+
+    def __setitem__(self, adapter: str, value: Any) -> None:
+        if self.name != "scaling":
+            raise AdapterError(f"{self.name} of an adapter that exists cannot change: only its scaling can")
+        self.adapters[adapter].scaling = value
+
+    def __delitem__(self, adapter: str) -> None:
+        raise AdapterError(f"delete the adapter {adapter!r}, not its {self.name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, fitted in self.adapters.items() if self.name in fitted.method.attributes)
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))

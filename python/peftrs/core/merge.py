@@ -1,0 +1,140 @@
+"""Merging adapters into the weights of a layer, and taking them out again to the bit.
+
+Arithmetic: from the stored bits, in float32 (float64 where the weights are float32), over all merged adapters, then rounded once.
+Merging further adapters starts again from the original bits, so that `merge(a); merge(b)` equals `merge([a, b])`.
+
+The ledger keeps the original weights (as many bytes per weight as their dtype has: 2 for bfloat16, 4 for float32) and biases, so
+that unmerging restores every bit even if the factors changed, were deleted, or the model moved to another device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from peftrs.bases.kinds import Affine
+from peftrs.core.method import Additive
+from peftrs.errors import MergeError, PeftrsWarning, listed
+from peftrs.ops.low_rank import add_low_rank_
+
+if TYPE_CHECKING:
+    from peftrs.core.layer import AdaptedLayer, Chain
+
+
+class Ledger:
+    """The tensors of a layer from before a merge, and the names of what was merged."""
+
+    def __init__(self, names: Sequence[str], originals: list[Tensor]) -> None:
+        self.names = tuple(names)
+        self.originals = originals
+
+    @property
+    def bytes(self) -> int:
+        """How much memory the originals take."""
+        return sum(tensor.nbytes for tensor in self.originals)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to merge in."""
+    return torch.float64 if dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def names_to_merge(layer: AdaptedLayer, names: Sequence[str] | None) -> list[str]:
+    """The adapters to merge into a layer that are not yet: those named, else the active ones. Warns where none is left."""
+    if isinstance(names, str):
+        raise TypeError(f"adapter_names must be a list of names, not the string {names!r}")
+    wanted = layer.active_adapters if names is None else list(names)
+    left = [name for name in wanted if name not in layer.merged_adapters]
+    if layer.merged_adapters and left:
+        warnings.warn(f"{layer.spec.name}: {layer.merged_adapters} are merged already; merging {left} too", PeftrsWarning, 4)
+    elif wanted and not left:
+        warnings.warn(f"{layer.spec.name}: all adapters are already merged, nothing to do", PeftrsWarning, 4)
+    return [name for name in left if name in layer.adapters]
+
+
+@torch.no_grad()
+def merge(layer: AdaptedLayer, names: Sequence[str]) -> None:
+    """Merges the named adapters into a layer, beside those merged already. Raises `MergeError`, changing nothing."""
+    if not names:
+        return
+    chain = layer.chain([*layer.merged_adapters, *names])
+    check(layer, chain)
+    if layer.ledger is not None:
+        unmerge(layer)
+    stored = [parameter for parameter in layer.base.parameters(layer.base_layer) if parameter is not None]
+    originals = [parameter.detach().clone() for parameter in stored]
+    _write(layer, chain)
+    ledger = Ledger([adapter.name for adapter in chain], originals)
+    if not all(bool(parameter.isfinite().all()) for parameter in stored):
+        _restore(stored, originals)
+        raise MergeError(
+            f"{layer.spec.name}: merging {listed(list(ledger.names))} gives weights beyond {stored[0].dtype}; "
+            "lower the adapter's scaling or merge into a wider dtype"
+        )
+    layer.ledger = ledger
+
+
+@torch.no_grad()
+def unmerge(layer: AdaptedLayer) -> None:
+    """Restores a layer's original bits. Warns if nothing is merged."""
+    if layer.ledger is None:
+        warnings.warn(f"{layer.spec.name}: nothing is merged, nothing to do", PeftrsWarning, 4)
+        return
+    stored = [parameter for parameter in layer.base.parameters(layer.base_layer) if parameter is not None]
+    _restore(stored, layer.ledger.originals)
+    layer.ledger = None
+
+
+def check(layer: AdaptedLayer, chain: Chain) -> None:
+    """Raises `MergeError` for what can be known before a weight is touched: tensors that are not numbers, maps that do not fit."""
+    broken = [f"{a.name}: {slot}" for a in chain for slot, tensor in a.parameters() if not bool(tensor.isfinite().all())]
+    if broken:
+        raise MergeError(f"{layer.spec.name}: {listed(broken)} holds NaN or infinite values; the adapter seems to be broken")
+    for adapter in chain:
+        fault = adapter.method.unmergeable(adapter)
+        if fault:
+            raise MergeError(f"{layer.spec.name}: adapter {adapter.name!r} cannot be merged: {fault}")
+
+
+def _write(layer: AdaptedLayer, chain: Chain) -> None:
+    weight, bias = layer.base.parameters(layer.base_layer)
+    factors = low_rank(chain, wide(weight.dtype))
+    if factors is not None and weight.dtype.is_floating_point and weight.is_contiguous():
+        up, down = factors
+        if layer.base.transposed:
+            up, down = down.mT, up.mT
+        held = weight.detach()
+        rows = held if layer.spec.stacked else held.flatten(1)
+        add_low_rank_(rows, up, down)
+        return
+    base = Affine(weight.mT if layer.base.transposed else weight, bias)
+    affine = Affine(base.weight.to(wide(weight.dtype)), None if bias is None else bias.to(wide(weight.dtype)))
+    for adapter in chain:
+        affine = adapter.method.apply(adapter, affine)
+    base.weight.detach().copy_(affine.weight)
+    if bias is not None and affine.bias is not None:
+        bias.detach().copy_(affine.bias)
+
+
+def low_rank(chain: Chain, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+    """The factors of the whole chain's change, scaling in the first one, if all of it is of low rank and leaves the bias alone."""
+    ups, downs = [], []
+    for adapter in chain:
+        method = adapter.method
+        if not isinstance(method, Additive) or type(method).apply is not Additive.apply or method.shift(adapter) is not None:
+            return None
+        factors = method.factors(adapter)
+        if factors is None:
+            return None
+        ups.append(factors[0].to(dtype) * adapter.scaling)
+        downs.append(factors[1].to(dtype))
+    return torch.cat(ups, -1), torch.cat(downs, -2)
+
+
+def _restore(stored: list[nn.Parameter], originals: list[Tensor]) -> None:
+    for parameter, original in zip(stored, originals, strict=True):
+        parameter.detach().copy_(original)

@@ -1,0 +1,202 @@
+"""The contract between a method and the core: a change to a frozen layer, stated in two views.
+
+The weight view is `apply`, an affine map in and one out; the activation view is `forward`. Merging folds the first over the
+active adapters, the layer's forward folds the second, in the same order, so that the two cannot disagree.
+
+Weights are presented as `(out, in, *kernel)` whatever way a layer stores them; stacks of experts as `(experts, out, in)`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from enum import Enum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from peftrs.bases.kinds import CONVOLUTIONS, Affine, LayerKind, LayerSpec, along_channels
+from peftrs.config import TargetedConfig
+
+
+class Side(Enum):
+    """Where a method acts, which decides who acts first when several adapters are active."""
+
+    INPUT = "input"
+    OUTPUT = "output"
+
+
+class Below(Protocol):
+    """What lies beneath an adapter: the frozen layer, already changed by the adapters under this one."""
+
+    training: bool
+    """Whether the layer is in training mode, which is when dropout acts."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The output for `x`, bias included."""
+
+    def dense(self) -> Affine:
+        """The same as an affine map; to be read, never written."""
+
+    def op(self, x: Tensor, affine: Affine) -> Tensor:
+        """The layer's own operation (its strides, padding, lookup) with another affine map, in the dtype of `x`."""
+
+
+class Adapter(Protocol):
+    """One adapter on one layer, as its method sees it: settings, and tensors by slot name."""
+
+    config: Any
+    spec: LayerSpec
+    values: dict[str, Any]
+    scaling: float
+
+    def __getitem__(self, slot: str) -> Tensor: ...
+
+    def __contains__(self, slot: str) -> bool: ...
+
+
+class Method(ABC):
+    """A kind of adapter. Instances hold no state: one serves every layer of every model."""
+
+    name: str
+    """The `peft_type` of its configs."""
+    config: type[TargetedConfig]
+    layers: frozenset[LayerKind]
+    prefix: str
+    """How its slots' names begin."""
+    attributes: tuple[str, ...] = ()
+    """Settings that a layer shows by adapter name, as `layer.r["default"]`."""
+    tied_slots: dict[str, tuple[str, bool]] = {}
+    """For an output layer tied to an adapted embedding: its slots, the embedding's slot that each one is, and whether transposed."""
+    side: Side = Side.OUTPUT
+
+    def side_of(self, adapter: Adapter) -> Side:
+        """Where this adapter acts; the same for all unless a layer's settings decide."""
+        return self.side
+
+    def variant(self, config: Any) -> Method:
+        """The method that this config asks for: this one, or one that it is the common name of."""
+        return self
+
+    def settle(self, config: Any, spec: LayerSpec) -> dict[str, Any]:
+        """The settings of this layer, with the config's patterns resolved. Raises `ConfigError` for what it cannot do."""
+        return {}
+
+    def scale(self, config: Any, values: dict[str, Any]) -> float:
+        """The factor that the change is multiplied by."""
+        return 1.0
+
+    @abstractmethod
+    def slots(self, config: Any, spec: LayerSpec, values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor that is trained and saved, by slot name as files spell it (`lora_A.weight`)."""
+
+    @abstractmethod
+    def init(self, adapter: Adapter, base: Affine) -> None:
+        """Fills the slots, allocated but not set, with their first values; `base` is read, never written."""
+
+    def origin(self, adapter: Adapter, base: Affine) -> dict[str, Tensor]:
+        """Tensors kept beside the slots but neither trained nor saved, since they follow from `base`; default none."""
+        return {}
+
+    @abstractmethod
+    def apply(self, adapter: Adapter, affine: Affine) -> Affine:
+        """The weight view: the changed map, in the dtype of `affine` or a wider one. Must be differentiable."""
+
+    def unmergeable(self, adapter: Adapter) -> str | None:
+        """Why this adapter cannot become part of the layer's weights, or None if it can."""
+        return None
+
+    def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
+        """The activation view; by default the layer's own operation with the changed weights."""
+        return below.op(x, self.apply(adapter, below.dense()))
+
+
+class Additive(Method):
+    """Adds `scaling * delta` to the weight. Supply `factors` if the change is of low rank, else `delta`."""
+
+    def factors(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
+        """`(out, r)` and `(r, in * kernel)` whose product is the change before scaling (stacks: one more dimension first)."""
+        return None
+
+    def delta(self, adapter: Adapter, dtype: torch.dtype) -> Tensor:
+        """The change before scaling, in the shape of the presented weight, computed in `dtype`."""
+        factors = self.factors(adapter)
+        if factors is None:
+            raise NotImplementedError(f"{self.name} supplies neither factors nor delta")
+        up, down = factors
+        return (up.to(dtype) @ down.to(dtype)).reshape(adapter.spec.shape)
+
+    def shift(self, adapter: Adapter) -> Tensor | None:
+        """The change of the bias before scaling, `(out,)`; default none."""
+        return None
+
+    def path(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
+        """The change of the output before scaling; supply it where it is cheaper than going through `delta`."""
+        return below.op(x, Affine(self.delta(adapter, x.dtype), self.shift(adapter)))
+
+    def apply(self, adapter: Adapter, affine: Affine) -> Affine:
+        dtype = torch.promote_types(affine.weight.dtype, torch.float32)
+        weight = affine.weight.to(dtype) + adapter.scaling * self.delta(adapter, dtype)
+        shift = self.shift(adapter)
+        if shift is None:
+            return Affine(weight, affine.bias)
+        bias = adapter.scaling * shift.to(dtype)
+        return Affine(weight, bias if affine.bias is None else affine.bias + bias)
+
+    def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
+        y = below(x)
+        return (y + adapter.scaling * self.path(adapter, x, below)).to(y.dtype)
+
+
+class Rotation(Method):
+    """Turns the layer's input (or, on an embedding, its output) by an orthogonal map. Supply `turn`."""
+
+    side = Side.INPUT
+
+    @abstractmethod
+    def turn(self, adapter: Adapter, x: Tensor, *, transpose: bool = False) -> Tensor:
+        """`R x` for the vectors along the last dimension of `x`, or `Rᵀ x`."""
+
+    def side_of(self, adapter: Adapter) -> Side:
+        return Side.OUTPUT if adapter.spec.kind is LayerKind.EMBEDDING else Side.INPUT
+
+    def apply(self, adapter: Adapter, affine: Affine) -> Affine:
+        weight = affine.weight.to(torch.promote_types(affine.weight.dtype, torch.float32))
+        if self.side_of(adapter) is Side.OUTPUT:
+            return Affine(self.turn(adapter, weight.T).T, affine.bias)
+        # Row i of W·R is Rᵀ applied to row i of W; a convolution's patch is one vector of in * kernel features.
+        return Affine(self.turn(adapter, weight.flatten(1), transpose=True).view_as(weight), affine.bias)
+
+    def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
+        if adapter.spec.kind is LayerKind.EMBEDDING:
+            y = below(x)
+            return self.turn(adapter, y).to(y.dtype)
+        if adapter.spec.kind is LayerKind.LINEAR:
+            return below(self.turn(adapter, x).to(x.dtype))
+        return super().forward(adapter, x, below)
+
+
+class Scaling(Method):
+    """Multiplies the layer's inputs or outputs, channel by channel. Supply `vector` and `side_of`."""
+
+    @abstractmethod
+    def vector(self, adapter: Adapter) -> Tensor:
+        """The factors, `(in,)` on the input side or `(out,)` on the output side."""
+
+    def apply(self, adapter: Adapter, affine: Affine) -> Affine:
+        vector = self.vector(adapter)
+        trailing = affine.weight.ndim - 2
+        if self.side_of(adapter) is Side.INPUT:
+            # A grouped convolution's weight has the input channels of one group only: each group takes its own factors.
+            groups = adapter.spec.groups
+            rows = vector.view(groups, 1, -1).expand(-1, affine.weight.shape[0] // groups, -1)
+            return Affine(affine.weight * rows.reshape(*affine.weight.shape[:2], *[1] * trailing), affine.bias)
+        bias = None if affine.bias is None else affine.bias * vector
+        return Affine(affine.weight * vector.view(-1, 1, *[1] * trailing), bias)
+
+    def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
+        vector = along_channels(self.vector(adapter), adapter.spec)
+        if self.side_of(adapter) is Side.INPUT:
+            return below((x * vector).to(x.dtype))
+        y = below(x)
+        return (y * vector).to(y.dtype)

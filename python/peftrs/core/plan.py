@@ -1,0 +1,187 @@
+"""What an adapter would change, found and checked before anything is changed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from peftrs import _native
+from peftrs.bases import dense
+from peftrs.bases.base import Base
+from peftrs.bases.kinds import LayerKind
+from peftrs.config import TargetedConfig
+from peftrs.core import tying
+from peftrs.core.method import Method
+from peftrs.core.replace import ReplacedModule
+from peftrs.core.target import Target, aim
+from peftrs.core.tree import Place, original, places
+from peftrs.errors import ConfigError, TargetError, complain, listed
+
+NO_TARGETS = "dummy-target-modules"
+"""What `target_modules` says when only whole modules or token rows are trained."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layers that an adapter changes, the modules it replaces (each with the one it is tied to), and what its config matched."""
+
+    targets: list[Target]
+    saved: list[tuple[Place, str | None]]
+    selection: _native.Selection
+
+    def summary(self, adapter: str) -> str:
+        """One line for people."""
+        kinds = ", ".join(sorted({target.spec.kind.value for target in self.targets}))
+        saved = f", {len(self.saved)} modules trained whole" if self.saved else ""
+        excluded = f", {len(self.selection.excluded)} excluded" if self.selection.excluded else ""
+        return f"adapter {adapter!r}: {len(self.targets)} layers adapted ({kinds}){saved}{excluded}"
+
+
+def make(
+    model: nn.Module,
+    config: TargetedConfig,
+    method: Method,
+    *,
+    output_layers: frozenset[str] = frozenset(),
+    input_embeddings: str | None = None,
+    strict: bool | None = None,
+) -> Plan:
+    """Finds what the adapter changes, changing nothing.
+
+    `output_layers` are left out of "all-linear"; `input_embeddings` names the table that a plain list of `trainable_token_indices`
+    is for. Raises `TargetError` where nothing matches or entries of a list match nothing (a warning unless `strict`), `ConfigError`
+    where layers cannot be adapted as asked: every fault of a kind at once.
+    """
+    found = list(places(model))
+    selection = select(found, config, output_layers)
+    _check_matches(selection, config, strict)
+    faults: list[str] = []
+    targets = _targets(found, selection, config, method.variant(config), faults)
+    targets += tying.token_rows(found, config, input_embeddings, faults)
+    targets += tying.followers(found, config, targets)
+    for target in targets:
+        try:
+            target.method.settle(config, target.spec)
+        except ConfigError as error:
+            faults.append(f"{target.spec.name}: {error}")
+        if target.tied and not target.method.tied_slots:
+            faults.append(f"{target.spec.name}: {target.method.name} cannot share its tensors with the tied layer {target.tied!r}")
+    if faults:
+        raise ConfigError("; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else ""))
+    return Plan(targets, tying.saved(found, config, selection.modules_to_save), selection)
+
+
+def select(found: list[Place], config: TargetedConfig, output_layers: frozenset[str] = frozenset()) -> _native.Selection:
+    """The config's patterns applied to the names of these modules."""
+    layers = getattr(config, "layers_to_transform", None)
+    pattern = getattr(config, "layers_pattern", None)
+    return _native.select(
+        [place.name for place in found],
+        target_modules=_in_order(config.target_modules),
+        exclude_modules=_in_order(config.exclude_modules),
+        linear=[place.name for place in found if _is_linear(place) and place.name not in output_layers],
+        layers_to_transform=[layers] if isinstance(layers, int) else layers,
+        layers_pattern=[pattern] if isinstance(pattern, str) else pattern,
+        modules_to_save=config.modules_to_save,
+        feedforward_modules=_in_order(getattr(config, "feedforward_modules", None)),
+        parameters=[f"{place.name}.{name}" for place in found for name in sorted(original(place.module)._parameters)],
+        target_parameters=getattr(config, "target_parameters", None),
+        patterns={name: list(getattr(config, name) or {}) for name in config.pattern_fields},
+    )
+
+
+def _targets(
+    found: list[Place], selection: _native.Selection, config: TargetedConfig, method: Method, faults: list[str]
+) -> list[Target]:
+    by_name = {place.name: place for place in found}
+    modules = set(selection.targets)
+    wanted: list[tuple[str, Place, str | None]] = [(name, by_name[name], None) for name in selection.targets]
+    for name in selection.parameters:
+        owner, _, parameter = name.rpartition(".")
+        wanted.append((name, by_name[owner], parameter))
+        if owner in modules:
+            faults.append(f"{name}: its module is a target too; name either the module or its parameters")
+    targets: list[Target] = []
+    for index, (name, place, parameter) in enumerate(wanted):
+        owner = name.rpartition(".")[0]
+        if _in_attention(place):
+            if owner not in modules:
+                faults.append(f"{name}: attention reads this layer's weight without calling it; target {owner!r} instead")
+            continue
+        base = _base(place, parameter)
+        if base is None or base.kind not in method.layers:
+            kind = type(original(place.module)).__name__
+            faults.append(
+                f"Target module {name} is not supported: {method.name} adapts {', '.join(sorted(method.layers))} layers, not {kind}"
+            )
+            continue
+        matched = _matched(selection, config, index)
+        targets.append(aim(place, base, method, matched, name=name))
+        if base.kind is LayerKind.ATTENTION:
+            inner = original(place.module)
+            projection = Place(f"{name}.out_proj", inner.get_submodule("out_proj"), inner, "out_proj")
+            targets.append(aim(projection, dense.LINEAR, method, matched))
+    return targets
+
+
+def _base(place: Place, parameter: str | None) -> Base | None:
+    inner = original(place.module)
+    if parameter is None:
+        return dense.resolve(inner)
+    weight = getattr(inner, parameter)
+    if weight.ndim not in (2, 3):
+        return None
+    return dense.Parameter(parameter, transposed=weight.ndim == 3 and bool(getattr(inner, "is_transposed", False)))
+
+
+def _matched(selection: _native.Selection, config: TargetedConfig, index: int) -> dict[str, Any]:
+    matched: dict[str, Any] = {}
+    for field in config.pattern_fields:
+        key = selection.pattern_index(field)[index]
+        if key >= 0:
+            matched[field] = list(getattr(config, field).values())[key]
+    if index < len(selection.targets) and hasattr(config, "feedforward_modules"):
+        matched["feedforward_modules"] = selection.feedforward[index]
+    return matched
+
+
+def _is_linear(place: Place) -> bool:
+    inner = original(place.module)
+    linear = isinstance(inner, nn.Linear) or dense.is_transposed_linear(inner)
+    return linear and not isinstance(place.module, ReplacedModule) and not _in_attention(place)
+
+
+def _in_attention(place: Place) -> bool:
+    return isinstance(original(place.parent), nn.MultiheadAttention) and place.attribute == "out_proj"
+
+
+def _in_order(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, frozenset)) else value
+
+
+def _check_matches(selection: _native.Selection, config: TargetedConfig, strict: bool | None) -> None:
+    targets = _in_order(config.target_modules)
+    wants_none = targets in (NO_TARGETS, [NO_TARGETS]) or (not targets and bool(getattr(config, "trainable_token_indices", None)))
+    if not selection.targets and not selection.parameters and not wants_none:
+        raise TargetError(_nothing(selection, config))
+    lost = [
+        f"{field}: {entry!r}" + (f" (the nearest name is {nearest!r})" if nearest else "")
+        for field, entry, count, nearest in selection.report
+        if not count and entry != NO_TARGETS
+    ]
+    if lost:
+        complain(f"nothing in the model matches {', '.join(lost[:8])}", TargetError, strict)
+
+
+def _nothing(selection: _native.Selection, config: TargetedConfig) -> str:
+    targets = _in_order(config.target_modules)
+    if selection.excluded:
+        return f"All modules were excluded: {targets} matches only {listed(selection.excluded)}, which `exclude_modules` takes out"
+    message = f"Target modules {targets} not found in the base model. Please check the target modules and try again."
+    for name in ("layers_to_transform", "layers_pattern"):
+        if getattr(config, name, None):
+            message += f" `{name}` is {getattr(config, name)}."
+    nearest = [f"{entry!r} is near {near!r}" for _, entry, _, near in selection.report if near]
+    return message + (f" {', '.join(nearest[:8])}." if nearest else "")

@@ -1,0 +1,71 @@
+"""Modules that an adapter replaces whole: trained copies beside the frozen original (`modules_to_save`)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+from torch import nn
+
+from peftrs.errors import AdapterError
+
+if TYPE_CHECKING:
+    from peftrs.core.layer import Activation
+
+
+class ReplacedModule(nn.Module):
+    """A module with one trained copy per adapter. The copy of the active adapter runs, else the original."""
+
+    def __init__(self, original_module: nn.Module, activation: Activation, name: str) -> None:
+        super().__init__()
+        self.original_module = original_module
+        self.modules_to_save = nn.ModuleDict()
+        self.activation = activation
+        self.override: Activation | None = None
+        self.name = name
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "original_module" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.current(), name)
+
+    def add(self, adapter: str, tied: nn.Module | None = None) -> nn.Module:
+        """Makes the adapter's copy, sharing the weight of `tied` where that is given; trainable."""
+        module = copy.deepcopy(self.original_module)
+        module.requires_grad_(True)
+        if tied is not None:
+            module.weight = cast(nn.Parameter, tied.weight)
+        self.modules_to_save[adapter] = module
+        return module
+
+    def current(self) -> nn.Module:
+        """The module that runs now."""
+        state = self.override or self.activation
+        held = [name for name in state.active if name in self.modules_to_save] if state.enabled else []
+        if len(held) > 1:
+            raise AdapterError(f"{self.name}: the active adapters {held} each replace this module; only one can")
+        return self.modules_to_save[held[0]] if held else self.original_module
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return self.current()(*inputs, **options)
+
+    def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:
+        """Sets whether the copies of the named adapters are trained; `only` freezes all others."""
+        for name, module in self.modules_to_save.items():
+            if name in names or only:
+                module.requires_grad_(requires_grad and name in names)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: Sequence[str] | None = None) -> None:
+        """Drops an adapter's copy."""
+        if adapter_name in self.modules_to_save:
+            del self.modules_to_save[adapter_name]
+
+    def parameters_of(self, adapter: str) -> Iterator[tuple[str, str, nn.Parameter]]:
+        """Each tensor of an adapter's copy as (name within the module, name within this one, tensor), buffers included."""
+        if adapter in self.modules_to_save:
+            for name, tensor in self.modules_to_save[adapter].state_dict(keep_vars=True).items():
+                yield name, f"modules_to_save.{adapter}.{name}", tensor

@@ -1,0 +1,102 @@
+"""Where an adapter's tensors live: as real parameters of the layer, slot first, then adapter (`lora_A.default.weight`).
+
+A slot is named as files name it: `lora_A.weight` is the leaf `weight` of the container `lora_A`, `ia3_l` is a container whose
+entries are the tensors themselves. In memory the adapter's name stands after the container's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftrs.bases.kinds import LayerSpec
+from peftrs.core.method import Method
+
+if TYPE_CHECKING:
+    from peftrs.core.layer import AdaptedLayer
+
+ORIGIN = "origin_"
+"""How the containers of tensors begin that are neither trained nor saved, since they follow from the base."""
+
+
+class Leaves(nn.Module):
+    """The tensors of one adapter in one container, by leaf name."""
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self.named_parameters())
+
+
+class FittedAdapter:
+    """One adapter on one layer: what its method sees of it, and its name, which the method does not."""
+
+    def __init__(self, layer: AdaptedLayer, name: str, method: Method, config: Any, spec: LayerSpec) -> None:
+        self.layer = layer
+        self.name = name
+        self.method = method
+        self.config = config
+        self.spec = spec
+        self.values = method.settle(config, spec)
+        self.scaling = method.scale(config, self.values)
+        self.places: dict[str, tuple[str, str]] = {}
+        self.leader: FittedAdapter | None = None
+        """The adapter whose tensors this one shares, on the layer that this one's is tied to."""
+
+    @property
+    def slots(self) -> list[str]:
+        """The slots that are trained and saved."""
+        if self.leader is not None:
+            return list(self.method.tied_slots)
+        return [slot for slot in self.places if not slot.startswith(ORIGIN)]
+
+    def __getitem__(self, slot: str) -> Tensor:
+        if self.leader is not None:
+            leading, transposed = self.method.tied_slots[slot]
+            return self.leader[leading].mT if transposed else self.leader[leading]
+        container, leaf = self.places[slot]
+        held = getattr(self.layer, container)[self.name]
+        return cast(Tensor, getattr(held, leaf) if leaf else held)
+
+    def __contains__(self, slot: str) -> bool:
+        return slot in (self.places if self.leader is None else self.method.tied_slots)
+
+    def __setitem__(self, slot: str, parameter: nn.Parameter) -> None:
+        container, _, leaf = slot.partition(".")
+        held = self.layer._modules.get(container)
+        if held is None:
+            held = nn.ModuleDict() if leaf else nn.ParameterDict()
+            self.layer.add_module(container, held)
+        if leaf:
+            modules = cast(nn.ModuleDict, held)
+            if self.name not in modules:
+                modules[self.name] = Leaves()
+            setattr(modules[self.name], leaf, parameter)
+        else:
+            cast(nn.ParameterDict, held)[self.name] = parameter
+        self.places[slot] = (container, leaf)
+
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """This layer's own trained and saved tensors by slot; none where it shares those of another."""
+        for slot in self.slots if self.leader is None else ():
+            yield slot, cast(nn.Parameter, self[slot])
+
+    def full_name(self, slot: str) -> str:
+        """The slot's name in the layer's `state_dict`."""
+        container, leaf = self.places[slot]
+        return f"{container}.{self.name}.{leaf}" if leaf else f"{container}.{self.name}"
+
+    def remove(self) -> None:
+        """Takes the adapter's tensors off the layer, and the containers that this leaves empty."""
+        for container in {place[0] for place in self.places.values()}:
+            held = cast("nn.ModuleDict | nn.ParameterDict", getattr(self.layer, container))
+            del held[self.name]
+            if not len(held):
+                delattr(self.layer, container)
+        self.places.clear()
+
+    def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Makes the slots, not yet filled."""
+        for slot, shape in self.method.slots(self.config, self.spec, self.values).items():
+            self[slot] = nn.Parameter(torch.empty(shape, dtype=dtype, device=device))

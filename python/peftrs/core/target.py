@@ -1,0 +1,31 @@
+"""One layer that an adapter is for, before it is adapted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from peftrs.bases.base import Base
+from peftrs.bases.kinds import LayerSpec
+from peftrs.core.method import Method
+from peftrs.core.tree import Place, original
+
+
+@dataclass(frozen=True)
+class Target:
+    """One layer to adapt; `tied` names the target whose tensors it shares."""
+
+    place: Place
+    base: Base
+    spec: LayerSpec
+    method: Method
+    tied: str | None = None
+
+
+def aim(place: Place, base: Base, method: Method, matched: dict[str, Any], *, name: str = "", tied: str | None = None) -> Target:
+    """The target for a place, described by its base. `name` is the place's, unless the target is a parameter of it."""
+    inner = original(place.module)
+    affine = base.dense(inner)
+    shape = tuple(affine.weight.shape)
+    spec = LayerSpec(name or place.name, base.kind, shape, affine.bias is not None, base.groups(inner), matched)
+    return Target(place, base, spec, method, tied)

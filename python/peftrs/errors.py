@@ -1,0 +1,54 @@
+"""The exceptions that peftrs raises: one tree under `PeftrsError`, each also a builtin class where that says it already."""
+
+import warnings
+
+from peftrs._native import CheckpointError, ConfigError, MergeError, PeftrsError, StorageError, TargetError
+
+__all__ = [
+    "AdapterError",
+    "CheckpointError",
+    "ConfigError",
+    "MergeError",
+    "PeftrsError",
+    "PeftrsWarning",
+    "StorageError",
+    "TargetError",
+    "complain",
+    "is_strict",
+    "listed",
+    "set_strict",
+]
+
+_strict = True
+
+
+class AdapterError(PeftrsError, ValueError):
+    """An adapter's name is unknown, taken or unfit, or the adapter cannot do what was asked."""
+
+
+class PeftrsWarning(UserWarning):
+    """Something that works but is probably not what was meant."""
+
+
+def set_strict(strict: bool) -> None:
+    """Sets whether doubtful input (unmatched targets, missing or unexpected tensors) is an error, the default, or a warning."""
+    global _strict
+    _strict = strict
+
+
+def is_strict(strict: bool | None = None) -> bool:
+    """Whether doubtful input is an error: as the argument says, or as the process does."""
+    return _strict if strict is None else strict
+
+
+def complain(message: str, error: type[PeftrsError], strict: bool | None = None) -> None:
+    """Raises the error where input is judged strictly, else warns with the same words."""
+    if is_strict(strict):
+        raise error(message)
+    warnings.warn(message, PeftrsWarning, stacklevel=3)
+
+
+def listed(names: list[str], limit: int = 8) -> str:
+    """The names for an error message: all of a few, the first of many and how many more there are."""
+    shown = ", ".join(repr(name) for name in names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -1,0 +1,51 @@
+"""Ways to start an adapter from the base weights, one file each; `start` finds the one that a config names.
+
+A start takes the adapter and the base's affine map and returns first values by slot. Where `changes_base` is set, its paper puts
+`W − s·B₀·A₀` beneath the adapter: here the base is never written, the first factors are kept beside the trained ones instead.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
+
+from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
+from peftrs.errors import ConfigError
+from peftrs.inits.olora import Olora
+from peftrs.inits.orthogonal import Orthogonal
+from peftrs.inits.pissa import Pissa
+
+PISSA = re.compile(r"pissa(?:_niter_(?P<iterations>[0-9]{1,4}))?")
+UNBUILT = ("eva", "corda", "loftq", "lora_ga", "mica")
+
+
+class Start(Protocol):
+    """First values for an adapter's slots. Instances compare equal when they do the same, and pickle."""
+
+    changes_base: ClassVar[bool]
+    kinds: ClassVar[frozenset[LayerKind]]
+
+    def fault(self, rank: int, spec: LayerSpec) -> str | None:
+        """Why a layer cannot start like this, or None if it can."""
+
+    def __call__(self, adapter: Any, base: Affine) -> dict[str, Tensor]: ...
+
+
+def find(name: bool | str) -> Start | None:
+    """The start of this name, or None for the plain ones (True, False, "gaussian"). Raises `ConfigError` for an unknown one."""
+    if isinstance(name, bool) or name.lower() == "gaussian":
+        return None
+    if name == "orthogonal":
+        return Orthogonal()
+    if name.lower() == "olora":
+        return Olora()
+    if match := PISSA.fullmatch(name):
+        iterations = match["iterations"]
+        return Pissa(None if iterations is None else int(iterations))
+    if name in UNBUILT:
+        raise ConfigError(f"init_lora_weights={name!r} is not built yet in peftrs")
+    raise ConfigError(
+        f"init_lora_weights={name!r} is unknown: use True, False, 'gaussian', 'orthogonal', 'olora', 'pissa' or 'pissa_niter_16'"
+    )

@@ -1,0 +1,78 @@
+"""DoRA: LoRA whose merged weight has rows of trained length, `m · (W + s·B·A) / ‖W + s·B·A‖`, the norm taken row by row.
+
+Liu et al. 2024, https://arxiv.org/abs/2402.09353; the norm is constant in the backward pass (section 4.3). Rows are output features,
+output channels, or the columns of an embedding's table. The base's share of the output takes the input before dropout, unlike
+PEFT, which runs the base a second time on the dropped input; without dropout both agree.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from peftrs.bases.kinds import CONVOLUTIONS, Affine, LayerKind, LayerSpec, along_channels
+from peftrs.core.method import Adapter, Below, Method
+from peftrs.errors import ConfigError
+from peftrs.methods.lora import Lora, LoraConfig
+from peftrs.registry import register
+
+MAGNITUDE = "lora_magnitude_vector"
+ROWS = 1024
+"""Rows a block where the weight must be widened to take its norm, so that no wide copy of all of it exists."""
+
+
+@register
+class Dora(Lora):
+    """LoRA with `use_dora=True`; its configs and files are LoRA's."""
+
+    name = "DORA"
+    tied_slots: ClassVar = {}
+
+    def variant(self, config: LoraConfig) -> Method:
+        return self
+
+    def settle(self, config: LoraConfig, spec: LayerSpec) -> dict[str, Any]:
+        if spec.kind in (LayerKind.ATTENTION, LayerKind.PARAMETER):
+            raise ConfigError(f"`use_dora` does not work on an {spec.kind} weight; leave this layer out or use plain LoRA")
+        return super().settle(config, spec)
+
+    def slots(self, config: LoraConfig, spec: LayerSpec, values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+        channels = (spec.out_features,)
+        if spec.kind in CONVOLUTIONS:
+            channels = (1, spec.out_features, *[1] * (len(spec.shape) - 2))
+        return super().slots(config, spec, values) | {MAGNITUDE: channels}
+
+    def init(self, adapter: Adapter, base: Affine) -> None:
+        super().init(adapter, base)
+        adapter[MAGNITUDE].copy_(self.norm(adapter, base.weight).view_as(adapter[MAGNITUDE]))
+
+    def apply(self, adapter: Adapter, affine: Affine) -> Affine:
+        weight = super().apply(adapter, affine).weight
+        strength = adapter[MAGNITUDE].flatten().to(weight.dtype) / weight.detach().flatten(1).norm(dim=1)
+        return Affine(weight * strength.view(-1, *[1] * (weight.ndim - 1)), affine.bias)
+
+    def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
+        affine = below.dense()
+        strength = adapter[MAGNITUDE].flatten() / self.norm(adapter, affine.weight)
+        strength = along_channels(strength, adapter.spec)
+        y = below(x)
+        linear = y if affine.bias is None else y - along_channels(affine.bias, adapter.spec)
+        change = (strength - 1) * linear + strength * adapter.scaling * self.path(adapter, x, below)
+        return (y + change).to(y.dtype)
+
+    @torch.no_grad()
+    def norm(self, adapter: Adapter, weight: Tensor) -> Tensor:
+        """The lengths of the rows of `W + s·B·A`, `(out,)`, without forming it.
+
+        `‖W + sBA‖² = ‖W‖² + 2s·Σ (W Aᵀ) ∘ B + s²·Σ (B·A Aᵀ) ∘ B`, the sums over columns: one `(out, r)` product with the weight.
+        """
+        up, down = self.factors(adapter)
+        rows = weight.flatten(1)
+        blocks = [rows] if rows.dtype == down.dtype else list(rows.split(ROWS))
+        squared = torch.cat([torch.linalg.vector_norm(block.to(down.dtype), dim=1) ** 2 for block in blocks])
+        crossed = torch.cat([block.to(down.dtype) @ down.mT for block in blocks])
+        scaling = adapter.scaling
+        total = squared + ((2 * scaling * crossed + scaling**2 * (up @ (down @ down.mT))) * up).sum(1)
+        return total.clamp_min(0).sqrt()

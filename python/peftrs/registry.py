@@ -1,0 +1,43 @@
+"""Which file holds which method. A method's module is imported when it is first asked for, and registers itself."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, TypeVar
+
+from peftrs.errors import ConfigError
+
+if TYPE_CHECKING:
+    from peftrs.core.method import Method
+
+MODULES = {"LORA": "lora", "IA3": "ia3", "OFT": "oft"}
+"""The module under `peftrs.methods` for each `peft_type` that works today."""
+
+VARIANTS = {"DORA": "dora", "TOKEN_ROWS": "trainable_tokens"}
+"""Methods that no file names: a config of another method asks for them."""
+
+_methods: dict[str, Method] = {}
+
+MethodClass = TypeVar("MethodClass", bound="type[Method]")
+
+
+def register(method: MethodClass) -> MethodClass:
+    """Class decorator: makes the method known under its name."""
+    _methods[method.name] = method()
+    return method
+
+
+def method(peft_type: str) -> Method:
+    """The method for a `peft_type`. Raises `ConfigError` if peftrs has none."""
+    key = str(getattr(peft_type, "value", peft_type)).upper()
+    modules = MODULES | VARIANTS
+    if key not in modules:
+        raise ConfigError(f"peft_type {peft_type!r} is not a method of this version of peftrs; it has {', '.join(MODULES)}")
+    if key not in _methods:
+        import_module(f"peftrs.methods.{modules[key]}")
+    return _methods[key]
+
+
+def loaded() -> list[Method]:
+    """The methods asked for so far, which are all that a model at hand can hold."""
+    return list(_methods.values())
