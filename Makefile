@@ -29,20 +29,23 @@ export UV_NO_PROGRESS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CARGO_TERM_COLOR ?= auto
 
-.PHONY: help demo test test-all test-oldest lint format develop clean test-rust test-python
+.PHONY: help demo smollm2 test test-all test-oldest lint format develop clean test-rust test-python
 
 help: ## Lists the commands
-	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 16
+	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
 
 demo: $(INSTALLED)/.installed $(VADER) ## Fine-tunes a real model on real text, saves, reloads and merges the adapter
-	$(IN_INSTALLED) examples/demo.py --data $(VADER) --output $(CACHE)/demo
+	$(INSTALLED)/bin/python examples/demo.py --data $(VADER) --output $(CACHE)/demo
+
+smollm2: $(INSTALLED)/.installed ## Teaches SmolLM2-135M-Instruct a text, saves, reloads and merges the adapter
+	$(INSTALLED)/bin/python examples/smollm2_instruct.py --output $(CACHE)/smollm2
 
 test: lint test-rust test-python ## Runs every check and test of both languages
 	@$(CACHE)/tools/bin/python .ci/summary.py $(REPORTS)
 
 test-all: export PYTEST_ADDOPTS = -m "long or not long"
 test-all: lint test-rust test-python ## Runs `make test` with the long tiers, then the benches in quick mode
-	$(IN_INSTALLED) benches/run.py --quick
+	$(INSTALLED)/bin/python benches/run.py --quick
 	@$(CACHE)/tools/bin/python .ci/summary.py $(REPORTS)
 
 test-oldest: $(OLDEST)/.installed ## Runs the Python tests with the oldest versions supported
