@@ -213,3 +213,26 @@ fn refused(path: &Path, error: std::io::Error) -> Error {
         _ => Error::storage(path, "open", error),
     }
 }
+
+#[cfg(all(test, unix))]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test may panic")]
+
+    use super::*;
+
+    /// Where the kernel confines links, the way around it is not taken by the other tests.
+    #[test]
+    fn links_are_confined_without_the_kernels_help() {
+        let folder = tempfile::tempdir().unwrap();
+        let inside = folder.path().join("inside");
+        std::fs::create_dir(&inside).unwrap();
+        std::fs::write(folder.path().join("secret"), "").unwrap();
+        std::fs::write(inside.join("file"), "").unwrap();
+        std::os::unix::fs::symlink("../secret", inside.join("out")).unwrap();
+        std::os::unix::fs::symlink("file", inside.join("within")).unwrap();
+        let opened = Folder::open(&inside, Links::Confined).unwrap();
+        assert!(opened.confined_by_name("file").is_ok() && opened.confined_by_name("within").is_ok());
+        assert_eq!(opened.confined_by_name("out").unwrap_err().kind(), ErrorKind::CrossesDevices);
+        assert_eq!(opened.confined_by_name("none").unwrap_err().kind(), ErrorKind::NotFound);
+    }
+}
