@@ -120,9 +120,7 @@ class PeftConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, sets in sorted order, without those that live only at run time."""
-        return {
-            item.name: _json_value(getattr(self, item.name)) for item in fields(self) if not item.metadata.get("runtime")
-        }
+        return {item.name: _json_value(getattr(self, item.name)) for item in fields(self) if not item.metadata.get("runtime")}
 
     def to_json(self) -> str:
         """The text of `adapter_config.json`: the same bytes for the same config."""

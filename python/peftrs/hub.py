@@ -20,9 +20,7 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return hub, {key: value for key, value in options.items() if key not in HUB_OPTIONS}
 
 
-def local_folder(
-    name: str | os.PathLike[str], files: Iterable[str], subfolder: str | None = None, **options: Any
-) -> str:
+def local_folder(name: str | os.PathLike[str], files: Iterable[str], subfolder: str | None = None, **options: Any) -> str:
     """The folder that holds `files`: a local one as it is, else the repository's, downloaded.
 
     A local folder is never completed from the hub. Raises `CheckpointError` when the hub has no such repository or file.
@@ -40,4 +38,4 @@ def local_folder(
         found = [hf_hub_download(path, file, subfolder=subfolder, **options) for file in files]
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: neither a local folder nor a repository that can be read ({error})") from error
-    return os.path.dirname(found[0])
+    return os.path.dirname(str(found[0]))

@@ -71,7 +71,7 @@ class Convolution(Base):
         # The groups follow from the weight: an adapter's own weight may see all input channels at once.
         groups = x.shape[1 - weight.ndim] // weight.shape[1]
         convolve = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[weight.ndim]
-        return cast(Tensor, convolve(x, weight, bias, layer.stride, padding, layer.dilation, groups))
+        return convolve(x, weight, bias, layer.stride, padding, layer.dilation, groups)
 
 
 class Parameter(Base):

@@ -10,13 +10,14 @@ from torch import nn
 
 from peftrs.bases.dense import Parameter
 from peftrs.config import TargetedConfig
+from peftrs.core.activation import Activation
 from peftrs.core.dtype import adapter_dtype
-from peftrs.core.layer import Activation, AdaptedLayer
+from peftrs.core.layer import AdaptedLayer
 from peftrs.core.plan import Plan
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.target import Target
-from peftrs.core.tree import places, wrappers
+from peftrs.core.tree import wrappers
 from peftrs.errors import AdapterError
 
 log = logging.getLogger("peftrs")
@@ -24,7 +25,7 @@ log = logging.getLogger("peftrs")
 
 def check_name(model: nn.Module, adapter: str) -> None:
     """Raises `AdapterError` for a name that is taken, or that could not be a part of parameter names and folders."""
-    if not adapter or adapter != adapter.strip() or any(mark in adapter for mark in './\\\0') or adapter == "__base__":
+    if not adapter or adapter != adapter.strip() or any(mark in adapter for mark in "./\\\0") or adapter == "__base__":
         raise AdapterError(f"adapter name {adapter!r} must be one path component without dots or surrounding spaces")
     if hasattr(nn.ModuleDict(), adapter) or hasattr(nn.ParameterDict(), adapter):
         raise AdapterError(f"adapter name {adapter!r} is the name of a method of torch's containers; choose another")
@@ -155,7 +156,10 @@ def biases(model: nn.Module, config: TargetedConfig) -> list[tuple[str, nn.Param
 
 
 def _keep_calling(model: nn.Module) -> None:
-    """Keeps torch on the path that calls adapted layers: its fused encoder reads weights past their modules unless a hook stands there."""
+    """Keeps torch on the path that calls adapted layers.
+
+    Its fused encoder reads weights past their modules, unless a hook stands on one of them.
+    """
     for parent in model.modules():
         if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
             for module in parent.modules():

@@ -16,21 +16,12 @@ from torch import Tensor, nn
 from peftrs.bases.base import Base
 from peftrs.bases.kinds import Affine, LayerSpec
 from peftrs.core import merge as merging
+from peftrs.core.activation import Activation, Switched
 from peftrs.core.method import Side
 from peftrs.core.slots import FittedAdapter
 from peftrs.errors import AdapterError, PeftrsWarning
 
 Chain = tuple[FittedAdapter, ...]
-
-
-class Activation:
-    """Which adapters act, in order, and whether any does. A model's layers share one, so that switching is one write."""
-
-    __slots__ = ("active", "enabled")
-
-    def __init__(self, active: Sequence[str] = (), enabled: bool = True) -> None:
-        self.active = tuple(active)
-        self.enabled = enabled
 
 
 class Beneath:
@@ -68,7 +59,7 @@ def fold(chain: Chain, affine: Affine) -> Affine:
     return affine
 
 
-class AdaptedLayer(nn.Module):
+class AdaptedLayer(Switched, nn.Module):
     """A frozen layer and the adapters over it. What it does not know itself, it asks the frozen layer for.
 
     `ledger` holds what is needed to take merged adapters out again, and is None while nothing is merged.
@@ -97,7 +88,7 @@ class AdaptedLayer(nn.Module):
             return getattr(base_layer, name)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        state = self.override or self.activation
+        state = self.state
         if self.ledger is not None and not state.enabled:
             self.unmerge()
         chain = self.chain(state.active) if state.enabled and self.ledger is None else ()
@@ -125,46 +116,14 @@ class AdaptedLayer(nn.Module):
 
     def folded(self) -> Affine:
         """The layer as an affine map with the active adapters in it; differentiable."""
-        state = self.override or self.activation
+        state = self.state
         chain = self.chain(state.active) if state.enabled and self.ledger is None else ()
         return fold(chain, self.base.dense(self.base_layer))
 
-    # Activation of this layer alone; the model's own is in `manage`.
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that act, in order, whether or not this layer has them."""
-        return list((self.override or self.activation).active)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The one active adapter, or all of several."""
-        active = self.active_adapters
-        return active[0] if len(active) == 1 else active
-
-    @property
-    def disable_adapters(self) -> bool:
-        """Whether the layer runs as if it had no adapters."""
-        return not (self.override or self.activation).enabled
-
-    def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes these the active adapters of this layer alone, trainable unless `inference_mode`."""
-        names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._override(Activation(names, not self.disable_adapters))
-        self.require_grad(names, only=True, requires_grad=not inference_mode)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        """Turns the adapters of this layer alone on, or off with their gradients."""
-        self._override(Activation(self.active_adapters, enabled))
-        self.require_grad(self.active_adapters if enabled else [], only=True)
-
-    def _override(self, state: Activation) -> None:
-        if self.ledger is not None and tuple(self.ledger.names) != state.active:
-            warnings.warn(
-                f"{self.spec.name}: the adapters {list(self.ledger.names)} were merged and are unmerged now", PeftrsWarning, 3
-            )
+    def before_switch(self, state: Activation) -> None:
+        if self.ledger is not None and self.ledger.names != state.active:
+            warnings.warn(f"{self.spec.name}: {self.merged_adapters} were merged and are unmerged now", PeftrsWarning, 4)
             self.unmerge()
-        self.override = state
 
     def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:
         """Sets whether the named adapters are trained; `only` freezes all others."""
@@ -174,11 +133,6 @@ class AdaptedLayer(nn.Module):
                     if parameter.is_floating_point():
                         parameter.requires_grad_(requires_grad and name in names)
 
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Sets whether the named adapters of this layer are trained."""
-        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        self.require_grad(names, requires_grad=requires_grad)
-
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes an adapter off this layer. Raises `AdapterError` while it is merged."""
         if adapter_name not in self.adapters:
@@ -187,8 +141,7 @@ class AdaptedLayer(nn.Module):
             raise AdapterError(f"{self.spec.name}: adapter {adapter_name!r} is merged; unmerge it before deleting it")
         self.adapters[adapter_name].remove()
         del self.adapters[adapter_name]
-        if self.override is not None:
-            self.override = Activation([n for n in self.override.active if n != adapter_name], self.override.enabled)
+        self.forget(adapter_name)
 
     # Merging.
 

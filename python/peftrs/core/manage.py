@@ -6,12 +6,11 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
 from torch import nn
 
 from peftrs.core import merge as merging
 from peftrs.core.inject import activation, adapters
-from peftrs.core.layer import Activation, AdaptedLayer
+from peftrs.core.layer import AdaptedLayer
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.tree import Wrapped, adapted_layers, places, wrappers
 from peftrs.errors import AdapterError, PeftrsWarning
@@ -42,8 +41,8 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
         warnings.warn(f"{merged[0].merged_adapters} were merged and are unmerged now", PeftrsWarning, 3)
         unmerge(merged)
     state.active = tuple(chosen)
+    state.clear()
     for _, wrapper in held:
-        wrapper.override = None
         wrapper.require_grad(chosen, only=True, requires_grad=not inference_mode)
 
 
@@ -59,31 +58,25 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
     """Turns all adapters off, or the active ones on; gradients follow, as in PEFT."""
     state = activation(model)
     state.enabled = enabled
+    state.clear()
     for _, wrapper in wrappers(model):
-        wrapper.override = None
         wrapper.require_grad(state.active if enabled else (), only=True)
 
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The model without its adapters inside the `with`; what is trained stays as it is, so this costs one write."""
+    """The model without its adapters inside the `with`. What is trained stays as it is, so that this costs one write."""
     state = activation(model)
-    before = state.enabled
-    overrides = [wrapper for _, wrapper in wrappers(model) if wrapper.override is not None] if _overridden(model) else []
-    kept = [wrapper.override for wrapper in overrides]
-    for wrapper in overrides:
-        wrapper.override = None
+    before, own = state.enabled, [(module, module.override) for module in state.overridden]
+    state.clear()
     state.enabled = False
     try:
         yield
     finally:
         state.enabled = before
-        for wrapper, override in zip(overrides, kept, strict=True):
-            wrapper.override = override
-
-
-def _overridden(model: nn.Module) -> bool:
-    return any(isinstance(module, Wrapped) and module.override is not None for module in model.modules())
+        for module, override in own:
+            module.override = override
+            state.overridden.append(module)
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
@@ -104,20 +97,29 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 
 
 def merge(model: nn.Module, names: Sequence[str] | None = None) -> None:
-    """Merges adapters into all layers, or into none: tensors are checked first, and a failure takes back what was merged."""
+    """Merges adapters (the active ones unless named) into all layers, or into none.
+
+    Tensors are checked first, and a failure on the way takes back what was merged. Weights that other modules share are copied
+    for the merge, with a warning that says how many bytes; unmerging ties them again.
+    """
     layers = list(adapted_layers(model))
-    chains = {id(layer): merging.names_to_merge(layer, names) for layer in layers}
-    for layer in layers:
-        merging.check(layer, layer.chain(chains[id(layer)]))
-    unshare(model, [layer for layer in layers if chains[id(layer)]])
+    chosen = {layer: merging.names_to_merge(layer, names) for layer in layers}
+    chosen = {layer: found for layer, found in chosen.items() if found}
+    for layer, found in chosen.items():
+        merging.check(layer, layer.chain([*layer.merged_adapters, *found]))
+    shared = merging.shared_weights(model, list(chosen))
+    if shared:
+        copied = sum(holder.weight.nbytes for holder in shared.values())
+        warnings.warn(
+            f"{len(shared)} weights that other modules share are copied for the merge: {copied:,} bytes", PeftrsWarning, 3
+        )
     done: list[AdaptedLayer] = []
     try:
-        for layer in layers:
-            if chains[id(layer)]:
-                done.append(layer)
-                merging.merge(layer, chains[id(layer)])
+        for layer, found in chosen.items():
+            merging.merge(layer, found, shared.get(layer))
+            done.append(layer)
     except BaseException:
-        unmerge([layer for layer in done if layer.merged])
+        unmerge(done)
         raise
 
 
@@ -148,31 +150,6 @@ def unload(model: nn.Module, *, merged: bool, names: Sequence[str] | None = None
     return model
 
 
-def unshare(model: nn.Module, layers: Sequence[AdaptedLayer]) -> None:
-    """Gives layers a weight of their own where another module holds the same one, so that merging does not change both.
-
-    The ledger of the layer remembers the shared weight; unmerging ties it again.
-    """
-    holders: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append((module, name))
-    copied = 0
-    for layer in layers:
-        weight, _ = layer.base.parameters(layer.base_layer)
-        others = holders.get(id(weight), [])
-        if len(others) < 2 or layer.merged:
-            continue
-        own = {id(module) for module in layer.modules()}
-        owner, name = next((module, name) for module, name in others if id(module) in own)
-        setattr(owner, name, nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad))
-        layer.shared = (name, weight)
-        copied += weight.nbytes
-    if copied:
-        warnings.warn(f"weights shared between layers were copied before the merge: {copied:,} bytes more", PeftrsWarning, 4)
-
-
 def trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """How many parameters are trained, and how many there are, adapters included."""
     trained = total = 0
@@ -184,20 +161,3 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
         total += count
         trained += count if parameter.requires_grad else 0
     return trained, total
-
-
-__all__ = [
-    "Activation",
-    "check_known",
-    "delete_adapter",
-    "disabled",
-    "merge",
-    "set_adapter",
-    "set_enabled",
-    "set_requires_grad",
-    "torch",
-    "trainable_parameters",
-    "unload",
-    "unmerge",
-    "unshare",
-]

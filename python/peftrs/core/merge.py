@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,12 +26,25 @@ if TYPE_CHECKING:
     from peftrs.core.layer import AdaptedLayer, Chain
 
 
-class Ledger:
-    """The tensors of a layer from before a merge, and the names of what was merged."""
+@dataclass(frozen=True)
+class Shared:
+    """A weight that other modules hold too, and where the layer to be merged holds it."""
 
-    def __init__(self, names: Sequence[str], originals: list[Tensor]) -> None:
-        self.names = tuple(names)
-        self.originals = originals
+    owner: nn.Module
+    attribute: str
+    weight: nn.Parameter
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """What it takes to undo a merge: the names, in the order in which they act, and the stored tensors from before.
+
+    A weight that was shared is kept as it was, and the layer has one of its own while merged.
+    """
+
+    names: tuple[str, ...]
+    originals: list[Tensor]
+    shared: Shared | None
 
     @property
     def bytes(self) -> int:
@@ -57,36 +71,66 @@ def names_to_merge(layer: AdaptedLayer, names: Sequence[str] | None) -> list[str
 
 
 @torch.no_grad()
-def merge(layer: AdaptedLayer, names: Sequence[str]) -> None:
+def merge(layer: AdaptedLayer, names: Sequence[str], shared: Shared | None = None) -> None:
     """Merges the named adapters into a layer, beside those merged already. Raises `MergeError`, changing nothing."""
     if not names:
         return
     chain = layer.chain([*layer.merged_adapters, *names])
     check(layer, chain)
     if layer.ledger is not None:
+        shared = layer.ledger.shared
         unmerge(layer)
-    stored = [parameter for parameter in layer.base.parameters(layer.base_layer) if parameter is not None]
-    originals = [parameter.detach().clone() for parameter in stored]
+    if shared is None:
+        originals = [parameter.detach().clone() for parameter in stored(layer)]
+    else:
+        own = nn.Parameter(shared.weight.detach().clone(), requires_grad=shared.weight.requires_grad)
+        setattr(shared.owner, shared.attribute, own)
+        originals = [parameter.detach().clone() for parameter in stored(layer)[1:]]
+    layer.ledger = Ledger(tuple(adapter.name for adapter in chain), originals, shared)
     _write(layer, chain)
-    ledger = Ledger([adapter.name for adapter in chain], originals)
-    if not all(bool(parameter.isfinite().all()) for parameter in stored):
-        _restore(stored, originals)
+    if not all(bool(parameter.isfinite().all()) for parameter in stored(layer)):
+        unmerge(layer)
         raise MergeError(
-            f"{layer.spec.name}: merging {listed(list(ledger.names))} gives weights beyond {stored[0].dtype}; "
-            "lower the adapter's scaling or merge into a wider dtype"
+            f"{layer.spec.name}: merging {listed([adapter.name for adapter in chain])} gives weights beyond "
+            f"{stored(layer)[0].dtype}; lower the adapter's scaling or merge into a wider dtype"
         )
-    layer.ledger = ledger
 
 
 @torch.no_grad()
 def unmerge(layer: AdaptedLayer) -> None:
-    """Restores a layer's original bits. Warns if nothing is merged."""
+    """Restores a layer's original bits, in the dtype that the layer has now. Warns if nothing is merged."""
     if layer.ledger is None:
         warnings.warn(f"{layer.spec.name}: nothing is merged, nothing to do", PeftrsWarning, 4)
         return
-    stored = [parameter for parameter in layer.base.parameters(layer.base_layer) if parameter is not None]
-    _restore(stored, layer.ledger.originals)
+    shared = layer.ledger.shared
+    if shared is not None:
+        setattr(shared.owner, shared.attribute, shared.weight)
+    for parameter, original in zip(stored(layer)[0 if shared is None else 1 :], layer.ledger.originals, strict=True):
+        parameter.detach().copy_(original)
     layer.ledger = None
+
+
+def stored(layer: AdaptedLayer) -> list[nn.Parameter]:
+    """The layer's own weight and, if it has one, bias."""
+    return [parameter for parameter in layer.base.parameters(layer.base_layer) if parameter is not None]
+
+
+def shared_weights(model: nn.Module, layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, Shared]:
+    """The layers among these, not merged yet, whose weight other modules of the model hold too."""
+    holders: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append((module, name))
+    shared: dict[AdaptedLayer, Shared] = {}
+    for layer in layers:
+        weight = stored(layer)[0]
+        places = holders.get(id(weight), [])
+        if len(places) > 1 and not layer.merged:
+            inside = set(layer.modules())
+            owner, name = next(place for place in places if place[0] in inside)
+            shared[layer] = Shared(owner, name, weight)
+    return shared
 
 
 def check(layer: AdaptedLayer, chain: Chain) -> None:
@@ -133,8 +177,3 @@ def low_rank(chain: Chain, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         ups.append(factors[0].to(dtype) * adapter.scaling)
         downs.append(factors[1].to(dtype))
     return torch.cat(ups, -1), torch.cat(downs, -2)
-
-
-def _restore(stored: list[nn.Parameter], originals: list[Tensor]) -> None:
-    for parameter, original in zip(stored, originals, strict=True):
-        parameter.detach().copy_(original)

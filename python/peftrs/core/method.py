@@ -9,13 +9,15 @@ Weights are presented as `(out, in, *kernel)` whatever way a layer stores them; 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from peftrs.bases.kinds import CONVOLUTIONS, Affine, LayerKind, LayerSpec, along_channels
+from peftrs.bases.kinds import Affine, LayerKind, LayerSpec, along_channels
 from peftrs.config import TargetedConfig
 
 
@@ -29,8 +31,9 @@ class Side(Enum):
 class Below(Protocol):
     """What lies beneath an adapter: the frozen layer, already changed by the adapters under this one."""
 
-    training: bool
-    """Whether the layer is in training mode, which is when dropout acts."""
+    @property
+    def training(self) -> bool:
+        """Whether the layer is in training mode, which is when dropout acts."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output for `x`, bias included."""
@@ -52,7 +55,9 @@ class Adapter(Protocol):
 
     def __getitem__(self, slot: str) -> Tensor: ...
 
-    def __contains__(self, slot: str) -> bool: ...
+    def get(self, slot: str) -> Tensor | None: ...
+
+    def __contains__(self, slot: object) -> bool: ...
 
 
 class Method(ABC):
@@ -66,8 +71,8 @@ class Method(ABC):
     """How its slots' names begin."""
     attributes: tuple[str, ...] = ()
     """Settings that a layer shows by adapter name, as `layer.r["default"]`."""
-    tied_slots: dict[str, tuple[str, bool]] = {}
-    """For an output layer tied to an adapted embedding: its slots, the embedding's slot that each one is, and whether transposed."""
+    tied_slots: Mapping[str, tuple[str, bool]] = MappingProxyType({})
+    """For an output layer tied to an adapted embedding: each of its slots, the embedding's that it is, and whether transposed."""
     side: Side = Side.OUTPUT
 
     def side_of(self, adapter: Adapter) -> Side:
@@ -151,29 +156,31 @@ class Additive(Method):
 class Rotation(Method):
     """Turns the layer's input (or, on an embedding, its output) by an orthogonal map. Supply `turn`."""
 
-    side = Side.INPUT
-
     @abstractmethod
-    def turn(self, adapter: Adapter, x: Tensor, *, transpose: bool = False) -> Tensor:
-        """`R x` for the vectors along the last dimension of `x`, or `Rᵀ x`."""
+    def turn(self, adapter: Adapter, x: Tensor, *, transpose: bool = False, training: bool = False) -> Tensor:
+        """`R x` for the vectors along the last dimension of `x`, or `Rᵀ x`; dropout of the map itself acts if `training`."""
 
     def side_of(self, adapter: Adapter) -> Side:
         return Side.OUTPUT if adapter.spec.kind is LayerKind.EMBEDDING else Side.INPUT
 
     def apply(self, adapter: Adapter, affine: Affine) -> Affine:
+        return self._turned(adapter, affine, training=False)
+
+    def _turned(self, adapter: Adapter, affine: Affine, training: bool) -> Affine:
         weight = affine.weight.to(torch.promote_types(affine.weight.dtype, torch.float32))
         if self.side_of(adapter) is Side.OUTPUT:
-            return Affine(self.turn(adapter, weight.T).T, affine.bias)
+            return Affine(self.turn(adapter, weight.mT, training=training).mT, affine.bias)
         # Row i of W·R is Rᵀ applied to row i of W; a convolution's patch is one vector of in * kernel features.
-        return Affine(self.turn(adapter, weight.flatten(1), transpose=True).view_as(weight), affine.bias)
+        rows = self.turn(adapter, weight.flatten(1), transpose=True, training=training)
+        return Affine(rows.reshape(weight.shape), affine.bias)
 
     def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
         if adapter.spec.kind is LayerKind.EMBEDDING:
             y = below(x)
-            return self.turn(adapter, y).to(y.dtype)
+            return self.turn(adapter, y, training=below.training).to(y.dtype)
         if adapter.spec.kind is LayerKind.LINEAR:
-            return below(self.turn(adapter, x).to(x.dtype))
-        return super().forward(adapter, x, below)
+            return below(self.turn(adapter, x, training=below.training).to(x.dtype))
+        return below.op(x, self._turned(adapter, below.dense(), below.training))
 
 
 class Scaling(Method):

@@ -25,7 +25,7 @@ NO_TARGETS = "dummy-target-modules"
 
 @dataclass(frozen=True)
 class Plan:
-    """The layers that an adapter changes, the modules it replaces (each with the one it is tied to), and what its config matched."""
+    """The layers that an adapter changes, the modules it replaces, each with the one it is tied to, and what matched."""
 
     targets: list[Target]
     saved: list[tuple[Place, str | None]]
@@ -99,16 +99,16 @@ def _targets(
     modules = set(selection.targets)
     wanted: list[tuple[str, Place, str | None]] = [(name, by_name[name], None) for name in selection.targets]
     for name in selection.parameters:
-        owner, _, parameter = name.rpartition(".")
-        wanted.append((name, by_name[owner], parameter))
+        owner, _, own_name = name.rpartition(".")
+        wanted.append((name, by_name[owner], own_name))
         if owner in modules:
             faults.append(f"{name}: its module is a target too; name either the module or its parameters")
     targets: list[Target] = []
     for index, (name, place, parameter) in enumerate(wanted):
-        owner = name.rpartition(".")[0]
         if _in_attention(place):
-            if owner not in modules:
-                faults.append(f"{name}: attention reads this layer's weight without calling it; target {owner!r} instead")
+            attention = name.rpartition(".")[0]
+            if attention not in modules:
+                faults.append(f"{name}: attention reads this layer's weight without calling it; target {attention!r} instead")
             continue
         base = _base(place, parameter)
         if base is None or base.kind not in method.layers:

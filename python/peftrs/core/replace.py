@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import nn
 
+from peftrs.core.activation import Activation, Switched
 from peftrs.errors import AdapterError
 
-if TYPE_CHECKING:
-    from peftrs.core.layer import Activation
 
-
-class ReplacedModule(nn.Module):
+class ReplacedModule(Switched, nn.Module):
     """A module with one trained copy per adapter. The copy of the active adapter runs, else the original."""
 
     def __init__(self, original_module: nn.Module, activation: Activation, name: str) -> None:
@@ -44,7 +42,7 @@ class ReplacedModule(nn.Module):
 
     def current(self) -> nn.Module:
         """The module that runs now."""
-        state = self.override or self.activation
+        state = self.state
         held = [name for name in state.active if name in self.modules_to_save] if state.enabled else []
         if len(held) > 1:
             raise AdapterError(f"{self.name}: the active adapters {held} each replace this module; only one can")
@@ -63,6 +61,7 @@ class ReplacedModule(nn.Module):
         """Drops an adapter's copy."""
         if adapter_name in self.modules_to_save:
             del self.modules_to_save[adapter_name]
+        self.forget(adapter_name)
 
     def parameters_of(self, adapter: str) -> Iterator[tuple[str, str, nn.Parameter]]:
         """Each tensor of an adapter's copy as (name within the module, name within this one, tensor), buffers included."""

@@ -59,7 +59,11 @@ class FittedAdapter:
         held = getattr(self.layer, container)[self.name]
         return cast(Tensor, getattr(held, leaf) if leaf else held)
 
-    def __contains__(self, slot: str) -> bool:
+    def get(self, slot: str) -> Tensor | None:
+        """The tensor of a slot, or None if this adapter has no such slot."""
+        return self[slot] if slot in self else None
+
+    def __contains__(self, slot: object) -> bool:
         return slot in (self.places if self.leader is None else self.method.tied_slots)
 
     def __setitem__(self, slot: str, parameter: nn.Parameter) -> None:

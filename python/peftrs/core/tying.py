@@ -52,7 +52,8 @@ def followers(found: list[Place], config: Any, targets: list[Target]) -> list[Ta
     for target in targets:
         if target.spec.kind is LayerKind.EMBEDDING and target.method.name != "TOKEN_ROWS":
             for place in tied_linears(found, original(target.place.module).weight):
-                extra.append(aim(place, dense.LINEAR, target.method, dict(target.spec.matched), tied=target.spec.name))
+                matched = dict(target.spec.matched)
+                extra.append(aim(place, dense.LINEAR, target.method, matched, tied=target.spec.name))
     return extra
 
 

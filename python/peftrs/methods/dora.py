@@ -1,13 +1,14 @@
 """DoRA: LoRA whose merged weight has rows of trained length, `m · (W + s·B·A) / ‖W + s·B·A‖`, the norm taken row by row.
 
-Liu et al. 2024, https://arxiv.org/abs/2402.09353; the norm is constant in the backward pass (section 4.3). Rows are output features,
-output channels, or the columns of an embedding's table. The base's share of the output takes the input before dropout, unlike
+Liu et al. 2024, https://arxiv.org/abs/2402.09353; the norm is constant in the backward pass (section 4.3). Rows are output
+features, output channels, or the columns of an embedding's table. The base's share of the output takes the input before dropout, unlike
 PEFT, which runs the base a second time on the dropped input; without dropout both agree.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ class Dora(Lora):
     """LoRA with `use_dora=True`; its configs and files are LoRA's."""
 
     name = "DORA"
-    tied_slots: ClassVar = {}
+    tied_slots = MappingProxyType({})
 
     def variant(self, config: LoraConfig) -> Method:
         return self
@@ -39,7 +40,7 @@ class Dora(Lora):
         return super().settle(config, spec)
 
     def slots(self, config: LoraConfig, spec: LayerSpec, values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        channels = (spec.out_features,)
+        channels: tuple[int, ...] = (spec.out_features,)
         if spec.kind in CONVOLUTIONS:
             channels = (1, spec.out_features, *[1] * (len(spec.shape) - 2))
         return super().slots(config, spec, values) | {MAGNITUDE: channels}
@@ -70,7 +71,7 @@ class Dora(Lora):
         """
         up, down = self.factors(adapter)
         rows = weight.flatten(1)
-        blocks = [rows] if rows.dtype == down.dtype else list(rows.split(ROWS))
+        blocks = [rows] if rows.dtype == down.dtype else list(torch.split(rows, ROWS))
         squared = torch.cat([torch.linalg.vector_norm(block.to(down.dtype), dim=1) ** 2 for block in blocks])
         crossed = torch.cat([block.to(down.dtype) @ down.mT for block in blocks])
         scaling = adapter.scaling

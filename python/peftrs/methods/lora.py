@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -96,7 +97,7 @@ class Lora(Additive):
     prefix = "lora_"
     attributes = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
     layers = frozenset(LayerKind)
-    tied_slots: ClassVar = {"lora_A.weight": ("lora_embedding_B", True), "lora_B.weight": ("lora_embedding_A", True)}
+    tied_slots = MappingProxyType({"lora_A.weight": ("lora_embedding_B", True), "lora_B.weight": ("lora_embedding_A", True)})
 
     def variant(self, config: LoraConfig) -> Method:
         return method("DORA") if config.use_dora else self
@@ -115,7 +116,9 @@ class Lora(Additive):
         if spec.kind in CONVOLUTIONS and values["r"] % spec.groups:
             faults.append(f"rank {values['r']} must be a multiple of the layer's {spec.groups} groups")
         if start is not None:
-            fault = start.fault(values["r"], spec) if spec.kind in start.kinds and not spec.stacked else f"not for {spec.kind} layers"
+            fault = (
+                start.fault(values["r"], spec) if spec.kind in start.kinds and not spec.stacked else f"not for {spec.kind} layers"
+            )
             faults += [] if fault is None else [f"init_lora_weights={config.init_lora_weights!r}: {fault}"]
         if faults:
             raise ConfigError("; ".join(faults))
@@ -174,11 +177,12 @@ class Lora(Additive):
             up = torch.cat([up, -adapter["origin_B.weight"]], 1)
         if adapter.spec.stacked:
             experts = adapter.spec.shape[0]
-            return up.unflatten(1, (-1, experts)).permute(2, 0, 1), down.unflatten(0, (experts, -1))
+            rank = adapter.values["r"]
+            return up.view(-1, rank, experts).permute(2, 0, 1), down.view(experts, rank, -1)
         return up.flatten(1), down.flatten(1)
 
     def shift(self, adapter: Adapter) -> Tensor | None:
-        return adapter["lora_B.bias"] if "lora_B.bias" in adapter else None
+        return adapter.get("lora_B.bias")
 
     def unmergeable(self, adapter: Adapter) -> str | None:
         if adapter.spec.groups > 1:

@@ -5,7 +5,8 @@ On an output layer that is tied to the embedding the same rows are replaced, so 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
@@ -25,7 +26,7 @@ class TrainableTokens(Method):
     name = "TOKEN_ROWS"
     prefix = "token_adapter"
     layers = frozenset({LayerKind.EMBEDDING, LayerKind.LINEAR})
-    tied_slots: ClassVar = {ROWS: (ROWS, False)}
+    tied_slots = MappingProxyType({ROWS: (ROWS, False)})
 
     def settle(self, config: Any, spec: LayerSpec) -> dict[str, Any]:
         tokens = list(spec.matched["trainable_token_indices"])

@@ -18,8 +18,8 @@ NATIVE = {torch.float32: ("F32", torch.float64), torch.float16: ("F16", torch.fl
 def add_low_rank_(weight: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Adds `up @ down` to `weight` in place, accumulating in the dtype of the factors and rounding once.
 
-    `weight` is `(rows, columns)` and contiguous, or a stack `(n, rows, columns)` of such; `up` is `(rows, r)`, `down` `(r, columns)`,
-    stacked likewise.
+    `weight` is `(rows, columns)` and contiguous, or a stack `(n, rows, columns)` of such; `up` is `(rows, r)`, `down`
+    `(r, columns)`, stacked likewise.
     """
     if weight.ndim == 3:
         for one, its_up, its_down in zip(weight, up, down, strict=True):
