@@ -94,9 +94,10 @@ class Oft(Rotation):
     def turn(self, adapter: Adapter, x: Tensor, *, transpose: bool = False, training: bool = False) -> Tensor:
         dtype = torch.promote_types(x.dtype, adapter[_slot(adapter.spec)].dtype)
         blocks = self.blocks(adapter, torch.promote_types(dtype, torch.float32), training).to(dtype)
-        parts = x.to(dtype).unflatten(-1, (-1, blocks.shape[-1]))
+        parts = x.to(dtype).reshape(*x.shape[:-1], -1, blocks.shape[-1])
         blocks = (blocks.mT if transpose else blocks).expand(parts.shape[-2], -1, -1)
-        return torch.einsum("...rk,rkc->...rc", parts, blocks).flatten(-2)
+        turned: Tensor = torch.einsum("...rk,rkc->...rc", parts, blocks)
+        return turned.flatten(-2)
 
     def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
         above = adapter[_slot(adapter.spec)]
@@ -114,7 +115,7 @@ class Oft(Rotation):
             above = above * self.within_bounds(adapter, above)
         rows, columns = torch.triu_indices(size, size, 1, device=above.device)
         upper = above.new_zeros(size * size, len(above), dtype=dtype)
-        upper = upper.index_copy(0, rows * size + columns, above.to(dtype).mT).mT.unflatten(1, (size, size))
+        upper = upper.index_copy(0, rows * size + columns, above.to(dtype).mT).mT.reshape(-1, size, size)
         skew = upper - upper.mT
         blocks = _series(skew, config.num_cayley_neumann_terms) if config.use_cayley_neumann else _cayley(skew)
         dropped = int(config.module_dropout * len(blocks)) if training and len(blocks) > 1 else 0
@@ -126,8 +127,9 @@ class Oft(Rotation):
     @torch.no_grad()
     def within_bounds(self, adapter: Adapter, above: Tensor) -> Tensor:
         """The factor, at most 1, that brings each block's skew matrix within `eps / √blocks` of zero; `(blocks, 1)`."""
-        lengths = math.sqrt(2) * above.norm(dim=1, keepdim=True)
-        return (adapter.config.eps / math.sqrt(len(above)) / lengths).clamp(max=1)
+        lengths = math.sqrt(2) * torch.linalg.vector_norm(above, dim=1, keepdim=True)
+        bound = adapter.config.eps / math.sqrt(len(above))
+        return torch.clamp(bound / lengths, max=1)
 
 
 def _slot(spec: LayerSpec) -> str:
@@ -141,7 +143,8 @@ def _identity(like: Tensor) -> Tensor:
 def _cayley(skew: Tensor) -> Tensor:
     """`(I - Q)·(I + Q)⁻¹`, orthogonal up to rounding."""
     identity = _identity(skew)
-    return torch.linalg.solve(identity + skew, identity - skew, left=False)
+    solved: Tensor = torch.linalg.solve(identity + skew, identity - skew, left=False)
+    return solved
 
 
 def _series(skew: Tensor, terms: int) -> Tensor:
