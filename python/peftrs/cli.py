@@ -7,4 +7,4 @@ from peftrs._native import merge_main
 
 def merge() -> int:
     """Runs `peftrs-merge` on the command line's arguments and returns its exit code."""
-    return merge_main(sys.argv)
+    return merge_main(sys.argv[1:])
