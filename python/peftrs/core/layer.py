@@ -152,7 +152,7 @@ class AdaptedLayer(Switched, nn.Module):
 
     @property
     def merged_adapters(self) -> list[str]:
-        """The adapters merged into the weights, in the order in which they act."""
+        """The adapters merged into the weights, in the order in which they are active."""
         return [] if self.ledger is None else list(self.ledger.names)
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:

@@ -37,7 +37,7 @@ class Shared:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What it takes to undo a merge: the names, in the order in which they act, and the stored tensors from before.
+    """What it takes to undo a merge: the names, in the order in which they are active, and the stored tensors from before.
 
     A weight that was shared is kept as it was, and the layer has one of its own while merged.
     """
@@ -75,7 +75,9 @@ def merge(layer: AdaptedLayer, names: Sequence[str], shared: Shared | None = Non
     """Merges the named adapters into a layer, beside those merged already. Raises `MergeError`, changing nothing."""
     if not names:
         return
-    chain = layer.chain([*layer.merged_adapters, *names])
+    # In the order of activation, from which the chain follows: an order taken from the chain would be turned round once more.
+    together = tuple(dict.fromkeys([*layer.merged_adapters, *names]))
+    chain = layer.chain(together)
     check(layer, chain)
     if layer.ledger is not None:
         shared = layer.ledger.shared
@@ -86,12 +88,12 @@ def merge(layer: AdaptedLayer, names: Sequence[str], shared: Shared | None = Non
         own = nn.Parameter(shared.weight.detach().clone(), requires_grad=shared.weight.requires_grad)
         setattr(shared.owner, shared.attribute, own)
         originals = [parameter.detach().clone() for parameter in stored(layer)[1:]]
-    layer.ledger = Ledger(tuple(adapter.name for adapter in chain), originals, shared)
+    layer.ledger = Ledger(together, originals, shared)
     _write(layer, chain)
     if not all(bool(parameter.isfinite().all()) for parameter in stored(layer)):
         unmerge(layer)
         raise MergeError(
-            f"{layer.spec.name}: merging {listed([adapter.name for adapter in chain])} gives weights beyond "
+            f"{layer.spec.name}: merging {listed(list(together))} gives weights beyond "
             f"{stored(layer)[0].dtype}; lower the adapter's scaling or merge into a wider dtype"
         )
 

@@ -63,6 +63,10 @@ class ReplacedModule(Switched, nn.Module):
             del self.modules_to_save[adapter_name]
         self.forget(adapter_name)
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """From the names of an adapter's tensors in a file to their names here, both within this module."""
+        return {name: own for name, own, _ in self.parameters_of(adapter_name)}
+
     def parameters_of(self, adapter: str) -> Iterator[tuple[str, str, nn.Parameter]]:
         """Each tensor of an adapter's copy as (name within the module, name within this one, tensor), buffers included."""
         if adapter in self.modules_to_save:

@@ -61,7 +61,7 @@ class FittedAdapter:
 
     def get(self, slot: str) -> Tensor | None:
         """The tensor of a slot, or None if this adapter has no such slot."""
-        return self[slot] if slot in self else None
+        return self[slot] if slot in self.places or self.leader is not None else None
 
     def __contains__(self, slot: object) -> bool:
         return slot in (self.places if self.leader is None else self.method.tied_slots)

@@ -1,8 +1,8 @@
 """DoRA: LoRA whose merged weight has rows of trained length, `m · (W + s·B·A) / ‖W + s·B·A‖`, the norm taken row by row.
 
 Liu et al. 2024, https://arxiv.org/abs/2402.09353; the norm is constant in the backward pass (section 4.3). Rows are output
-features, output channels, or the columns of an embedding's table. The base's share of the output takes the input before dropout, unlike
-PEFT, which runs the base a second time on the dropped input; without dropout both agree.
+features, output channels, or the columns of an embedding's table. The base's share of the output takes the input before
+dropout, unlike PEFT, which runs the base a second time on the dropped input; without dropout both agree.
 """
 
 from __future__ import annotations

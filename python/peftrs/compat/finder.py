@@ -1,0 +1,68 @@
+"""The import machinery of the alias: one finder for modules and for the distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.metadata import Distribution, DistributionFinder
+from os import PathLike
+from types import ModuleType
+from typing import Any
+
+from peftrs.compat.names import MODULES
+from peftrs.config import FORMAT_VERSION
+
+
+class Finder(DistributionFinder):
+    """Answers for `peft` and its modules as far as the table of names goes."""
+
+    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+        """The spec of a module of the alias, or None for any other module."""
+        if name not in MODULES:
+            return None
+        parent = any(other.startswith(f"{name}.") for other in MODULES)
+        return ModuleSpec(name, self, is_package=parent, origin="peftrs")  # type: ignore[arg-type]
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        """An empty module that looks names up in the table when they are asked for."""
+        return Alias(spec.name)
+
+    def exec_module(self, module: ModuleType) -> None:
+        """Nothing to run: the module answers by its table."""
+
+    def find_distributions(self, context: DistributionFinder.Context = DistributionFinder.Context()) -> Iterable[Distribution]:  # noqa: B008
+        """The distribution `peft`, of the version whose files and names are followed."""
+        return [AliasDistribution()] if context.name in (None, "peft") else []
+
+
+class Alias(ModuleType):
+    """A module of PEFT's name whose attributes are ours."""
+
+    __peftrs__ = True
+
+    def __getattr__(self, name: str) -> Any:
+        table = MODULES[self.__name__]
+        if name == "__all__":
+            return sorted(table)
+        if name not in table:
+            raise AttributeError(f"peftrs has nothing for `{self.__name__}.{name}`")
+        module, _, attribute = table[name].partition(":")
+        found = getattr(import_module(module), attribute) if attribute else import_module(module)
+        setattr(self, name, found)
+        return found
+
+    def __dir__(self) -> list[str]:
+        return sorted(MODULES[self.__name__])
+
+
+class AliasDistribution(Distribution):
+    """Metadata that says which version of PEFT the alias stands for."""
+
+    def read_text(self, filename: str) -> str | None:
+        """The text of a metadata file."""
+        return f"Metadata-Version: 2.1\nName: peft\nVersion: {FORMAT_VERSION}\n" if filename == "METADATA" else None
+
+    def locate_file(self, path: str | PathLike[str]) -> Any:
+        """No file belongs to the alias."""
+        raise FileNotFoundError(path)

@@ -1,0 +1,64 @@
+"""PEFT's dotted names as a table: for each module, what its names are here (`module:attribute`, or a module alone)."""
+
+from __future__ import annotations
+
+import peftrs
+
+LAYERS = "peftrs.compat.layers"
+CONVERSION = "peftrs.compat.weight_conversion"
+
+ROOT = {name: f"peftrs:{name}" for name in peftrs.__all__} | {"__version__": "peftrs.config:FORMAT_VERSION"}
+
+WRAPPERS = {
+    "AuxiliaryTrainingWrapper": "peftrs.core.replace:ReplacedModule",
+    "ModulesToSaveWrapper": "peftrs.core.replace:ReplacedModule",
+}
+
+STATE = {
+    name: ROOT[name]
+    for name in ("get_peft_model_state_dict", "set_peft_model_state_dict", "load_peft_weights")
+    if name in ROOT
+}  # fmt: skip
+
+CONSTANTS = {
+    name: f"{LAYERS}:{name}"
+    for name in ("CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "_get_submodules")
+}
+
+LORA = {name: f"{LAYERS}:{name}" for name in ("LoraLayer", "Linear", "Embedding", "Conv2d", "Conv3d", "ParamWrapper")}
+
+TUNERS = {
+    "BaseTuner": "peftrs.model.tuner:Tuner",
+    "BaseTunerLayer": "peftrs.core.layer:AdaptedLayer",
+    "set_adapter": f"{LAYERS}:set_adapter",
+    "set_requires_grad": f"{LAYERS}:set_requires_grad",
+    "delete_adapter": f"{LAYERS}:delete_adapter",
+}
+
+MODULES: dict[str, dict[str, str]] = {
+    "peft": ROOT,
+    "peft.auto": ROOT,
+    "peft.config": ROOT,
+    "peft.mapping": ROOT,
+    "peft.mapping_func": ROOT,
+    "peft.peft_model": ROOT,
+    "peft.functional": {**STATE, **TUNERS, "inject_adapter_in_model": ROOT.get("inject_adapter_in_model", "peftrs")},
+    "peft.helpers": {"disable_input_dtype_casting": f"{LAYERS}:disable_input_dtype_casting"},
+    "peft.utils": {**ROOT, **WRAPPERS, **STATE, **CONSTANTS},
+    "peft.utils.other": {**WRAPPERS, **CONSTANTS},
+    "peft.utils.constants": CONSTANTS,
+    "peft.utils.save_and_load": STATE,
+    "peft.utils.transformers_weight_conversion": {"build_peft_weight_mapping": f"{CONVERSION}:build_peft_weight_mapping"},
+    "peft.tuners": {**ROOT, **LORA},
+    "peft.tuners.tuners_utils": TUNERS,
+    "peft.tuners.lora": {**ROOT, **LORA},
+    "peft.tuners.lora.layer": LORA,
+    "peft.tuners.lora.config": ROOT,
+    "peft.tuners.lora.model": ROOT,
+    "peft.tuners.ia3": ROOT,
+    "peft.tuners.oft": ROOT,
+    "peft.tuners.loha": {},
+    "peft.tuners.loha.layer": {"LoHaLayer": f"{LAYERS}:LoHaLayer"},
+    "peft.tuners.lokr": {},
+    "peft.tuners.lokr.layer": {"LoKrLayer": f"{LAYERS}:LoKrLayer"},
+}

@@ -1,0 +1,135 @@
+"""Libraries that import `peft` run on peftrs: each test is a process of its own, since they ask once, when imported."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+PREAMBLE = """
+import os, sys, torch
+os.environ["HF_HUB_OFFLINE"] = "1"
+import peftrs, peftrs.compat
+peftrs.compat.install()
+torch.manual_seed(0)
+torch.set_num_threads(1)
+def tiny():
+    from transformers import BertConfig, BertForSequenceClassification
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, vocab_size=32, max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+tokens = torch.arange(12).view(2, 6)
+def run(model):
+    with torch.no_grad():
+        return model.eval()(input_ids=tokens).logits
+def stir(model):
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.1 * torch.randn_like(parameter)
+"""
+
+
+def process(script: str, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", PREAMBLE + textwrap.dedent(script)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_names_and_version_are_ours(tmp_path: Path) -> None:
+    process(
+        """
+        import importlib.metadata, importlib.util
+        import peft
+        from peft.tuners.tuners_utils import BaseTunerLayer
+        from peft.tuners.lora.layer import LoraLayer
+        assert peft.PeftModel is peftrs.PeftModel and peft.__version__ == importlib.metadata.version("peft") == "0.21.2"
+        assert importlib.util.find_spec("peft").origin == "peftrs" and importlib.util.find_spec("peft.nonsense") is None
+        from transformers.utils import is_peft_available
+        from accelerate.utils import is_peft_model
+        assert is_peft_available()
+        model = peftrs.get_peft_model(tiny(), peftrs.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+        assert is_peft_model(model)
+        layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
+        assert isinstance(layer, BaseTunerLayer) and isinstance(layer, LoraLayer)
+        assert not isinstance(model.base_model.model.bert.pooler.dense, BaseTunerLayer)
+        peftrs.compat.uninstall()
+        import peft as real
+        assert not getattr(real, "__peftrs__", False)
+        """,
+        tmp_path,
+    )
+
+
+def test_trainer_trains_saves_and_resumes(tmp_path: Path) -> None:
+    process(
+        """
+        from transformers import Trainer, TrainingArguments
+        rows = [{"input_ids": torch.randint(0, 32, (6,)), "labels": i % 2} for i in range(32)]
+        def trainer(steps, **extra):
+            model = peftrs.get_peft_model(tiny(), peftrs.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"))
+            arguments = TrainingArguments("out", max_steps=steps, per_device_train_batch_size=8, save_steps=4, report_to=[],
+                logging_steps=1, learning_rate=1e-2, use_cpu=True, disable_tqdm=True, **extra)
+            return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
+        first = trainer(8)
+        first.train()
+        assert sorted(os.listdir("out/checkpoint-8"))[:2] == ["README.md", "adapter_config.json"]
+        assert os.path.getsize("out/checkpoint-8/adapter_model.safetensors") < 20_000
+        again = trainer(8)
+        again.train(resume_from_checkpoint="out/checkpoint-4")
+        a, b = run(first.model), run(again.model)
+        assert torch.allclose(a, b, atol=1e-6), (a - b).abs().max()
+        loaded = peftrs.PeftModel.from_pretrained(tiny(), "out/checkpoint-8")
+        assert torch.equal(run(loaded), a)
+        assert "eval_loss" in again.evaluate()
+        """,
+        tmp_path,
+    )
+
+
+def test_models_add_save_and_load_adapters_themselves(tmp_path: Path) -> None:
+    process(
+        """
+        from transformers import BertForSequenceClassification
+        tiny().save_pretrained("base")
+        model = BertForSequenceClassification.from_pretrained("base")
+        plain = run(model)
+        model.add_adapter(peftrs.LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"]), "one")
+        assert torch.allclose(run(model), plain, atol=1e-6) and model.active_adapters() == ["one"]
+        stir(model)
+        changed = run(model)
+        assert not torch.allclose(changed, plain, atol=1e-3)
+        model.disable_adapters()
+        assert torch.allclose(run(model), plain, atol=1e-6)
+        model.enable_adapters()
+        model.set_adapter("one")
+        assert torch.equal(run(model), changed)
+        model.save_pretrained("adapter")
+        assert os.path.exists("adapter/adapter_model.safetensors") and os.path.exists("adapter/adapter_config.json")
+        other = BertForSequenceClassification.from_pretrained("base")
+        other.load_adapter("adapter", "two")
+        other.set_adapter("two")
+        assert torch.allclose(run(other), changed, atol=1e-6), (run(other) - changed).abs().max()
+        straight = BertForSequenceClassification.from_pretrained("adapter")
+        assert torch.allclose(run(straight), changed, atol=1e-6)
+        other.delete_adapter("two")
+        assert torch.allclose(run(other), plain, atol=1e-6)
+        """,
+        tmp_path,
+    )
+
+
+def test_installing_too_late_is_refused(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", "import peft, peftrs.compat; peftrs.compat.install()"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode != 0
+    assert "PeftrsError" in done.stderr and "before anything that imports it" in done.stderr
