@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -14,6 +14,9 @@ from peftrs.core.layer import AdaptedLayer
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.tree import Wrapped, adapted_layers, places, wrappers
 from peftrs.errors import AdapterError, PeftrsWarning
+
+Track = Callable[[list[AdaptedLayer]], Iterable[AdaptedLayer]]
+"""What goes through a list of layers as it is, for instance to show progress."""
 
 
 def check_known(model: nn.Module, names: Sequence[str]) -> None:
@@ -96,14 +99,16 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         set_adapter(model, left[0])
 
 
-def merge(model: nn.Module, names: Sequence[str] | None = None) -> None:
-    """Merges adapters (the active ones unless named) into all layers, or into none.
+def merge(model: nn.Module, names: Sequence[str] | None = None, track: Track = iter) -> None:
+    """Merges adapters (the active ones unless named) into all layers, or into none. `track` sees the layers go by.
 
     Tensors are checked first, and a failure on the way takes back what was merged. Weights that other modules share are copied
-    for the merge, with a warning that says how many bytes; unmerging ties them again.
+    for the merge, with a warning that says how many bytes; unmerging ties them again. Raises `AdapterError` for an unknown name,
+    `MergeError` for what cannot be merged.
     """
     layers = list(adapted_layers(model))
     chosen = {layer: merging.names_to_merge(layer, names) for layer in layers}
+    check_known(model, names or ())
     chosen = {layer: found for layer, found in chosen.items() if found}
     for layer, found in chosen.items():
         merging.check(layer, layer.chain([*layer.merged_adapters, *found]))
@@ -115,8 +120,8 @@ def merge(model: nn.Module, names: Sequence[str] | None = None) -> None:
         )
     done: list[AdaptedLayer] = []
     try:
-        for layer, found in chosen.items():
-            merging.merge(layer, found, shared.get(layer))
+        for layer in track(list(chosen)):
+            merging.merge(layer, chosen[layer], shared.get(layer))
             done.append(layer)
     except BaseException:
         unmerge(done)
@@ -130,10 +135,12 @@ def unmerge(layers: Sequence[AdaptedLayer]) -> None:
             layer.unmerge()
 
 
-def unload(model: nn.Module, *, merged: bool, names: Sequence[str] | None = None) -> nn.Module:
+def unload(
+    model: nn.Module, *, merged: bool, names: Sequence[str] | None = None, track: Track = iter
+) -> nn.Module:
     """Takes all wrappers off the model, adapters merged into the weights or left out; trained whole modules stay in place."""
     if merged:
-        merge(model, names)
+        merge(model, names, track)
     else:
         unmerge(list(adapted_layers(model)))
     state = activation(model)
