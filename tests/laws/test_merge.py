@@ -1,0 +1,215 @@
+"""Merging changes no output, and unmerging restores every bit, whatever happened in between."""
+
+import copy
+import pickle
+from collections.abc import Callable
+from itertools import permutations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from laws.cases import (
+    CASES,
+    KINDS,
+    TOLERANCE,
+    WAYS_FOR,
+    adapted,
+    add,
+    bits,
+    config,
+    distance,
+    dtypes,
+    fitted,
+    ids,
+    plain,
+    same,
+    seeds,
+    sole_layer,
+    stir,
+)
+from torch import nn
+
+from peftrs.core import manage
+from peftrs.core.tree import adapted_layers
+from peftrs.errors import AdapterError, MergeError, PeftrsWarning
+from peftrs.methods.ia3 import IA3Config
+
+cases = pytest.mark.parametrize("case", CASES, ids=ids)
+
+
+@st.composite
+def several(draw: st.DrawFn, count: int) -> tuple[str, list[str]]:
+    """A kind of layer, and ways to adapt it together."""
+    kind = draw(st.sampled_from([kind for kind in KINDS if WAYS_FOR[kind]]))
+    return kind, draw(st.lists(st.sampled_from(WAYS_FOR[kind]), min_size=count, max_size=count))
+
+
+@cases
+@settings(max_examples=4)
+@given(dtype=dtypes, wide=st.booleans(), seed=seeds)
+def test_merged_gives_what_unmerged_gave(case: tuple[str, str], dtype: torch.dtype, wide: bool, seed: int) -> None:
+    torch.manual_seed(seed)
+    way, kind = case
+    model = adapted([way], kind, dtype, autocast_adapter_dtype=wide)
+    inputs = KINDS[kind].inputs(dtype)
+    unmerged = model(*inputs)
+    with manage.disabled(model):
+        assert distance(unmerged, model(*inputs)) > 2 * TOLERANCE[dtype]
+    manage.merge(model)
+    assert unmerged.dtype is dtype
+    assert distance(model(*inputs), unmerged) < TOLERANCE[dtype]
+
+
+def check_order(kind: str, ways: list[str], dtype: torch.dtype) -> None:
+    model = adapted(ways, kind, dtype)
+    inputs = KINDS[kind].inputs(dtype)
+    before = bits(model)
+    for order in permutations("abc"[: len(ways)]):
+        manage.set_adapter(model, order)
+        unmerged = model(*inputs)
+        manage.merge(model)
+        assert distance(model(*inputs), unmerged) < len(ways) * TOLERANCE[dtype]
+        assert sole_layer(model).merged_adapters == list(order)
+        at_once = bits(model)
+        manage.unmerge(list(adapted_layers(model)))
+        assert same(bits(model), before)
+        manage.merge(model, list(order[:-1]))
+        with pytest.warns(PeftrsWarning, match="merged already"):
+            manage.merge(model, [order[-1]])
+        assert same(bits(model), at_once)
+        manage.unmerge(list(adapted_layers(model)))
+
+
+@settings(max_examples=80)
+@given(drawn=several(2), dtype=dtypes, seed=seeds)
+def test_two_adapters_merge_as_they_act_in_either_order(drawn: tuple[str, list[str]], dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_order(*drawn, dtype)
+
+
+@settings(max_examples=20)
+@given(drawn=several(3), dtype=dtypes, seed=seeds)
+def test_three_adapters_merge_as_they_act_in_any_order(drawn: tuple[str, list[str]], dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_order(*drawn, dtype)
+
+
+@pytest.mark.long
+@settings(max_examples=3000)
+@given(drawn=several(2) | several(3), dtype=dtypes, seed=seeds)
+def test_any_adapters_merge_as_they_act_in_any_order(drawn: tuple[str, list[str]], dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    check_order(*drawn, dtype)
+
+
+def leave(model: nn.Module) -> nn.Module:
+    return model
+
+
+def train(model: nn.Module) -> nn.Module:
+    stir(model)
+    return model
+
+
+def lose(model: nn.Module) -> nn.Module:
+    """Takes the tensors away without asking, which `delete_adapter` would refuse."""
+    for layer in adapted_layers(model):
+        for adapter in layer.adapters.values():
+            adapter.remove()
+        layer.adapters.clear()
+    return model
+
+
+def pickled(model: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(model))
+
+
+def moved(model: nn.Module) -> nn.Module:
+    """Gives every parameter new memory, as moving to another device does."""
+    return model._apply(lambda tensor: tensor.clone())
+
+
+@cases
+@pytest.mark.parametrize("meanwhile", [leave, train, lose, copy.deepcopy, pickled, moved])
+@settings(max_examples=2)
+@given(dtype=dtypes, seed=seeds)
+def test_unmerging_restores_the_bits(
+    case: tuple[str, str], meanwhile: Callable[[nn.Module], nn.Module], dtype: torch.dtype, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    way, kind = case
+    model = plain(kind, dtype)
+    with torch.no_grad():
+        # Bits that arithmetic would not bring back: a negative zero, a subnormal number, one that swallows any change.
+        for parameter in model.parameters():
+            parameter.view(-1)[:3] = torch.tensor([-0.0, torch.finfo(dtype).smallest_normal / 4, 3e4]).to(dtype)
+    before = bits(model)
+    add(model, config(way, kind), "a")
+    stir(model)
+    manage.merge(model)
+    assert not same(bits(model), before)
+    model = meanwhile(model)
+    manage.unmerge(list(adapted_layers(model)))
+    assert same(bits(model), before)
+
+
+@cases
+def test_unloading_merged_leaves_the_plain_model_with_the_adapters_output(case: tuple[str, str]) -> None:
+    way, kind = case
+    model = adapted([way], kind)
+    inputs = KINDS[kind].inputs(torch.float32)
+    expected = model(*inputs)
+    manage.unload(model, merged=True)
+    assert list(adapted_layers(model)) == []
+    assert model.state_dict().keys() == plain(kind).state_dict().keys()
+    assert distance(model(*inputs), expected) < TOLERANCE[torch.float32]
+
+
+@cases
+def test_unloading_unmerged_leaves_the_bits_from_before(case: tuple[str, str]) -> None:
+    way, kind = case
+    model = plain(kind)
+    before = bits(model)
+    add(model, config(way, kind), "a")
+    stir(model)
+    manage.merge(model)
+    manage.unload(model, merged=False)
+    assert list(adapted_layers(model)) == []
+    assert same(bits(model), before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_a_merge_that_overflows_is_refused_and_takes_everything_back(value: float) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.float16)
+    add(model, IA3Config(target_modules=["0", "1"], feedforward_modules=[]), "a")
+    before = bits(model)
+    last = list(fitted(model))[-1]
+    with torch.no_grad():
+        last["ia3_l"].fill_(value)
+    with pytest.raises(MergeError, match=r"^1: "):
+        manage.merge(model)
+    assert same(bits(model), before)
+    assert not any(layer.merged for layer in adapted_layers(model))
+
+
+def test_merging_an_unknown_adapter_is_refused() -> None:
+    model = adapted(["lora"], "linear")
+    with pytest.raises(AdapterError, match="Adapter z not found"):
+        manage.merge(model, ["z"])
+
+
+def test_a_merged_adapter_cannot_be_deleted() -> None:
+    model = adapted(["lora"], "linear")
+    manage.merge(model)
+    with pytest.raises(AdapterError, match="unmerge it first"):
+        manage.delete_adapter(model, "a")
+
+
+def test_a_merge_is_told_to_autograd() -> None:
+    model = adapted(["lora"], "linear")
+    weight = sole_layer(model).base_layer.weight
+    (weight.detach().requires_grad_() * weight).sum()
+    version = weight._version
+    manage.merge(model)
+    assert weight._version > version
