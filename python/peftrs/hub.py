@@ -39,3 +39,17 @@ def local_folder(name: str | os.PathLike[str], files: Iterable[str], subfolder: 
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: neither a local folder nor a repository that can be read ({error})") from error
     return os.path.dirname(str(found[0]))
+
+
+def cached_file(name: str | os.PathLike[str], file: str) -> str | None:
+    """The path of a file in a local folder or in the hub's cache, without asking the network; None if it is in neither."""
+    path = os.path.join(os.fspath(name), file)
+    if os.path.exists(path):
+        return path
+    try:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(os.fspath(name), file)
+    except (ImportError, ValueError):
+        return None
+    return found if isinstance(found, str) else None

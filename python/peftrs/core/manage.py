@@ -135,9 +135,7 @@ def unmerge(layers: Sequence[AdaptedLayer]) -> None:
             layer.unmerge()
 
 
-def unload(
-    model: nn.Module, *, merged: bool, names: Sequence[str] | None = None, track: Track = iter
-) -> nn.Module:
+def unload(model: nn.Module, *, merged: bool, names: Sequence[str] | None = None, track: Track = iter) -> nn.Module:
     """Takes all wrappers off the model, adapters merged into the weights or left out; trained whole modules stay in place."""
     if merged:
         merge(model, names, track)

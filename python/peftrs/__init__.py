@@ -1,0 +1,53 @@
+"""Parameter-efficient fine-tuning for PyTorch with a Rust core.
+
+Importing the package loads neither torch nor transformers: a public name's module is imported when the name is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from peftrs._native import __version__
+
+_MODULES = {
+    "config": ("PeftConfig", "PeftType", "TaskType"),
+    "errors": (
+        "AdapterError", "CheckpointError", "ConfigError", "MergeError", "PeftrsError", "PeftrsWarning", "StorageError",
+        "TargetError", "is_strict", "set_strict",
+    ),
+    "io.checkpoint": ("load_peft_weights",),
+    "io.state": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
+    "methods.ia3": ("IA3Config",),
+    "methods.lora": ("LoraConfig", "LoraRuntimeConfig"),
+    "methods.oft": ("OFTConfig",),
+    "model.auto": (
+        "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction", "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
+    ),
+    "model.mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "get_peft_config", "get_peft_model", "inject_adapter_in_model"),
+    "model.peft_model": ("PeftModel",),
+    "model.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
+    "model.tasks": (
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
+        "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
+        "PeftModelForTokenClassification",
+    ),
+}  # fmt: skip
+"""Every public name, by the module that has it."""
+
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = ["__version__", *_HOME]  # noqa: PLE0604 (the table's keys are strings)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'peftrs' has no attribute {name!r}")
+    value = getattr(import_module(f"peftrs.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME})

@@ -1,0 +1,149 @@
+"""Tensors to and from safetensors files, without a copy in between: the Rust core fills and reads torch's memory."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from peftrs import _native
+from peftrs.config import CONFIG_NAME
+from peftrs.errors import AdapterError, CheckpointError
+from peftrs.hub import HUB_OPTIONS, local_folder
+
+WEIGHTS_NAME = "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""How the names of tensors begin in files: the path from `PeftModel` to the user's model."""
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Source(Protocol):
+    """Where tensors come from: what there is can be asked before any of it is read."""
+
+    origin: str
+    """What messages call it."""
+
+    def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        """The dtype and shape of every tensor by name."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU or where it lies."""
+
+
+class FileSource:
+    """The weights in an adapter's folder. Opening it checks the whole header; see `_native.Checkpoint`."""
+
+    def __init__(self, folder: str) -> None:
+        self.origin = os.path.join(folder, WEIGHTS_NAME)
+        self._file = _native.Checkpoint.adapter(folder)
+        self._entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        unknown = []
+        for name, dtype, shape in self._file.entries():
+            if dtype in DTYPES:
+                self._entries[name] = (DTYPES[dtype], tuple(shape))
+            else:
+                unknown.append(f"{name!r:.120} is {dtype}")
+        if unknown:
+            raise CheckpointError(f"{self.origin}: holds tensors of a type that adapters do not have: {', '.join(unknown[:8])}")
+
+    def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return self._entries
+
+    def read(self, name: str) -> Tensor:
+        dtype, shape = self._entries[name]
+        data = self._file.read(name)
+        # The tensor keeps the bytearray alive.
+        return torch.frombuffer(data, dtype=dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
+
+
+class MemorySource:
+    """Tensors that are in memory already."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], origin: str) -> None:
+        self.origin = origin
+        self._tensors = tensors
+
+    def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].detach()
+
+
+class Renamed:
+    """Another source under other names, which `key_mapping` gives: patterns to replacements, the first that matches counts.
+
+    The patterns see names without the prefix of files. Raises `CheckpointError` for names without it, or that become equal.
+    """
+
+    def __init__(self, source: Source, key_mapping: Mapping[str, str]) -> None:
+        self.origin = source.origin
+        self._source = source
+        self._names: dict[str, str] = {}
+        for name in source.described():
+            prefix = next((prefix for prefix in (PREFIX, "base_model.") if name.startswith(prefix)), None)
+            if prefix is None:
+                raise CheckpointError(f"{self.origin}: `key_mapping` needs names that begin with {PREFIX!r}, unlike {name!r:.120}")
+            new = _renamed(name.removeprefix(prefix), key_mapping)
+            if prefix + new in self._names:
+                raise CheckpointError(f"{self.origin}: `key_mapping` gives two tensors the name {prefix + new!r:.120}")
+            self._names[prefix + new] = name
+
+    def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
+        described = self._source.described()
+        return {new: described[old] for new, old in self._names.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._source.read(self._names[name])
+
+
+def _renamed(name: str, key_mapping: Mapping[str, str]) -> str:
+    for pattern, replacement in key_mapping.items():
+        new, count = re.subn(pattern, replacement, name)
+        if count:
+            return new
+    return name
+
+
+def load_peft_weights(
+    model_id: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    key_mapping: Mapping[str, str] | None = None,
+    **hub: Any,
+) -> dict[str, Tensor]:
+    """The tensors of an adapter in a local folder or repository, by name, on `device` (default: the CPU).
+
+    Raises `CheckpointError` for a file that breaks the format, or is missing; pickled weights are never read.
+    """
+    subfolder = hub.pop("subfolder", None)
+    options = {key: value for key, value in hub.items() if key in HUB_OPTIONS}
+    source: Source = FileSource(local_folder(model_id, [CONFIG_NAME, WEIGHTS_NAME], subfolder, **options))
+    if key_mapping:
+        source = Renamed(source, key_mapping)
+    return {name: source.read(name).to(device) for name in source.described()}
+
+
+def write(folder: str | os.PathLike[str], config: str, tensors: Mapping[str, Tensor], files: Mapping[str, bytes]) -> None:
+    """Writes an adapter's config, weights and further files into a folder, all or nothing, synced to the disk."""
+    rows, held = [], []
+    for name, tensor in tensors.items():
+        dtype = NAMES.get(tensor.dtype)
+        if dtype is None or tensor.device.type == "meta" or not tensor.numel():
+            fault = "without values" if dtype else f"of {tensor.dtype}, which adapters' files do not hold"
+            hint = "; gather sharded parameters first and pass them as `state_dict`" if dtype else ""
+            raise AdapterError(f"{name}: cannot save a tensor {fault}{hint}")
+        plain = tensor.detach().cpu().contiguous()
+        held.append(plain)
+        data = (ctypes.c_char * plain.nbytes).from_address(plain.data_ptr())
+        rows.append((name, dtype, list(plain.shape), data))
+    _native.write_adapter(os.fspath(folder), config, rows, files=files)

@@ -1,0 +1,144 @@
+"""What an adapter's file holds, told from the model's structure: each tensor's name in the file, in memory, and where it goes.
+
+An adapter's tensors are found by walking its layers, never by looking for its name in other names, so that neither an adapter
+called "0" nor a layer called "lora_head" is mistaken for something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftrs.config import TargetedConfig
+from peftrs.core.inject import biases
+from peftrs.core.layer import AdaptedLayer
+from peftrs.core.replace import ReplacedModule
+from peftrs.core.slots import FittedAdapter
+from peftrs.core.tree import original, wrappers
+
+TOKEN_ROWS = "TOKEN_ROWS"
+"""The method whose tied layers are not written: what they share stands in the file once, under the embedding's name."""
+
+WRAPPINGS = ("_orig_mod.", "_fsdp_wrapped_module.")
+"""What other libraries put into the names of modules that they wrap."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of an adapter, or of the base where its file may hold those.
+
+    `required` entries belong to every file of the adapter. `shown` is the tensor to save; `bind` puts a loaded one in its place.
+    """
+
+    key: str
+    """The name in the file."""
+    name: str
+    """The name in the model's `state_dict`."""
+    shown: Tensor
+    bind: Callable[[Tensor], None]
+    required: bool = True
+    transposed: bool = False
+    """Whether the tensor in the `state_dict` is the transpose of the file's."""
+    owner: FittedAdapter | None = None
+    """The adapter that this is a slot of."""
+    slot: str = ""
+
+    @property
+    def empty(self) -> bool:
+        """Whether the model still waits for the values."""
+        return self.shown.device.type == "meta"
+
+
+def plain(name: str) -> str:
+    """A name without what wrapping libraries put into it."""
+    for wrapping in WRAPPINGS:
+        name = name.replace(wrapping, "")
+    return name
+
+
+def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[Entry]:
+    """Every tensor that the adapter's file holds by its config; embeddings of the base apart."""
+    held = [(plain(path), wrapper) for path, wrapper in wrappers(model)]
+    paths = {wrapper: path for path, wrapper in held}
+    for path, wrapper in held:
+        if isinstance(wrapper, ReplacedModule):
+            for inner, name, tensor in wrapper.parameters_of(adapter):
+                yield Entry(f"{path}.{inner}", f"{path}.{name}", tensor, partial(_overwrite, tensor))
+        elif adapter in wrapper.adapters:
+            fitted = wrapper.adapters[adapter]
+            if fitted.leader is None:
+                yield from _slots(path, fitted)
+            elif fitted.method.name != TOKEN_ROWS:
+                yield from _shared_slots(path, fitted, paths[fitted.leader.layer])
+    for name, bias in biases(model, config):
+        name = plain(name)
+        if ".modules_to_save." not in name:
+            yield Entry(name, name, bias, partial(_overwrite, bias), required=".original_module." not in name)
+
+
+def _slots(path: str, fitted: FittedAdapter) -> Iterator[Entry]:
+    for slot, parameter in fitted.parameters():
+        name = f"{path}.{fitted.full_name(slot)}"
+        yield Entry(f"{path}.{slot}", name, parameter, partial(_bind_slot, fitted, slot), owner=fitted, slot=slot)
+
+
+def _shared_slots(path: str, fitted: FittedAdapter, leading_path: str) -> Iterator[Entry]:
+    """The tensors of a layer tied to another: written under both names, in memory the other's alone, whose entry binds them."""
+    leader = cast(FittedAdapter, fitted.leader)
+    for slot in fitted.slots:
+        leading, transposed = fitted.method.tied_slots[slot]
+        name = f"{leading_path}.{leader.full_name(leading)}"
+        yield Entry(f"{path}.{slot}", name, fitted[slot], _leave, required=False, transposed=transposed)
+
+
+def _bind_slot(fitted: FittedAdapter, slot: str, value: Tensor) -> None:
+    held = fitted[slot]
+    if held.device.type == "meta":
+        fitted[slot] = nn.Parameter(value.to(device_of(fitted.layer), held.dtype), requires_grad=held.requires_grad)
+    else:
+        _overwrite(held, value)
+
+
+def _overwrite(held: Tensor, value: Tensor) -> None:
+    with torch.no_grad():
+        held.copy_(value)
+
+
+def _leave(value: Tensor) -> None:
+    """Nothing: the tensor is another entry's."""
+
+
+def device_of(layer: AdaptedLayer) -> torch.device:
+    """Where a layer's adapters belong: beside its weight, or on the CPU while that is still to be loaded."""
+    device = layer.base.dense(layer.base_layer).weight.device
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def embeddings(model: nn.Module, *, targeted: bool = False) -> Iterator[Entry]:
+    """The tensors of the model's input and output embeddings; with `targeted` only of those that are adapted."""
+    for getter in ("get_input_embeddings", "get_output_embeddings"):
+        module = _ask(model, getter)
+        path = None if module is None else next((name for name, other in model.named_modules() if other is module), None)
+        if path is None or isinstance(module, ReplacedModule) or (targeted and not isinstance(module, AdaptedLayer)):
+            continue
+        inner = file = ""
+        if isinstance(module, AdaptedLayer):
+            inner = file = "base_layer."
+            if all(fitted.method.name == TOKEN_ROWS for fitted in module.adapters.values()):
+                # PEFT wraps an embedding of which only rows are trained in another way.
+                file = "original_module."
+        for leaf, tensor in original(module).named_parameters(recurse=False):
+            name = f"{plain(path)}.{inner}{leaf}"
+            yield Entry(f"{plain(path)}.{file}{leaf}", name, tensor, partial(_overwrite, tensor), required=False)
+
+
+def _ask(model: nn.Module, getter: str) -> Any:
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None

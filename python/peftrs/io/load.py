@@ -1,0 +1,165 @@
+"""Loading an adapter's tensors: every name, shape and dtype is checked before the first value is read or changed."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from peftrs.config import TargetedConfig
+from peftrs.core.slots import FittedAdapter
+from peftrs.errors import CheckpointError, PeftrsWarning, complain, is_strict
+from peftrs.io.checkpoint import PREFIX, Source
+from peftrs.io.entries import Entry, device_of, embeddings, entries, plain
+
+FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+SHOWN = 120
+"""How many characters of a name out of a file stand in a message."""
+
+
+class Incompatible(NamedTuple):
+    """What did not fit, as torch's `load_state_dict` tells it: names in memory, and names as the source has them."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+@dataclass
+class Match:
+    """Which tensor of a source belongs where, and what speaks against loading it."""
+
+    pairs: list[tuple[Entry, str]] = field(default_factory=list)
+    missing: list[Entry] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    foreign: list[str] = field(default_factory=list)
+    """Names of the model's own weights, which the adapter's config does not speak of."""
+    misshapen: list[str] = field(default_factory=list)
+    broken: list[str] = field(default_factory=list)
+    """Names given twice, or with dtypes that do not fit."""
+
+
+def load(
+    model: nn.Module,
+    adapter: str,
+    config: TargetedConfig,
+    source: Source,
+    *,
+    strict: bool | None,
+    report: bool = False,
+    ignore_mismatched_sizes: bool = False,
+) -> Incompatible:
+    """Fills an adapter that the model has from a source, after checking all of it against the model.
+
+    Missing and unexpected tensors are an error (a warning unless `strict`), or with `report` only returned. Slots that still wait
+    for values and find none get the method's first ones. Raises `CheckpointError` listing every fault, with nothing changed.
+    """
+    match = compare(model, adapter, config, source)
+    _judge(match, adapter, source, strict=strict, report=report, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    odd = []
+    values: dict[FittedAdapter, dict[str, Tensor]] = {}
+    with torch.no_grad():
+        for entry, name in match.pairs:
+            value = source.read(name)
+            if value.is_floating_point() and not bool(value.isfinite().all()):
+                odd.append(name)
+            entry.bind(value)
+            if entry.owner is not None:
+                values.setdefault(entry.owner, {})[entry.slot] = value
+        for fitted in dict.fromkeys(entry.owner for entry in match.missing if entry.owner is not None and entry.empty):
+            _fill(fitted, values.get(fitted, {}))
+    if odd:
+        text = f"{source.origin}: {len(odd)} tensors hold NaN or infinite values: {_names(odd)}"
+        warnings.warn(text, PeftrsWarning, stacklevel=3)
+    return Incompatible([entry.name for entry in match.missing], match.unexpected)
+
+
+def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Source) -> Match:
+    """Which tensors of the source are the adapter's, going by names, shapes and dtypes alone."""
+    expected = [*entries(model, adapter, config), *embeddings(model)]
+    # The embeddings' names may be the adapter's already, where it replaces them whole.
+    spelled = {name: entry for entry in reversed(expected) for name in (entry.name, entry.key)}
+    own = {_stripped(plain(name)) for name, _ in model.named_parameters()}
+    match, taken = Match(), set[str]()
+    for name, (dtype, shape) in source.described().items():
+        entry = next((spelled[way] for way in _ways(name) if way in spelled), None)
+        if entry is None:
+            (match.foreign if _stripped(name) in own else match.unexpected).append(name)
+        elif entry.key in taken:
+            match.broken.append(f"{_cut(name)} is there under two names")
+        elif shape != tuple(entry.shown.shape):
+            match.misshapen.append(f"{_cut(name)} has shape {list(shape)}, the model needs {list(entry.shown.shape)}")
+        elif dtype != entry.shown.dtype and not {dtype, entry.shown.dtype} <= FLOATS:
+            match.broken.append(f"{_cut(name)} is {dtype}, the model needs {entry.shown.dtype}")
+        else:
+            match.pairs.append((entry, name))
+        if entry is not None:
+            taken.add(entry.key)
+    found = {entry.key for entry, _ in match.pairs}
+    match.missing = [entry for entry in expected if entry.required and entry.key not in found]
+    return match
+
+
+def _judge(match: Match, adapter: str, source: Source, *, strict: bool | None, report: bool, ignore_mismatched_sizes: bool) -> None:
+    fatal = [f"{len(match.broken)} do not fit: {', '.join(match.broken[:4])}"] if match.broken else []
+    if match.foreign:
+        fatal.append(
+            f"{len(match.foreign)} would overwrite weights of the model that the config does not name: {_names(match.foreign)}"
+        )
+    if match.misshapen and not ignore_mismatched_sizes:
+        fatal.append(f"{len(match.misshapen)} of another shape: {', '.join(match.misshapen[:4])}")
+    lenient = []
+    missing = [entry for entry in match.missing if not (ignore_mismatched_sizes and match.misshapen)]
+    if missing and not report:
+        lenient.append(f"{len(missing)} missing: {_names(entry.key for entry in missing)}")
+    if match.unexpected and not report:
+        near = _nearest(match.unexpected[0], match)
+        hint = f" (nearest in the model: {near!r})" if near else ""
+        lenient.append(f"{len(match.unexpected)} unexpected: {_names(match.unexpected)}{hint}")
+    head = f"{source.origin}: the tensors are not those of adapter {adapter!r} on this model"
+    if fatal or (lenient and is_strict(strict)):
+        raise CheckpointError(f"{head}: {'; '.join(fatal + lenient)}")
+    if lenient:
+        complain(f"{head}: {'; '.join(lenient)}", CheckpointError, strict)
+    if match.misshapen:
+        text = f"{source.origin}: left out for their shape: {', '.join(match.misshapen[:8])}"
+        warnings.warn(text, PeftrsWarning, stacklevel=4)
+
+
+def _fill(fitted: FittedAdapter, given: dict[str, Tensor]) -> None:
+    """Gives an adapter that waits for values the method's first ones, and those given where there are any."""
+    base, device = fitted.layer.base.dense(fitted.layer.base_layer), device_of(fitted.layer)
+    for slot, parameter in list(fitted.parameters()):
+        fitted[slot] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+    fitted.method.init(fitted, base)
+    for slot, value in given.items():
+        fitted[slot].copy_(value)
+
+
+def _ways(name: str) -> tuple[str, ...]:
+    name = plain(name)
+    return name, PREFIX + name, name.removeprefix(PREFIX)
+
+
+def _stripped(name: str) -> str:
+    return plain(name).removeprefix(PREFIX).replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _nearest(name: str, match: Match) -> str | None:
+    known = [entry.key for entry in match.missing] or [entry.key for entry, _ in match.pairs]
+    found = difflib.get_close_matches(name[:SHOWN], known[:2000], n=1, cutoff=0.5)
+    return found[0] if found else None
+
+
+def _cut(name: str) -> str:
+    return repr(name if len(name) <= SHOWN else f"{name[: SHOWN - 1]}…")
+
+
+def _names(names: Iterable[str], limit: int = 4) -> str:
+    every = list(names)
+    shown = ", ".join(map(_cut, every[:limit]))
+    return shown if len(every) <= limit else f"{shown} and {len(every) - limit} more"

@@ -1,0 +1,93 @@
+"""The functions that put adapters into models, and the tables from names to classes."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from peftrs import registry
+from peftrs.config import PeftConfig
+from peftrs.core.inject import adapters
+from peftrs.errors import PeftrsWarning
+from peftrs.model.attach import attach
+from peftrs.model.peft_model import PeftModel
+from peftrs.model.saving import name_of
+from peftrs.model.tasks import PeftMixedModel, class_for
+
+
+def get_peft_model(
+    model: nn.Module,
+    peft_config: PeftConfig,
+    adapter_name: str = "default",
+    mixed: bool = False,
+    autocast_adapter_dtype: bool = True,
+    revision: str | None = None,
+    low_cpu_mem_usage: bool = False,
+) -> PeftModel:
+    """The model with a new adapter in it, as the class that the config's task type names; the model itself is changed.
+
+    The config is kept, and filled in with the base model's name and what the model decides. `revision` is the base model's.
+    Raises `ConfigError` or `TargetError` where the adapter does not fit the model, which is then left as it was.
+    """
+    name = name_of(model)
+    stated = peft_config.base_model_name_or_path
+    if stated is not None and name is not None and stated != name:
+        text = f"the config's base model {stated!r} is replaced by the model's own name, {name!r}"
+        warnings.warn(text, PeftrsWarning, stacklevel=2)
+    peft_config.base_model_name_or_path = name
+    if revision is not None:
+        if peft_config.revision not in (None, revision):
+            text = f"the config's revision {peft_config.revision!r} is replaced by {revision!r}"
+            warnings.warn(text, PeftrsWarning, stacklevel=2)
+        peft_config.revision = revision
+    if isinstance(model, PeftModel) or adapters(model):
+        warnings.warn(
+            "the model has adapters already; to put another one beside them use `add_adapter` of its PeftModel, and to start anew "
+            "`unload` it first",
+            PeftrsWarning,
+            stacklevel=2,
+        )
+    chosen = PeftMixedModel if mixed else class_for(peft_config)
+    return chosen(model, peft_config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+
+def inject_adapter_in_model(
+    peft_config: PeftConfig,
+    model: nn.Module,
+    adapter_name: str = "default",
+    low_cpu_mem_usage: bool = False,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> nn.Module:
+    """The model itself with an adapter in it, for libraries that manage their models; its `peft_config` has the configs.
+
+    With `state_dict` the layers are those that its keys name, whatever the config's patterns say; its values are not read.
+    """
+    attach(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, names=state_dict)
+    return model
+
+
+def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
+    """A config of the class that `peft_type` names."""
+    return PeftConfig.from_peft_type(**config_dict)
+
+
+class _ByType(Mapping[str, type[PeftConfig]]):
+    """The config classes by `peft_type`, each imported when it is asked for."""
+
+    def __getitem__(self, peft_type: str) -> type[PeftConfig]:
+        key = str(getattr(peft_type, "value", peft_type))
+        if key not in registry.MODULES:
+            raise KeyError(peft_type)
+        return cast("type[PeftConfig]", registry.method(key).config)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(registry.MODULES)
+
+    def __len__(self) -> int:
+        return len(registry.MODULES)
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[str, type[PeftConfig]] = _ByType()

@@ -1,0 +1,329 @@
+"""`PeftModel`: a model with adapters, which is trained, saved and loaded through it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal, Self, cast
+
+from torch import Tensor, nn
+
+from peftrs.config import CONFIG_NAME, PeftConfig, PeftType, TargetedConfig
+from peftrs.core import manage
+from peftrs.core.inject import activation
+from peftrs.errors import AdapterError
+from peftrs.hub import HUB_OPTIONS, local_folder
+from peftrs.io.checkpoint import WEIGHTS_NAME, FileSource, Renamed, Source
+from peftrs.io.load import Incompatible, load
+from peftrs.model import saving, status
+from peftrs.model.attach import attach, whole_or_not
+from peftrs.model.tuner import Tuner
+
+LOADER_OPTIONS = frozenset(
+    {"device_map", "max_memory", "offload_buffers", "offload_dir", "offload_folder", "offload_index", "use_safetensors"}
+)
+"""Keyword arguments that PEFT's loaders take for models spread over devices; adapters follow their layers without being told."""
+
+
+class PeftModel(nn.Module):
+    """A model with adapters. What it does not know itself, it asks the model inside for.
+
+    Raises `ConfigError` or `TargetError` where the adapter does not fit the model, which is then left as it was.
+    """
+
+    heads: ClassVar[tuple[str, ...]] = ()
+    """Names of the layers that this kind of model trains whole beside every adapter."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: PeftConfig,
+        adapter_name: str = "default",
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        strict: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.base_model = Tuner(model)
+        self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, strict=strict)
+        if _checkpoints(model):
+            self.prepare_model_for_gradient_checkpointing(model)
+        if hasattr(getattr(model, "config", None), "pretraining_tp"):
+            # Sliced projections read weights past their layers.
+            cast(Any, model).config.pretraining_tp = 1
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_model" or "base_model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.base_model, name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        refuse_mixed(kwargs)
+        return self.base_model(*args, **kwargs)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's own `generate`, with its adapters acting."""
+        refuse_mixed(kwargs)
+        return cast(Any, self.get_base_model()).generate(*args, **kwargs)
+
+    # Adapters.
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The configs by adapter name."""
+        return self.base_model.peft_config
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act, in order."""
+        return self.base_model.active_adapters
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The one adapter that acts, or all of several."""
+        return self.base_model.active_adapter
+
+    @property
+    def active_peft_config(self) -> PeftConfig:
+        """The config of the first adapter that acts. Raises `AdapterError` if there is none."""
+        if not self.active_adapters:
+            raise AdapterError("the model has no active adapter")
+        return self.peft_config[self.active_adapters[0]]
+
+    @property
+    def peft_type(self) -> PeftType:
+        """The kind of the first adapter that acts."""
+        return PeftType(cast(str, self.active_peft_config.peft_type))
+
+    @property
+    def has_active_enabled_adapter(self) -> bool:
+        """Whether any adapter acts."""
+        state = activation(self.base_model.model)
+        return state.enabled and bool(state.active)
+
+    @property
+    def modules_to_save(self) -> set[str] | None:
+        """The names that the adapters' configs give of modules trained whole."""
+        configs = [getattr(config, "modules_to_save", None) for config in self.peft_config.values()]
+        names = {name for config in configs for name in config or ()}
+        return names or None
+
+    @property
+    def base_model_torch_dtype(self) -> Any:
+        """The dtype of the model inside, where it says so."""
+        return getattr(self.get_base_model(), "dtype", None)
+
+    def get_base_model(self) -> nn.Module:
+        """The user's model, with the adapters in it."""
+        return self.base_model.model
+
+    def add_adapter(
+        self,
+        adapter_name: str,
+        peft_config: PeftConfig,
+        low_cpu_mem_usage: bool = False,
+        autocast_adapter_dtype: bool = True,
+        *,
+        strict: bool | None = None,
+    ) -> None:
+        """Adds an adapter, not active unless it is the first; the others keep what they train.
+
+        Raises `AdapterError`, `ConfigError` or `TargetError`, with the model left as it was.
+        """
+        if self.heads and isinstance(peft_config, TargetedConfig):
+            named = list(peft_config.modules_to_save or ())
+            peft_config.modules_to_save = named + [head for head in self.heads if head not in named]
+        attach(
+            self.get_base_model(),
+            peft_config,
+            adapter_name,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            heads=self.heads,
+            strict=strict,
+        )
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes one or several adapters act, in this order, and trains them alone (none with `inference_mode`)."""
+        self.base_model.set_adapter(adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Sets whether adapters are trained, leaving the others as they are."""
+        self.base_model.set_requires_grad(adapter_names, requires_grad)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter out of the model. Raises `AdapterError` for an unknown one or while it is merged."""
+        self.base_model.delete_adapter(adapter_name)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The model without its adapters inside the `with`; biases that an adapter trains stay trained, with a warning."""
+        self.base_model.warn_of_biases()
+        with manage.disabled(self.get_base_model()):
+            yield
+
+    # Files.
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        safe_serialization: bool = True,
+        selected_adapters: Sequence[str] | None = None,
+        save_embedding_layers: bool | Literal["auto"] = "auto",
+        is_main_process: bool = True,
+        path_initial_model_for_weight_conversion: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Writes the adapter "default" into the folder, others (or those selected) into folders of their names in it.
+
+        `state_dict=` gives the model's tensors, gathered elsewhere. `path_initial_model_for_weight_conversion` is the folder of the
+        same adapter as it was before training (PiSSA, OLoRA): then what is written is a plain LoRA of twice the rank. Only the main
+        process writes. Raises `AdapterError` for unknown names, or for `safe_serialization=False`: pickles are not written.
+        """
+        saving.save(
+            self,
+            save_directory,
+            safe_serialization=safe_serialization,
+            selected=selected_adapters,
+            save_embedding_layers=save_embedding_layers,
+            is_main_process=is_main_process,
+            initial=path_initial_model_for_weight_conversion,
+            state_dict=cast("Mapping[str, Tensor] | None", kwargs.pop("state_dict", None)),
+        )
+
+    def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
+        """Writes `README.md`, or brings the header of the one that is there up to date."""
+        saving.write_card(self, output_dir)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: nn.Module,
+        model_id: str | os.PathLike[str],
+        adapter_name: str = "default",
+        is_trainable: bool = False,
+        config: PeftConfig | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """The model with an adapter from a local folder or repository, as the class that its task type names.
+
+        Everything is checked against the model before a tensor is read: missing, unexpected and misshapen tensors are one
+        `CheckpointError` (the first two are a warning with `strict=False`), and the model is left as it was.
+        """
+        from peftrs.model.tasks import class_for
+
+        with whole_or_not(model):
+            config = read_config(model_id, config, is_trainable, kwargs)
+            chosen = class_for(config, cls)
+            loaded = chosen(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, strict=strict)
+            loaded._fill(model_id, adapter_name, key_mapping, strict, kwargs)
+        if not is_trainable:
+            loaded.eval()
+        return cast(Self, loaded)
+
+    def load_adapter(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter_name: str,
+        is_trainable: bool = False,
+        torch_device: str | None = None,
+        autocast_adapter_dtype: bool = True,
+        ephemeral_gpu_offload: bool = False,
+        low_cpu_mem_usage: bool = False,
+        key_mapping: Mapping[str, str] | None = None,
+        *,
+        strict: bool | None = None,
+        **kwargs: Any,
+    ) -> Incompatible:
+        """Loads an adapter beside the others, or new tensors into one that is there; which are active stays as it is.
+
+        Tensors go to the devices of their layers, whatever `torch_device` says. See `from_pretrained` for what is checked.
+        """
+        with whole_or_not(self.get_base_model()):
+            if adapter_name not in self.peft_config:
+                config = read_config(model_id, None, is_trainable, kwargs)
+                self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, strict=strict)
+            result = self._fill(model_id, adapter_name, key_mapping, strict, kwargs)
+        if not is_trainable:
+            self.eval()
+        return result
+
+    def _fill(
+        self,
+        model_id: str | os.PathLike[str],
+        adapter: str,
+        key_mapping: Mapping[str, str] | None,
+        strict: bool | None,
+        options: Mapping[str, Any],
+    ) -> Incompatible:
+        hub = {key: value for key, value in options.items() if key in HUB_OPTIONS}
+        folder = local_folder(model_id, [CONFIG_NAME, WEIGHTS_NAME], options.get("subfolder"), **hub)
+        source: Source = FileSource(folder)
+        if key_mapping is None:
+            key_mapping = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
+        if key_mapping:
+            source = Renamed(source, key_mapping)
+        return load(self, adapter, cast(TargetedConfig, self.peft_config[adapter]), source, strict=strict)
+
+    # What there is.
+
+    def get_nb_trainable_parameters(self) -> tuple[int, int]:
+        """How many parameters are trained, and how many there are, adapters included."""
+        return manage.trainable_parameters(self)
+
+    def print_trainable_parameters(self) -> None:
+        """Prints how many parameters are trained, of how many."""
+        trained, total = self.get_nb_trainable_parameters()
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")  # noqa: T201
+
+    def get_layer_status(self) -> list[status.TunerLayerStatus]:
+        """The state of every layer that has adapters."""
+        return status.get_layer_status(self)
+
+    def get_model_status(self) -> status.TunerModelStatus:
+        """The state of the model's adapters as a whole."""
+        return status.get_model_status(self)
+
+    def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
+        """Makes the embeddings' outputs need gradients: checkpointing that re-enters cuts off a graph whose inputs need none."""
+        enable: Any = getattr(model, "enable_input_require_grads", None)
+        if enable is not None:
+            enable()
+        return model
+
+
+def _checkpoints(model: nn.Module) -> bool:
+    """Whether the model recomputes activations in the backward pass, by the name that its version of transformers has for it."""
+    newer = "is_activation_checkpointing"
+    return bool(getattr(model, newer if hasattr(type(model), newer) else "is_gradient_checkpointing", False))
+
+
+def refuse_mixed(options: dict[str, Any]) -> None:
+    """Raises `AdapterError` where every row of a batch is to have an adapter of its own."""
+    if options.get("adapter_names") is None:
+        options.pop("adapter_names", None)
+    else:
+        raise AdapterError("`adapter_names` (another adapter for every row of a batch) is not built yet in peftrs")
+
+
+def read_config(
+    model_id: str | os.PathLike[str], config: PeftConfig | None, is_trainable: bool, options: Mapping[str, Any]
+) -> PeftConfig:
+    """The config given, or the one in the folder or repository, for inference unless `is_trainable`."""
+    if config is None:
+        config = PeftConfig.from_pretrained(model_id, **{key: value for key, value in options.items() if key not in LOADER_OPTIONS})
+    elif not isinstance(config, PeftConfig):
+        raise AdapterError(f"The input config must be a PeftConfig, got {type(config).__name__}")
+    config.inference_mode = not is_trainable
+    return config

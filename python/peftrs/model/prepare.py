@@ -1,0 +1,167 @@
+"""From what a config says to what it means on one model: default targets, "all-linear", short lists, orientation."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any, cast
+
+from torch import nn
+
+from peftrs import _native
+from peftrs.bases import dense
+from peftrs.config import PeftType, TargetedConfig, TaskType
+from peftrs.core import plan as planning
+from peftrs.core.method import Method
+from peftrs.core.plan import Plan
+from peftrs.core.tree import original, places
+from peftrs.errors import ConfigError, PeftrsWarning
+from peftrs.model.defaults import FEEDFORWARD, SKIPPED, SKIPPING, TARGETS
+
+ALL_LINEAR = "all-linear"
+CLASSIFIERS = ("score", "classifier")
+LONG_LIST = 20
+"""From how many names on a list of targets is shortened to suffixes that mean the same."""
+
+
+def model_type(model: nn.Module) -> str:
+    """What transformers calls the architecture, or "custom"."""
+    settings = getattr(model, "config", None)
+    kind = settings.get("model_type") if isinstance(settings, dict) else getattr(settings, "model_type", None)
+    return kind if isinstance(kind, str) else "custom"
+
+
+def settle(model: nn.Module, config: TargetedConfig, method: Method) -> dict[str, Any]:
+    """The config's fields that the model decides, by name; the config itself is left alone. Raises `ConfigError`."""
+    settled: dict[str, Any] = {}
+    kind = model_type(model)
+    if config.target_modules is None:
+        default = TARGETS.get(PeftType(method.name), {}).get(kind)
+        if default is not None:
+            settled["target_modules"] = default if isinstance(default, str) else set(default)
+        elif not getattr(config, "target_parameters", None):
+            wanted = "`target_modules` or `target_parameters`" if hasattr(config, "target_parameters") else "`target_modules`"
+            raise ConfigError(f"Please specify {wanted} in `peft_config`: there is no default for model type {kind!r}")
+    if hasattr(config, "feedforward_modules") and config.feedforward_modules is None:
+        if kind not in FEEDFORWARD:
+            raise ConfigError(f"Please specify `feedforward_modules` in `peft_config`: there is no default for model type {kind!r}")
+        settled["feedforward_modules"] = set(FEEDFORWARD[kind])
+    return settled
+
+
+def changed(config: TargetedConfig, values: dict[str, Any]) -> TargetedConfig:
+    """A copy of the config with other values."""
+    other = copy.copy(config)
+    for name, value in values.items():
+        setattr(other, name, value)
+    return other
+
+
+def make_plan(
+    model: nn.Module,
+    config: TargetedConfig,
+    method: Method,
+    *,
+    heads: tuple[str, ...] = (),
+    names: set[str] | None = None,
+    strict: bool | None = None,
+) -> tuple[Plan, dict[str, Any]]:
+    """What the adapter changes, and the config's fields as they are to be kept; nothing is changed yet.
+
+    `heads` are modules to train whole if the model has them. `names` are the exact targets, whatever the config's patterns say.
+    """
+    settled = settle(model, config, method)
+    modules = [place.name for place in places(model)]
+    planned = changed(config, settled)
+    if heads:
+        planned.modules_to_save = present(planned.modules_to_save or [], heads, modules) or None
+    if names is not None:
+        planned.target_modules = names
+        planned.exclude_modules = None
+        for field in ("layers_to_transform", "layers_pattern"):
+            if hasattr(planned, field):
+                setattr(planned, field, None)
+    plan = planning.make(
+        model,
+        planned,
+        method,
+        output_layers=output_layers(model, config.task_type),
+        input_embeddings=input_embeddings(model),
+        strict=strict,
+    )
+    _check_skipped(plan, config, model_type(model))
+    targets = planned.target_modules if names is None else None
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        targets = settled["target_modules"] = set(plan.selection.targets)
+    if isinstance(targets, set) and len(targets) >= LONG_LIST and method.name != PeftType.IA3:
+        matched = set(plan.selection.targets) | set(plan.selection.excluded)
+        short = _native.shortest_suffixes(sorted(matched), [name for name in modules if name not in matched])
+        if len(short) < len(targets):
+            settled["target_modules"] = set(short)
+    if hasattr(config, "fan_in_fan_out"):
+        settled |= _orientation(plan, config.fan_in_fan_out)
+    return plan, settled
+
+
+def present(names: list[str], heads: tuple[str, ...], modules: list[str]) -> list[str]:
+    """The names without those heads that the model does not have: task classes list every usual one."""
+    return [name for name in names if name not in heads or any(module == name or module.endswith(f".{name}") for module in modules)]
+
+
+def output_layers(model: nn.Module, task_type: Any = None) -> frozenset[str]:
+    """The layers that "all-linear" leaves out: the output embedding, else a classifier's head."""
+    if not hasattr(model, "get_output_embeddings"):
+        return frozenset()
+    output = _ask(model, "get_output_embeddings")
+    if output is None and task_type == TaskType.SEQ_CLS:
+        output = next((head for name in CLASSIFIERS if (head := getattr(model, name, None)) is not None), None)
+    return frozenset() if output is None else frozenset(_name_of(model, output))
+
+
+def input_embeddings(model: nn.Module) -> str | None:
+    """The name of the layer that embeds the model's inputs, where it says so."""
+    layer = _ask(model, "get_input_embeddings")
+    return None if layer is None else next(iter(_name_of(model, layer)), None)
+
+
+def _ask(model: nn.Module, getter: str) -> nn.Module | None:
+    try:
+        return cast("nn.Module | None", getattr(model, getter)())
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _name_of(model: nn.Module, layer: nn.Module) -> list[str]:
+    return [place.name for place in places(model) if original(place.module) is original(layer)]
+
+
+def _check_skipped(plan: Plan, config: TargetedConfig, kind: str) -> None:
+    if config.peft_type in SKIPPING:
+        skipped = SKIPPED.get(kind, frozenset())
+        found = sorted({t.place.attribute for t in plan.targets if t.place.attribute in skipped})
+        if found:
+            names = ", ".join(found)
+            raise ConfigError(
+                f"`target_modules`: {names} is incompatible with Mamba-based models ({kind}), whose kernels read its "
+                "weight without calling it; leave it out"
+            )
+
+
+def _orientation(plan: Plan, stated: bool) -> dict[str, bool]:
+    """`fan_in_fan_out` as the layers are: files state it, and the layers know it themselves."""
+    bases = [target.base for target in plan.targets]
+    if any(base is dense.TRANSPOSED for base in bases):
+        found = True
+    elif any(base is dense.LINEAR for base in bases):
+        found = False
+    else:
+        found = stated
+    if found == stated:
+        return {}
+    kind = "Conv1D" if found else "torch.nn.Linear"
+    warnings.warn(
+        f"fan_in_fan_out is set to {stated} but the target module is `{kind}`. Setting fan_in_fan_out to {found}.",
+        PeftrsWarning,
+        stacklevel=6,
+    )
+    return {"fan_in_fan_out": found}

@@ -1,0 +1,131 @@
+"""What state the adapters of a model are in, layer by layer and as a whole."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeVar, cast
+
+from torch import Tensor, nn
+
+from peftrs.core import manage
+from peftrs.core.layer import AdaptedLayer
+from peftrs.core.tree import Wrapped, wrappers
+from peftrs.errors import AdapterError
+
+Irregular = Literal["irregular"]
+Value = TypeVar("Value")
+
+
+@dataclass
+class TunerLayerStatus:
+    """One layer that has adapters. What differs between its tensors is "irregular"."""
+
+    name: str
+    module_type: str
+    enabled: bool
+    active_adapters: list[str]
+    merged_adapters: list[str]
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | None
+
+
+@dataclass
+class TunerModelStatus:
+    """A model's adapters as a whole. What differs between its layers is "irregular": it may not work as expected."""
+
+    base_model_type: str
+    adapter_model_type: str
+    peft_types: dict[str, str]
+    trainable_params: int
+    total_params: int
+    num_adapter_layers: int
+    enabled: bool | Irregular
+    active_adapters: list[str] | Irregular
+    merged_adapters: list[str] | Irregular
+    requires_grad: dict[str, bool | Irregular]
+    available_adapters: list[str]
+    devices: dict[str, list[str]]
+    quantization_backend: str | Irregular | None
+
+
+def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
+    """The state of every layer that has adapters. Raises `AdapterError` for a model without any."""
+    root = _inside(model)
+    found = [_status(name, wrapper) for name, wrapper in wrappers(root)]
+    if not found:
+        raise AdapterError("No adapter layers found in the model: it is neither a PeftModel nor has adapters injected into it")
+    return found
+
+
+def _status(name: str, wrapper: Wrapped) -> TunerLayerStatus:
+    tensors = _tensors(wrapper)
+    adapted = wrapper if isinstance(wrapper, AdaptedLayer) else None
+    return TunerLayerStatus(
+        name=name,
+        module_type=_type_of(wrapper),
+        enabled=not wrapper.disable_adapters,
+        active_adapters=wrapper.active_adapters,
+        merged_adapters=adapted.merged_adapters if adapted else [],
+        requires_grad={key: _same(tensor.requires_grad for tensor in held) for key, held in tensors.items() if held},
+        available_adapters=sorted(tensors),
+        devices={key: sorted({tensor.device.type for tensor in held}) for key, held in tensors.items() if held},
+        quantization_backend=None,
+    )
+
+
+def _type_of(wrapper: Wrapped) -> str:
+    if isinstance(wrapper, AdaptedLayer):
+        methods = {fitted.method.name.lower() for fitted in wrapper.adapters.values()}
+        return f"{'+'.join(sorted(methods))}.{type(wrapper.get_base_layer()).__name__}"
+    return type(wrapper).__name__
+
+
+def _tensors(wrapper: Wrapped) -> dict[str, list[Tensor]]:
+    """The tensors of each adapter of a layer; none where it shares another layer's."""
+    if isinstance(wrapper, AdaptedLayer):
+        return {name: [tensor for _, tensor in fitted.parameters()] for name, fitted in wrapper.adapters.items()}
+    return {name: list(module.parameters()) for name, module in wrapper.modules_to_save.items()}
+
+
+def get_model_status(model: nn.Module) -> TunerModelStatus:
+    """The state of a model's adapters as a whole. Raises `AdapterError` for a model without any."""
+    layers = get_layer_status(model)
+    root = _inside(model)
+    wrapped = root is not model
+    base = cast(nn.Module, root.model) if wrapped else model
+    trained, total = manage.trainable_parameters(model)
+    configs = getattr(base, "peft_config", {})
+    available = sorted({name for layer in layers for name in layer.available_adapters})
+    merged = sorted({name for layer in layers for name in layer.merged_adapters})
+    partly = any((set(layer.available_adapters) - set(layer.merged_adapters)) & set(merged) for layer in layers)
+    return TunerModelStatus(
+        base_model_type=type(base).__name__,
+        adapter_model_type=type(root).__name__ if wrapped else "None",
+        peft_types={name: str(config.peft_type) for name, config in configs.items()} if wrapped else {},
+        trainable_params=trained,
+        total_params=total,
+        num_adapter_layers=len(layers),
+        enabled=_same(layer.enabled for layer in layers),
+        active_adapters=_same(layer.active_adapters for layer in layers),
+        merged_adapters="irregular" if partly else merged,
+        requires_grad={
+            name: _same(layer.requires_grad[name] for layer in layers if name in layer.requires_grad) for name in available
+        },
+        available_adapters=available,
+        devices={name: sorted({kind for layer in layers for kind in layer.devices.get(name, ())}) for name in available},
+        quantization_backend=_same(layer.quantization_backend for layer in layers),
+    )
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """What the names of layers are relative to: the module below a `PeftModel`, else the model."""
+    inner = model._modules.get("base_model")
+    return inner if hasattr(type(model), "peft_config") and inner is not None else model
+
+
+def _same(values: Iterable[Value]) -> Value | Irregular:
+    first, *others = values
+    return first if all(value == first for value in others) else "irregular"

@@ -1,0 +1,175 @@
+"""What stands between `PeftModel` and the user's model, so that names read `base_model.model.<path>` as they do in files."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from peftrs import registry
+from peftrs.config import PeftConfig
+from peftrs.core import manage
+from peftrs.core.inject import activation, adapters
+from peftrs.core.layer import AdaptedLayer
+from peftrs.core.tree import adapted_layers
+from peftrs.errors import AdapterError, PeftrsWarning
+from peftrs.model.attach import attach, peft_configs
+
+
+class Tuner(nn.Module):
+    """A model with adapters in it. What it does not know itself, it asks the model for."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model" or "model" not in self.__dict__.get("_modules", {}):
+                raise
+            return getattr(self.model, name)
+
+    def forward(self, *inputs: Any, **options: Any) -> Any:
+        return self.model(*inputs, **options)
+
+    @property
+    def peft_config(self) -> dict[str, PeftConfig]:
+        """The configs by adapter name."""
+        return peft_configs(self.model)
+
+    @property
+    def prefix(self) -> str:
+        """How the names of the first adapter's tensors begin."""
+        config = next(iter(self.peft_config.values()), None)
+        return "" if config is None else registry.method(cast(str, config.peft_type)).prefix
+
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act, in order."""
+        return list(activation(self.model).active)
+
+    @property
+    def active_adapter(self) -> str | list[str]:
+        """The one adapter that acts, or all of several."""
+        active = self.active_adapters
+        return active[0] if len(active) == 1 else active
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        *,
+        config: PeftConfig,
+        **options: Any,
+    ) -> None:
+        """Puts one more adapter into the model; see `peftrs.model.attach`."""
+        attach(
+            model,
+            config,
+            adapter_name,
+            autocast_adapter_dtype=autocast_adapter_dtype,
+            low_cpu_mem_usage=low_cpu_mem_usage,
+            **options,
+        )
+
+    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
+        """Makes one or several adapters act, in this order, and trains them alone (none with `inference_mode`)."""
+        manage.set_adapter(self.model, adapter_name, inference_mode)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Sets whether adapters are trained, leaving the others as they are."""
+        manage.set_requires_grad(self.model, adapter_names, requires_grad)
+
+    def disable_adapter_layers(self) -> None:
+        """Makes the model run without its adapters. Biases that an adapter trains stay trained, with a warning."""
+        self.warn_of_biases()
+        manage.set_enabled(self.model, False)
+
+    def enable_adapter_layers(self) -> None:
+        """Makes the active adapters act again."""
+        manage.set_enabled(self.model, True)
+
+    def warn_of_biases(self) -> None:
+        """Warns where turning adapters off does not give the base model, since biases of it were trained."""
+        for name in self.active_adapters:
+            bias = getattr(self.peft_config[name], "bias", "none")
+            if bias != "none":
+                warnings.warn(
+                    f"Careful, disabling adapter layers with bias configured to be {bias!r} does not produce the same "
+                    "output as the base model would without adaption.",
+                    PeftrsWarning,
+                    stacklevel=4,
+                )
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter out of the model. Raises `AdapterError` for an unknown one or while it is merged."""
+        if adapter_name not in self.peft_config:
+            raise AdapterError(f"Adapter {adapter_name} does not exist")
+        if adapter_name in adapters(self.model):
+            manage.delete_adapter(self.model, adapter_name)
+        del self.peft_config[adapter_name]
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges adapters (the active ones unless named) into the weights, or none of them; weights are always checked."""
+        manage.merge(self.model, adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Restores the weights' bits from before the merge."""
+        layers = list(adapted_layers(self.model))
+        if not any(layer.merged for layer in layers):
+            warnings.warn("nothing is merged, nothing to do", PeftrsWarning, stacklevel=2)
+        manage.unmerge(layers)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """The user's model with adapters (the active ones unless named) merged into its weights, and nothing of ours left."""
+        return self._unloaded(merged=True, names=adapter_names, progressbar=progressbar)
+
+    def unload(self) -> nn.Module:
+        """The user's model without its adapters; modules that were trained whole stay in it."""
+        return self._unloaded(merged=False)
+
+    def _unloaded(self, *, merged: bool, names: list[str] | None = None, progressbar: bool = False) -> nn.Module:
+        model = self.model
+        manage.unload(model, merged=merged, names=names, track=_shown if progressbar else iter)
+        model.__dict__.pop("peft_config", None)
+        untie(model)
+        return model
+
+
+def _shown(layers: list[AdaptedLayer]) -> Iterable[AdaptedLayer]:
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        return layers
+    return cast(Iterable[AdaptedLayer], tqdm(layers, desc="Merging", unit="layer"))
+
+
+def untie(model: nn.Module) -> None:
+    """Makes the model's config say so where its input and output embeddings no longer share one weight."""
+    settings = getattr(model, "config", None)
+    if not getattr(settings, "tie_word_embeddings", False):
+        return
+    first, last = (_weight_of(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings"))
+    if first is None or last is None or first.data_ptr() == last.data_ptr():
+        return
+    cast(Any, settings).tie_word_embeddings = False
+    warnings.warn(
+        "the input and output embeddings differ now: tie_word_embeddings is set to False in the model's config",
+        PeftrsWarning,
+        stacklevel=4,
+    )
+
+
+def _weight_of(model: nn.Module, getter: str) -> Tensor | None:
+    try:
+        return cast("Tensor | None", getattr(getattr(model, getter)(), "weight", None))
+    except (AttributeError, NotImplementedError):
+        return None
