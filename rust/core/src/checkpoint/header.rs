@@ -19,6 +19,10 @@ pub const MAX_LENGTH: u64 = 100_000_000;
 /// The most dimensions a tensor may have; torch iterates over no more.
 const MAX_RANK: usize = 64;
 
+/// The most tensors, or strings, in one object. Ten times what the largest models have; a hundred million bytes of
+/// smaller entries would take several times that in memory.
+const MAX_ENTRIES: usize = 1_000_000;
+
 /// The key of the free-form strings, which no tensor can be named.
 pub const METADATA: &str = "__metadata__";
 
@@ -134,6 +138,7 @@ impl<'de> Visitor<'de> for RawVisitor {
         let mut raw = Raw { tensors: Vec::new(), metadata: None };
         while let Some(name) = map.next_key::<String>()? {
             if name != METADATA {
+                check_count(raw.tensors.len())?;
                 let within = |error| A::Error::custom(format!("tensor `{}`: {error}", show_name(&name)));
                 let Description { dtype, shape, start, end } = map.next_value().map_err(within)?;
                 raw.tensors.push(Row { name, dtype, shape, start, end });
@@ -146,6 +151,10 @@ impl<'de> Visitor<'de> for RawVisitor {
         }
         Ok(raw)
     }
+}
+
+fn check_count<E: serde::de::Error>(count: usize) -> Result<(), E> {
+    if count < MAX_ENTRIES { Ok(()) } else { Err(E::custom(format!("more than {MAX_ENTRIES} entries"))) }
 }
 
 /// A map of strings in which no key occurs twice.
@@ -174,6 +183,7 @@ impl<'de> Visitor<'de> for StringsVisitor {
             if strings.contains_key(&key) {
                 return Err(A::Error::custom(format!("key `{}` occurs twice", show_name(&key))));
             }
+            check_count(strings.len())?;
             strings.insert(key, value);
         }
         Ok(Strings(strings))

@@ -39,6 +39,7 @@ fn a_length_that_cannot_be_is_refused() {
     assert_says(&reason(u64::MAX.to_le_bytes()), "18446744073709551615 bytes, at most 100000000");
     assert_says(&reason(100_000_001_u64.to_le_bytes()), "100000001 bytes, at most 100000000");
     assert_says(&reason(9_u64.to_le_bytes()), "is cut off: its header takes 17 bytes and the file has 8");
+    assert_says(&reason(1_u64.to_le_bytes()), "is cut off: its header takes 9 bytes and the file has 8");
     assert_says(&reason(0_u64.to_le_bytes()), "does not start with `{`");
 }
 
@@ -94,6 +95,10 @@ fn a_shape_that_does_not_fit_is_refused() {
     {
         assert_says(&reason(raw(shaped(shape, "[0,0]"), 0)), "is larger than can be");
     }
+    for (shape, end) in [("9223372036854775808", "9223372036854775808"), ("9223372036854775808,0", "0")] {
+        let bytes = one(&format!(r#"{{"dtype":"U8","shape":[{shape}],"data_offsets":[0,{end}]}}"#));
+        assert_says(&reason(raw(bytes, 0)), "is larger than can be");
+    }
     assert_says(&reason(raw(shaped("[18446744073709551616]", "[0,0]"), 0)), "tensor `t`: invalid type");
     let dimensions = vec!["1"; 65].join(",");
     assert_says(&reason(raw(shaped(&format!("[{dimensions}]"), "[0,4]"), 4)), "more than 64 dimensions");
@@ -135,6 +140,15 @@ fn a_key_that_occurs_twice_is_refused() {
 }
 
 #[test]
+fn a_header_of_countless_entries_is_refused() {
+    let many = |entry: &dyn Fn(usize) -> String| (0..=1_000_000).map(entry).collect::<Vec<_>>().join(",");
+    let tensors = many(&|at| format!(r#""{at}":{{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}"#));
+    assert_says(&reason(raw(format!("{{{tensors}}}"), 0)), "more than 1000000 entries");
+    let strings = many(&|at| format!(r#""{at}":"""#));
+    assert_says(&reason(raw(format!(r#"{{"__metadata__":{{{strings}}}}}"#), 0)), "more than 1000000 entries");
+}
+
+#[test]
 fn long_and_hidden_text_is_cut_and_escaped() {
     let name = format!(r"\u001b[31m\n\u202e{}", "x".repeat(1_000_000));
     let text = reason(raw(format!(r#"{{"{name}":{{"dtype":"F32"}}}}"#), 0));
@@ -164,6 +178,9 @@ fn what_the_format_allows_is_read() {
     assert_eq!((scalar.entry("t").unwrap().shape.len(), scalar.read("t").unwrap()), (0, vec![7; 4]));
     let empty = open(raw(shaped("[0,5]", "[0,0]"), 0));
     assert_eq!(empty.read("t").unwrap(), Vec::<u8>::new());
+    let row = |shape, start, end| format!(r#"{{"dtype":"U8","shape":[{shape}],"data_offsets":[{start},{end}]}}"#);
+    let between = open(raw(format!(r#"{{"c":{},"b":{},"a":{}}}"#, row(1, 4, 5), row(0, 4, 4), row(4, 0, 4)), 5));
+    assert_eq!(between.names().collect::<Vec<_>>(), ["a", "b", "c"]);
     for (name, bytes) in [("BOOL", 1), ("F8_E4M3", 1), ("BF16", 2), ("U32", 4), ("I64", 8)] {
         let one = open(raw(one(&format!(r#"{{"data_offsets":[0,{bytes}],"shape":[1],"dtype":"{name}"}}"#)), bytes));
         let entry = one.entry("t").unwrap();
