@@ -1,8 +1,9 @@
 //! Adapter checkpoints, target matching and merging: the core of peftrs, without Python.
 //!
 //! Rooms, each importing only those above it: [`error`], [`dtype`], [`checkpoint`] (reading safetensors folders),
-//! [`writer`] (writing them), [`config`] (adapter configs), [`keys`] (the key grammar), [`target`] (which modules an
-//! adapter is for), [`kernels`] (arithmetic on blocks of weights), [`plan`] (what a merge will do) and [`merge`].
+//! [`writer`] (writing them), [`pattern`] (Python's regular expressions), [`config`] (adapter configs), [`keys`] (the key
+//! grammar), [`target`] (which modules an adapter is for), [`kernels`] (arithmetic on blocks of weights), [`plan`] (what a
+//! merge will do) and [`merge`].
 
 pub mod checkpoint;
 pub mod config;
@@ -11,6 +12,7 @@ pub mod error;
 pub mod kernels;
 pub mod keys;
 pub mod merge;
+pub mod pattern;
 pub mod plan;
 pub mod target;
 pub mod writer;

@@ -1,0 +1,76 @@
+//! The fields of the methods that scale or turn what a layer computes: (IA)³ and OFT.
+
+use super::fields::Fields;
+use super::{MAX_SIZE, Names, Targeting};
+
+/// The fields of (IA)³.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Ia3Fields {
+    /// Which targets scale their inputs instead of their outputs.
+    pub feedforward_modules: Option<Names>,
+    /// Whether the base stores weights as (in, out).
+    pub fan_in_fan_out: bool,
+    /// Whether the vectors start at one.
+    pub init_ia3_weights: bool,
+}
+
+/// The fields of orthogonal fine-tuning.
+#[derive(Debug, Clone, PartialEq)]
+#[allow(clippy::struct_excessive_bools, reason = "the format has these flags")]
+pub struct OftFields {
+    /// Blocks in each layer; zero if the size of a block is given instead.
+    pub r: usize,
+    /// Size of a block; zero if their number is given instead.
+    pub oft_block_size: usize,
+    /// Whether the base stores weights as (in, out).
+    pub fan_in_fan_out: bool,
+    /// Which biases are trained: none, all or `oft_only`.
+    pub bias: String,
+    /// Whether the turn is held near the identity.
+    pub coft: bool,
+    /// How near.
+    pub eps: f64,
+    /// Whether all blocks of a layer are one.
+    pub block_share: bool,
+    /// Whether the inverse in Cayley's transform is a truncated series.
+    pub use_cayley_neumann: bool,
+    /// How many terms the series has.
+    pub num_cayley_neumann_terms: usize,
+}
+
+pub(super) fn ia3(fields: &mut Fields, targeting: &Targeting) -> Ia3Fields {
+    let feedforward_modules = fields.names("feedforward_modules");
+    if let (Some(Names::List(inner)), Some(Names::List(all))) = (&feedforward_modules, &targeting.target_modules) {
+        let strays = inner.iter().filter(|name| !all.contains(name)).count();
+        if strays > 0 {
+            fields.fault(format!("{strays} of `feedforward_modules` are not among `target_modules`"));
+        }
+    }
+    Ia3Fields {
+        feedforward_modules,
+        fan_in_fan_out: fields.boolean("fan_in_fan_out", false),
+        init_ia3_weights: fields.boolean("init_ia3_weights", true),
+    }
+}
+
+pub(super) fn oft(fields: &mut Fields) -> OftFields {
+    let r = fields.integer("r", 0..=MAX_SIZE, 0);
+    let oft_block_size = fields.integer("oft_block_size", 0..=MAX_SIZE, 32);
+    if (r == 0) == (oft_block_size == 0) {
+        fields.fault(format!("`r` is {r} and `oft_block_size` {oft_block_size}, where exactly one must be zero"));
+    }
+    fields.fraction("module_dropout");
+    fields.boolean("init_weights", true);
+    OftFields {
+        r: usize::try_from(r).unwrap_or_default(),
+        oft_block_size: usize::try_from(oft_block_size).unwrap_or_default(),
+        fan_in_fan_out: fields.boolean("fan_in_fan_out", false),
+        bias: fields.choice("bias", &["none", "all", "oft_only"]),
+        coft: fields.boolean("coft", false),
+        eps: fields.number("eps", 6e-5),
+        block_share: fields.boolean("block_share", false),
+        use_cayley_neumann: fields.boolean("use_cayley_neumann", true),
+        num_cayley_neumann_terms: usize::try_from(fields.integer("num_cayley_neumann_terms", 1..=MAX_SIZE, 5))
+            .unwrap_or_default(),
+    }
+}
