@@ -82,7 +82,7 @@ fn edit() -> impl Strategy<Value = (prop::sample::Index, usize, Vec<u8>)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(512))]
+    #![proptest_config(ProptestConfig::with_cases(256))]
 
     #[test]
     fn a_header_reads_back_as_it_was_written(layout in layout(), strings in strings()) {
@@ -103,7 +103,7 @@ proptest! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(4096))]
+    #![proptest_config(ProptestConfig::with_cases(1024))]
 
     #[test]
     fn no_header_is_read_otherwise_than_by_the_reference(
