@@ -7,11 +7,14 @@
 
 #![allow(clippy::inline_always, reason = "the loops must be compiled inside the function that enables AVX2")]
 
+pub mod values;
+
 use bytemuck::Zeroable as _;
 use half::slice::HalfFloatSliceExt as _;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use crate::dtype::Dtype;
 use crate::error::{Error, Result};
 
 /// Columns per tile: two AVX2 registers of float32, a whole number of vectors on every machine.
@@ -50,17 +53,18 @@ pub trait Element: bytemuck::Pod + Send + Sync {
     type Wide: Wide;
     /// Rows of accumulators that, a tile wide, fit the vector registers.
     const ROWS: usize;
+    /// Its type in a checkpoint.
+    const DTYPE: Dtype;
 
     /// Widens `from` exactly into `to`, which is as long.
     fn widen(from: &[Self], to: &mut [Self::Wide]);
     /// Rounds `from` to nearest even into `to`, which is as long; a NaN stays one, quiet.
     fn round(from: &[Self::Wide], to: &mut [Self]);
-    /// Whether the value is neither infinite nor NaN.
-    fn finite(self) -> bool;
 }
 
 impl Element for bf16 {
     type Wide = f32;
+    const DTYPE: Dtype = Dtype::BF16;
     const ROWS: usize = 4;
 
     #[inline(always)]
@@ -81,14 +85,11 @@ impl Element for bf16 {
             *to = Self::from_bits((chosen >> 16) as u16);
         }
     }
-
-    fn finite(self) -> bool {
-        self.is_finite()
-    }
 }
 
 impl Element for f16 {
     type Wide = f32;
+    const DTYPE: Dtype = Dtype::F16;
     const ROWS: usize = 4;
 
     #[inline(always)]
@@ -100,14 +101,11 @@ impl Element for f16 {
     fn round(from: &[f32], to: &mut [Self]) {
         to.convert_from_f32_slice(from);
     }
-
-    fn finite(self) -> bool {
-        self.is_finite()
-    }
 }
 
 impl Element for f32 {
     type Wide = f64;
+    const DTYPE: Dtype = Dtype::F32;
     const ROWS: usize = 2;
 
     #[inline(always)]
@@ -123,10 +121,6 @@ impl Element for f32 {
         for (to, from) in to.iter_mut().zip(from) {
             *to = *from as Self;
         }
-    }
-
-    fn finite(self) -> bool {
-        self.is_finite()
     }
 }
 
@@ -371,5 +365,4 @@ pub fn scale_columns<E: Element>(sums: &mut [E::Wide], factors: &[E::Wide], weig
 }
 
 #[cfg(test)]
-#[path = "kernels_tests.rs"]
 mod tests;

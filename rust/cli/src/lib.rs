@@ -1,0 +1,87 @@
+//! `peftrs-merge`: merges adapters into checkpoints on disk without loading a model.
+
+mod arguments;
+mod printer;
+mod report;
+
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Instant;
+
+use clap::Parser;
+use peftrs_core::checkpoint::Links;
+use peftrs_core::error::{Error, Result};
+use peftrs_core::merge::{Merge, Settings};
+
+use arguments::Arguments;
+use printer::{Printer, Progress, size};
+
+/// Runs the tool on `arguments`, the program's name left out, and returns its exit code. SIGINT and SIGTERM end it
+/// cleanly, from then on.
+#[must_use]
+pub fn run(arguments: &[String]) -> i32 {
+    let signal = Arc::new(AtomicUsize::new(0));
+    for number in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+        let value = usize::try_from(number).unwrap_or_default();
+        // Where the system refuses, the signal kills the tool at once: the temporary folder stays, nothing else is lost.
+        let _ = signal_hook::flag::register_usize(number, Arc::clone(&signal), value);
+    }
+    run_until(arguments, &signal)
+}
+
+/// The same for a program that handles signals itself: it stores the number of one that came in `signal`.
+#[must_use]
+pub fn run_until(arguments: &[String], signal: &AtomicUsize) -> i32 {
+    let name = std::iter::once("peftrs-merge");
+    let arguments = match Arguments::try_parse_from(name.chain(arguments.iter().map(String::as_str))) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // A closed pipe is the reader's choice.
+            let _ = error.print();
+            return error.exit_code();
+        }
+    };
+    let printer = Printer::new(arguments.quiet);
+    match merge(&arguments, &printer, signal) {
+        Ok(()) => 0,
+        Err(Error::Interrupted(signal)) => {
+            printer.error("interrupted, nothing was written");
+            128 + signal
+        }
+        Err(error) => {
+            printer.error(&error.to_string());
+            1
+        }
+    }
+}
+
+fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize) -> Result<()> {
+    let threads = arguments.threads.map_or(0, usize::from);
+    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+    let pool = pool.map_err(|error| Error::Merge(format!("cannot start {threads} threads: {error}")))?;
+    let links = if arguments.follow_links { Links::Follow } else { Links::Confined };
+    let settings = Settings { links, allow_nonfinite: arguments.allow_nonfinite };
+    pool.install(|| {
+        let started = Instant::now();
+        let merge = Merge::open(&arguments.base, &arguments.adapter, settings)?;
+        merge.plan().notes.iter().for_each(|note| printer.note(note));
+        if arguments.dry_run {
+            let report = if arguments.json { report::json(merge.plan()) } else { report::table(merge.plan()) };
+            printer.data(&report);
+            return Ok(());
+        }
+        let Some(output) = &arguments.output else { return Ok(()) };
+        let progress = Progress::new(printer, merge.plan().bytes(), signal);
+        let written = merge.write(output, arguments.overwrite, !arguments.no_sync, &progress);
+        progress.finish();
+        written?;
+        printer.done(&format!(
+            "merged into {}: {}, {} in {:.2} s",
+            output.display(),
+            report::summary(merge.plan()),
+            size(merge.plan().bytes()),
+            started.elapsed().as_secs_f64()
+        ));
+        Ok(())
+    })
+}

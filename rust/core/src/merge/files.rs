@@ -1,0 +1,226 @@
+//! The files of a merged checkpoint that hold no tensors.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
+
+use super::Merge;
+use crate::checkpoint::{Checkpoint, digest, read_small};
+use crate::error::{Error, Result, show_name};
+use crate::plan::{Plan, Update};
+use crate::writer::{FolderWriter, MARKER};
+
+/// The largest file that is copied along. Tokenizers reach 40 MB; what is larger is not part of a model's description.
+const LARGEST: u64 = 64 << 20;
+
+/// How deep the folders go that are copied along.
+const DEEPEST: usize = 3;
+
+/// The name of a model's config.
+pub const MODEL_CONFIG: &str = "config.json";
+
+const README: &str = "README.md";
+
+/// Endings of files that hold weights in one form or another, which a merge makes stale.
+const WEIGHTS: [&str; 12] =
+    [".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot"];
+
+/// The folder of a base that is given as a folder, a file or an index.
+pub fn folder_of(base: &Path) -> PathBuf {
+    if base.is_dir() {
+        return base.to_owned();
+    }
+    base.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned()
+}
+
+impl Merge {
+    /// Copies what belongs to the model beside its weights. Beside a base given as one file, that is its config alone.
+    pub(super) fn copy_files(&self, writer: &FolderWriter) -> Result<()> {
+        let folder = folder_of(&self.base_path);
+        let mut names = Vec::new();
+        if self.base_path.is_file() {
+            names.push((folder.clone(), MODEL_CONFIG.to_owned(), MODEL_CONFIG.to_owned()));
+        } else {
+            list(&folder, "", 0, &mut names)?;
+        }
+        for (folder, name, inside) in names {
+            if inside.ends_with(".safetensors.index.json") || inside == MODEL_CONFIG && self.plan.untie {
+                continue;
+            }
+            if let Some(bytes) = read_small(&folder, &name, self.links, LARGEST)? {
+                writer.write(&inside, &bytes)?;
+            }
+        }
+        if let Some(config) = self.model.clone().filter(|_| self.plan.untie) {
+            writer.write(MODEL_CONFIG, &untied(config)?)?;
+        }
+        self.write_index(writer)
+    }
+
+    /// The index of a sharded checkpoint, with the tensors that the base lacks.
+    fn write_index(&self, writer: &FolderWriter) -> Result<()> {
+        let folder = folder_of(&self.base_path);
+        for name in names(&folder)?.iter().filter(|name| name.ends_with(".safetensors.index.json")) {
+            let Some(bytes) = read_small(&folder, name, self.links, 256 << 20)? else { continue };
+            let mut index: Value = parse(&folder.join(name), &bytes)?;
+            let Some(map) = index.get_mut("weight_map").and_then(Value::as_object_mut) else { continue };
+            if !self.plan.files.iter().any(|file| map.values().any(|value| *value == file.name)) {
+                continue;
+            }
+            if self.plan.files.iter().all(|file| file.same_header) {
+                writer.write(name, &bytes)?;
+                continue;
+            }
+            for file in &self.plan.files {
+                for output in &file.outputs {
+                    map.insert(output.name.clone(), Value::from(file.name.clone()));
+                }
+            }
+            if let Some(size) = index.pointer_mut("/metadata/total_size") {
+                *size = Value::from(self.plan.bytes());
+            }
+            writer.write(name, &pretty(&index)?)?;
+        }
+        Ok(())
+    }
+
+    /// The README of the merged checkpoint, and the record of it that a program can read.
+    pub(super) fn write_record(&self, writer: &FolderWriter) -> Result<()> {
+        let record = self.record()?;
+        writer.write(README, readme(&record, &self.plan).as_bytes())?;
+        writer.write(MARKER, &pretty(&record)?)
+    }
+
+    /// What was merged from what. Folders are named without the path to them, which is nobody else's business.
+    fn record(&self) -> Result<Value> {
+        let (files, adapter) = rayon::join(
+            || {
+                self.base
+                    .files()
+                    .iter()
+                    .enumerate()
+                    .map(|(index, file)| {
+                        Ok(json!({
+                            "name": file.name,
+                            "bytes": file.length(),
+                            "header_sha256": digest(&self.base.read_header(index)?),
+                        }))
+                    })
+                    .collect::<Result<Vec<Value>>>()
+            },
+            || weights_digest(&self.adapter),
+        );
+        let mut scalings: Vec<f64> = self
+            .plan
+            .changed()
+            .filter_map(|output| match output.update.as_ref()? {
+                Update::LowRank(update) => Some(update.scaling),
+                _ => None,
+            })
+            .collect();
+        scalings.sort_by(f64::total_cmp);
+        scalings.dedup();
+        Ok(json!({
+            "peftrs": env!("CARGO_PKG_VERSION"),
+            "base": { "name": last_part(&self.base_path), "files": files? },
+            "adapter": {
+                "name": last_part(&self.adapter_path),
+                "config_sha256": digest(self.config_text.as_bytes()),
+                "weights_sha256": adapter?,
+                "scalings": scalings,
+            },
+            "changed": self.plan.changed().map(|output| json!({"tensor": output.name, "change": output.what()})).collect::<Vec<_>>(),
+            "notes": self.plan.notes,
+        }))
+    }
+}
+
+/// Every file below `folder` that is copied along: its folder, its name, and its path inside.
+fn list(folder: &Path, prefix: &str, depth: usize, found: &mut Vec<(PathBuf, String, String)>) -> Result<()> {
+    for name in names(folder)? {
+        let path = folder.join(&name);
+        let metadata = std::fs::symlink_metadata(&path).map_err(|error| Error::storage(&path, "read", error))?;
+        let hidden = name.starts_with('.') || depth == 0 && (name == README || name == MARKER);
+        if hidden || WEIGHTS.iter().any(|end| name.ends_with(end)) {
+            continue;
+        }
+        let inside = format!("{prefix}{name}");
+        if metadata.is_dir() {
+            if depth < DEEPEST {
+                list(&path, &format!("{inside}/"), depth + 1, found)?;
+            }
+        } else if std::fs::metadata(&path).is_ok_and(|metadata| metadata.is_file() && metadata.len() <= LARGEST) {
+            found.push((folder.to_owned(), name, inside));
+        }
+    }
+    Ok(())
+}
+
+/// The names in a folder, sorted; those that are not Unicode belong to no model.
+fn names(folder: &Path) -> Result<Vec<String>> {
+    let refused = |error| Error::storage(folder, "list", error);
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(folder).map_err(refused)? {
+        names.extend(entry.map_err(refused)?.file_name().into_string());
+    }
+    names.sort_unstable();
+    Ok(names)
+}
+
+/// The model's config, saying that the head stands for itself.
+fn untied(mut config: Value) -> Result<Vec<u8>> {
+    if let Some(fields) = config.as_object_mut() {
+        fields.insert("tie_word_embeddings".to_owned(), Value::Bool(false));
+    }
+    pretty(&config)
+}
+
+pub fn parse(path: &Path, bytes: &[u8]) -> Result<Value> {
+    serde_json::from_slice(bytes).map_err(|error| Error::checkpoint(path, format!("is not JSON: {error}")))
+}
+
+fn pretty(value: &Value) -> Result<Vec<u8>> {
+    let mut bytes = serde_json::to_vec_pretty(value).map_err(|error| Error::Merge(error.to_string()))?;
+    bytes.push(b'\n');
+    Ok(bytes)
+}
+
+/// The digest of a checkpoint's one file: the header and the tensors after it leave nothing out.
+fn weights_digest(checkpoint: &Checkpoint) -> Result<String> {
+    let mut hash = Sha256::new();
+    hash.update(checkpoint.read_header(0)?);
+    for name in checkpoint.names() {
+        hash.update(checkpoint.read(name)?);
+    }
+    Ok(hash.finalize().iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}")))
+}
+
+fn last_part(path: &Path) -> String {
+    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
+    show_name(&real.file_name().unwrap_or_default().to_string_lossy())
+}
+
+fn readme(record: &Value, plan: &Plan) -> String {
+    let text = |pointer: &str| record.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
+    let (base, adapter) = (text("/base/name"), text("/adapter/name"));
+    let total: usize = plan.files.iter().map(|file| file.outputs.len()).sum();
+    let notes = plan.notes.iter().fold(String::new(), |text, note| text + "- " + note + "\n");
+    let notes = if notes.is_empty() { notes } else { format!("\n## Notes\n\n{notes}") };
+    format!(
+        "---\ntags:\n- merge\n- peftrs\n---\n\n# {base} with {adapter} merged in\n\n\
+         The adapter `{adapter}` was merged into the weights of `{base}` by peftrs-merge {version}. Load this folder like \
+         the base; no adapter library is needed.\n\n\
+         | | |\n|---|---|\n\
+         | tensors changed | {changed} of {total} |\n\
+         | scaling | {scalings} |\n\
+         | adapter weights, SHA-256 | `{weights}` |\n\
+         | adapter config, SHA-256 | `{config}` |\n\n\
+         `{MARKER}` lists every changed tensor and the base's files.\n{notes}",
+        version = text("/peftrs"),
+        changed = plan.changed().count(),
+        scalings = record.pointer("/adapter/scalings").map(Value::to_string).unwrap_or_default(),
+        weights = text("/adapter/weights_sha256"),
+        config = text("/adapter/config_sha256"),
+    )
+}

@@ -1,0 +1,111 @@
+//! Which module of the base a module path of the adapter means: the same path, or that path with or without one prefix.
+//!
+//! A base saved from a bare encoder lacks the prefix that a model with a head gives it, and the other way round. Putting
+//! one prefix in the place of another is refused: it would move a text encoder's adapter onto a vision encoder.
+
+use std::collections::HashSet;
+
+/// The most leading components that a base checkpoint may lack: `base_model.model.model.language_model.` is the longest seen.
+const DEEPEST: usize = 3;
+
+/// How every path of an adapter becomes a path of the base; at most one of the two is not empty.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Homes {
+    /// The prefix that only the adapter's paths have, with its last dot, or nothing.
+    pub strip: String,
+    /// The prefix that only the base's paths have, with its last dot, or nothing.
+    pub add: String,
+}
+
+/// Two ways of reading the adapter's paths that both find a home for all of them.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Ambiguous(pub Homes, pub Homes);
+
+impl Homes {
+    /// The path in the base. One that lacks the adapter's prefix, as a head does, stays as it is.
+    pub fn path(&self, path: &str) -> String {
+        path.strip_prefix(&self.strip).map_or_else(|| path.to_owned(), |rest| format!("{}{rest}", self.add))
+    }
+
+    /// The reading under which the most `paths` are among `modules`, the paths as they stand first.
+    ///
+    /// Paths that stay homeless are for the caller to report.
+    pub fn find(paths: &[&str], modules: &HashSet<&str>) -> Result<Self, Ambiguous> {
+        let count = |homes: &Self| paths.iter().filter(|path| modules.contains(homes.path(path).as_str())).count();
+        let mut best = (count(&Self::default()), Self::default());
+        let Some(stray) = paths.iter().find(|path| !modules.contains(**path)) else { return Ok(best.1) };
+        for depth in 0..=DEEPEST {
+            let Some((strip, rest)) = split(stray, depth) else { break };
+            let mut found: Vec<Self> = modules
+                .iter()
+                .filter_map(|module| module.strip_suffix(rest))
+                .filter(|add| add.is_empty() || depth == 0 && add.ends_with('.'))
+                .map(|add| Self { strip: strip.to_owned(), add: add.to_owned() })
+                .collect();
+            found.sort_by(|a, b| a.add.cmp(&b.add));
+            let whole: Vec<&Self> = found.iter().filter(|homes| count(homes) == paths.len()).collect();
+            match whole.as_slice() {
+                [] => {}
+                [one] => return Ok((*one).clone()),
+                [one, other, ..] => return Err(Ambiguous((*one).clone(), (*other).clone())),
+            }
+            for homes in found {
+                let homed = count(&homes);
+                if homed > best.0 {
+                    best = (homed, homes);
+                }
+            }
+        }
+        Ok(best.1)
+    }
+}
+
+/// `path` after its first `depth` components, and those components with the dot.
+fn split(path: &str, depth: usize) -> Option<(&str, &str)> {
+    let Some(last) = depth.checked_sub(1) else { return Some(("", path)) };
+    let (dot, _) = path.match_indices('.').nth(last)?;
+    path.split_at_checked(dot + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use super::*;
+
+    fn find(paths: &[&str], modules: &[&str]) -> Result<(String, String), Ambiguous> {
+        Homes::find(paths, &modules.iter().copied().collect()).map(|homes| (homes.strip, homes.add))
+    }
+
+    fn pair(strip: &str, add: &str) -> (String, String) {
+        (strip.to_owned(), add.to_owned())
+    }
+
+    #[test]
+    fn equal_paths_need_nothing() {
+        assert_eq!(find(&["a.q", "a.v"], &["a.q", "a.v", "x.a.q", "x.a.v"]), Ok(pair("", "")));
+    }
+
+    #[test]
+    fn a_prefix_is_stripped_or_added_but_not_exchanged() {
+        let paths = ["bert.layer.0.q", "bert.layer.1.q"];
+        assert_eq!(find(&paths, &["layer.0.q", "layer.1.q"]), Ok(pair("bert.", "")));
+        assert_eq!(find(&paths, &["m.bert.layer.0.q", "m.bert.layer.1.q"]), Ok(pair("", "m.")));
+        assert_eq!(find(&paths, &["roberta.layer.0.q", "roberta.layer.1.q"]), Ok(pair("", "")));
+    }
+
+    #[test]
+    fn one_prefix_must_serve_all() {
+        let homes = Homes::find(&["m.a.q", "m.b.q", "m.c.q"], &["a.q", "b.q", "x.c.q"].into_iter().collect()).unwrap();
+        assert_eq!(homes, Homes { strip: "m.".into(), add: String::new() });
+        assert_eq!(homes.path("lm_head"), "lm_head");
+    }
+
+    #[test]
+    fn two_whole_readings_are_ambiguous() {
+        let found = find(&["layers.0.q"], &["text.layers.0.q", "vision.layers.0.q"]);
+        let text = Homes { strip: String::new(), add: "text.".into() };
+        let vision = Homes { strip: String::new(), add: "vision.".into() };
+        assert_eq!(found, Err(Ambiguous(text, vision)));
+    }
+}

@@ -1,0 +1,86 @@
+//! What this tool does not merge, said before anything else is looked at.
+
+use serde_json::Value;
+
+use crate::config::{AdapterConfig, Init, LoraFields};
+use crate::error::{Error, Result, show_name};
+
+/// Starts that are taken out of the base when training begins, so that the adapter alone is not what was trained.
+const RESIDUAL: [&str; 5] = ["pissa", "olora", "corda", "lora_ga", "loftq"];
+
+const CONVERT: &str = "save the adapter with path_initial_model_for_weight_conversion, which makes it a plain LoRA";
+
+/// Variants whose update is not one weight.
+const ONLINE: [&str; 3] = ["use_qalora", "alora_invocation_tokens", "arrow_config"];
+
+const IN_PYTHON: &str = "merge it in Python with PeftModel.from_pretrained(...).merge_and_unload()";
+
+/// Refuses an adapter that is not a LoRA of weights as they were, and a base whose weights are packed.
+pub fn check<'a>(config: &'a AdapterConfig, model: Option<&Value>) -> Result<&'a LoraFields> {
+    let Some(lora) = config.lora() else {
+        return Err(refused(&format!("adapters of type {} are", show_name(&config.peft_type)), IN_PYTHON));
+    };
+    let replicated = lora.layer_replication.as_ref().map(|_| "layer_replication");
+    if let Some(name) = replicated.or_else(|| lora.variants.first().copied()) {
+        let way =
+            if ONLINE.contains(&name) { "its update depends on the input, load it as an adapter" } else { IN_PYTHON };
+        return Err(refused(&format!("adapters with {name} are"), way));
+    }
+    match &lora.init_lora_weights {
+        Init::Named(start) if RESIDUAL.iter().any(|known| start.to_ascii_lowercase().starts_with(known)) => {
+            return Err(refused(&format!("adapters with init_lora_weights={} are", show_name(start)), CONVERT));
+        }
+        _ => {}
+    }
+    if let Some(method) = model.and_then(|model| model.get("quantization_config")).filter(|method| method.is_object()) {
+        let name = method.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed method");
+        let way = "merge into the checkpoint that it was made from, and quantize the result";
+        return Err(refused(&format!("bases quantized by {} are", show_name(name)), way));
+    }
+    Ok(lora)
+}
+
+fn refused(what: &str, way: &str) -> Error {
+    Error::Merge(format!("{what} not merged by this version; hint: {way}"))
+}
+
+/// Whether the model keeps its linear layers as (in, out), as those of transformers that use its `Conv1D` do.
+pub fn stores_transposed(model: Option<&Value>) -> bool {
+    let kind = model.and_then(|model| model.get("model_type")).and_then(Value::as_str);
+    kind.is_some_and(|kind| ["gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"].contains(&kind))
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use serde_json::json;
+
+    use super::*;
+
+    fn config(fields: &Value) -> AdapterConfig {
+        AdapterConfig::parse(&fields.to_string(), "adapter_config.json").unwrap()
+    }
+
+    #[test]
+    fn plain_lora_passes() {
+        let config = config(&json!({"peft_type": "LORA", "init_lora_weights": "gaussian", "use_bdlora": null}));
+        check(&config, Some(&json!({"quantization_config": null}))).unwrap();
+    }
+
+    #[test]
+    fn what_is_not_plain_lora_is_named_with_the_way_out() {
+        for (fields, named) in [
+            (json!({"peft_type": "IA3"}), "type IA3"),
+            (json!({"peft_type": "LORA", "init_lora_weights": "pissa_niter_16"}), "init_lora_weights=pissa_niter_16"),
+            (json!({"peft_type": "LORA", "layer_replication": [[0, 2]]}), "layer_replication"),
+            (json!({"peft_type": "LORA", "use_qalora": true}), "use_qalora"),
+        ] {
+            let message = check(&config(&fields), None).unwrap_err().to_string();
+            assert!(message.contains(named) && message.contains("; hint: "), "{message}");
+        }
+        let model = json!({"quantization_config": {"quant_method": "gptq"}});
+        let message = check(&config(&json!({"peft_type": "LORA"})), Some(&model)).unwrap_err().to_string();
+        assert!(message.contains("quantized by gptq"), "{message}");
+    }
+}

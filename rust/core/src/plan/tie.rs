@@ -1,0 +1,94 @@
+//! Output heads that a checkpoint leaves out because they are the embedding.
+//!
+//! An adapter that changes one of the two changes only that one: after the merge they are two tensors, and the model's
+//! config says so. Rows of trained tokens are the exception, since such an adapter changes both alike.
+
+use std::collections::BTreeMap;
+
+use serde_json::Value;
+
+use super::homes::Homes;
+use super::{Change, Update};
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, show_name};
+
+/// The last parts of the names under which models keep their input embedding.
+const EMBEDDINGS: [&str; 6] = ["embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared"];
+
+/// A head tied to an embedding.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tie {
+    /// The head's parameter, which the base lacks.
+    pub head: String,
+    /// The embedding's, which it has.
+    pub embedding: String,
+    /// Whether untying is known to be enough: the model has this one head and reads it under this name.
+    pub known: bool,
+    bytes: usize,
+}
+
+impl Tie {
+    /// The tie of `base`, if its config allows one and it lacks a head.
+    pub fn find(base: &Checkpoint, model: Option<&Value>, homes: &Homes) -> Option<Self> {
+        let model = model?;
+        if model.get("tie_word_embeddings").and_then(Value::as_bool) == Some(false) {
+            return None;
+        }
+        let architecture = model.get("architectures").and_then(|names| names.get(0)).and_then(Value::as_str)?;
+        let known = ["ForCausalLM", "LMHeadModel"].iter().any(|end| architecture.ends_with(end));
+        let generates = known
+            || ["ForConditionalGeneration", "ForMaskedLM", "ForPreTraining"]
+                .iter()
+                .any(|end| architecture.ends_with(end));
+        let is_head =
+            |name: &str| ["lm_head.weight", "embed_out.weight", "decoder.weight"].iter().any(|end| name.ends_with(end));
+        if !generates || base.names().any(is_head) {
+            return None;
+        }
+        let mut embeddings = base.names().filter(|name| is_embedding(name));
+        let embedding = embeddings.next()?;
+        // A prefix that the base lacks is the head model's own: its head stands beside it.
+        let known = known && embeddings.next().is_none() && homes.add.is_empty();
+        let bytes = base.entry(embedding)?.bytes();
+        Some(Self { head: "lm_head.weight".to_owned(), embedding: embedding.to_owned(), known, bytes })
+    }
+
+    /// Whether `changes` set the head and the embedding apart.
+    pub fn is_cut(&self, changes: &BTreeMap<String, Change>) -> bool {
+        [&self.head, &self.embedding]
+            .into_iter()
+            .filter_map(|name| changes.get(name))
+            .any(|change| change.whole.is_some() || !matches!(change.update, Some(Update::Tokens { .. })))
+    }
+
+    /// The refusal of a tie that this tool does not know how to undo.
+    pub fn refused(&self) -> Error {
+        Error::Merge(format!(
+            "the adapter changes {}, which the base ties to other weights that it leaves out; hint: save the base with \
+             tie_word_embeddings false and the weights told apart, then merge into that",
+            show_name(&self.embedding)
+        ))
+    }
+
+    /// Unties the two where `changes` set them apart, and says so; where they stay one, leaves the embedding's changes.
+    pub fn cut(&self, changes: &mut BTreeMap<String, Change>, notes: &mut Vec<String>) -> bool {
+        let cut = self.is_cut(changes);
+        if cut {
+            notes.push(format!(
+                "{} is no longer tied to {}: {} bytes more, and tie_word_embeddings is false",
+                show_name(&self.head),
+                show_name(&self.embedding),
+                self.bytes
+            ));
+        } else {
+            changes.remove(&self.head);
+        }
+        cut
+    }
+}
+
+/// Whether `name` is that of a model's input embedding.
+pub fn is_embedding(name: &str) -> bool {
+    let module = name.strip_suffix(".weight").unwrap_or_default();
+    EMBEDDINGS.contains(&module.rsplit('.').next().unwrap_or_default())
+}
