@@ -29,7 +29,8 @@ pub fn merge_main(py: Python<'_>, arguments: Vec<String>) -> PyResult<i32> {
             });
             while done.recv_timeout(PATIENCE) == Err(RecvTimeoutError::Timeout) {
                 // Runs our handlers where this is the main thread; their effect is the flag.
-                let _ = Python::attach(Python::check_signals);
+                #[allow(clippy::redundant_closure_for_method_calls, reason = "the method's lifetime is too narrow")]
+                let _ = Python::attach(|py| py.check_signals());
             }
             Ok(merge.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic)))
         })
