@@ -114,17 +114,20 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, track: Track = i
         merging.check(layer, layer.chain([*layer.merged_adapters, *found]))
     shared = merging.shared_weights(model, list(chosen))
     if shared:
-        copied = sum(holder.weight.nbytes for holder in shared.values())
+        copied = [one.parameter.nbytes for its in shared.values() for one in its]
         warnings.warn(
-            f"{len(shared)} weights that other modules share are copied for the merge: {copied:,} bytes", PeftrsWarning, 3
+            f"{len(copied)} tensors that other modules share are copied for the merge: {sum(copied):,} bytes", PeftrsWarning, 3
         )
-    done: list[AdaptedLayer] = []
+    done: dict[AdaptedLayer, list[str]] = {}
     try:
         for layer in track(list(chosen)):
-            merging.merge(layer, chosen[layer], shared.get(layer))
-            done.append(layer)
+            earlier = layer.merged_adapters
+            merging.merge(layer, chosen[layer], shared.get(layer, ()))
+            done[layer] = earlier
     except BaseException:
-        unmerge(done)
+        for layer, earlier in done.items():
+            layer.unmerge()
+            merging.merge(layer, earlier, shared.get(layer, ()))
         raise
 
 

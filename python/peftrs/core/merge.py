@@ -28,28 +28,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shared:
-    """A weight that other modules hold too, and where the layer to be merged holds it."""
+    """A weight or bias that other modules hold too, and where the layer to be merged holds it."""
 
     owner: nn.Module
     attribute: str
-    weight: nn.Parameter
+    parameter: nn.Parameter
 
 
 @dataclass(frozen=True)
 class Ledger:
     """What it takes to undo a merge: the names, in the order in which they are active, and the stored tensors from before.
 
-    A weight that was shared is kept as it was, and the layer has one of its own while merged.
+    `originals` goes by the position in `stored`. What was shared is kept as it was, and the layer has its own while merged.
     """
 
     names: tuple[str, ...]
-    originals: list[Tensor]
-    shared: Shared | None
+    originals: dict[int, Tensor]
+    shared: tuple[Shared, ...]
 
     @property
     def bytes(self) -> int:
         """How much memory the originals take."""
-        return sum(tensor.nbytes for tensor in self.originals)
+        return sum(tensor.nbytes for tensor in self.originals.values())
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -71,27 +71,28 @@ def names_to_merge(layer: AdaptedLayer, names: Sequence[str] | None) -> list[str
 
 
 @torch.no_grad()
-def merge(layer: AdaptedLayer, names: Sequence[str], shared: Shared | None = None) -> None:
+def merge(layer: AdaptedLayer, names: Sequence[str], shared: tuple[Shared, ...] = ()) -> None:
     """Merges the named adapters into a layer, beside those merged already. Raises `MergeError`, changing nothing."""
     if not names:
         return
     # In the order of activation, from which the chain follows: an order taken from the chain would be turned round once more.
-    together = tuple(dict.fromkeys([*layer.merged_adapters, *names]))
+    earlier = layer.merged_adapters
+    together = tuple(dict.fromkeys([*earlier, *names]))
     chain = layer.chain(together)
     check(layer, chain)
     if layer.ledger is not None:
         shared = layer.ledger.shared
         unmerge(layer)
-    if shared is None:
-        originals = [parameter.detach().clone() for parameter in stored(layer)]
-    else:
-        own = nn.Parameter(shared.weight.detach().clone(), requires_grad=shared.weight.requires_grad)
-        setattr(shared.owner, shared.attribute, own)
-        originals = [parameter.detach().clone() for parameter in stored(layer)[1:]]
+    kept = {id(one.parameter) for one in shared}
+    originals = {at: tensor.detach().clone() for at, tensor in enumerate(stored(layer)) if id(tensor) not in kept}
+    for one in shared:
+        own = nn.Parameter(one.parameter.detach().clone(), requires_grad=one.parameter.requires_grad)
+        setattr(one.owner, one.attribute, own)
     layer.ledger = Ledger(together, originals, shared)
     _write(layer, chain)
     if not all(bool(parameter.isfinite().all()) for parameter in stored(layer)):
         unmerge(layer)
+        merge(layer, earlier, shared)
         raise MergeError(
             f"{layer.spec.name}: merging {listed(list(together))} gives weights beyond "
             f"{stored(layer)[0].dtype}; lower the adapter's scaling or merge into a wider dtype"
@@ -104,11 +105,11 @@ def unmerge(layer: AdaptedLayer) -> None:
     if layer.ledger is None:
         warnings.warn(f"{layer.spec.name}: nothing is merged, nothing to do", PeftrsWarning, 4)
         return
-    shared = layer.ledger.shared
-    if shared is not None:
-        setattr(shared.owner, shared.attribute, shared.weight)
-    for parameter, original in zip(stored(layer)[0 if shared is None else 1 :], layer.ledger.originals, strict=True):
-        parameter.detach().copy_(original)
+    for one in layer.ledger.shared:
+        setattr(one.owner, one.attribute, one.parameter)
+    parameters = stored(layer)
+    for at, original in layer.ledger.originals.items():
+        parameters[at].detach().copy_(original)
     layer.ledger = None
 
 
@@ -117,22 +118,33 @@ def stored(layer: AdaptedLayer) -> list[nn.Parameter]:
     return [parameter for parameter in layer.base.parameters(layer.base_layer) if parameter is not None]
 
 
-def shared_weights(model: nn.Module, layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, Shared]:
-    """The layers among these, not merged yet, whose weight other modules of the model hold too."""
+def shared_weights(model: nn.Module, layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, tuple[Shared, ...]]:
+    """The layers among these, not merged yet, whose weight or bias other modules of the model hold too.
+
+    Raises `MergeError` for a layer that hangs in another place as well, unadapted: there its weight cannot be told apart.
+    """
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                holders.setdefault(id(parameter), []).append((module, name))
-    shared: dict[AdaptedLayer, Shared] = {}
-    for layer in layers:
-        weight = stored(layer)[0]
-        places = holders.get(id(weight), [])
-        if len(places) > 1 and not layer.merged:
-            inside = set(layer.modules())
-            owner, name = next(place for place in places if place[0] in inside)
-            shared[layer] = Shared(owner, name, weight)
-    return shared
+        for attribute, held in (*module._parameters.items(), *module._modules.items()):
+            if held is not None:
+                holders.setdefault(id(held), []).append((module, attribute))
+    found: dict[AdaptedLayer, tuple[Shared, ...]] = {}
+    for layer in (layer for layer in layers if not layer.merged):
+        inside = set(layer.modules())
+        shared = []
+        for parameter in stored(layer):
+            places = holders.get(id(parameter), [])
+            for owner, attribute in (place for place in places if place[0] in inside):
+                if any(parent not in inside for parent, _ in holders.get(id(owner), [])):
+                    raise MergeError(
+                        f"{layer.spec.name}: the layer beneath hangs in another place of the model too, which is not adapted "
+                        "and which merging would change; give that place a copy of the layer"
+                    )
+                if len(places) > 1:
+                    shared.append(Shared(owner, attribute, parameter))
+        if shared:
+            found[layer] = tuple(shared)
+    return found
 
 
 def check(layer: AdaptedLayer, chain: Chain) -> None:
