@@ -6,11 +6,11 @@ import pickle
 
 import pytest
 import torch
-from laws.cases import CASES, KINDS, adapted, fitted, ids
 from torch import Tensor, nn
 
 from peftrs.core import manage
 from peftrs.core.tree import adapted_layers
+from tests.laws.cases import CASES, KINDS, adapted, fitted, ids
 
 cases = pytest.mark.parametrize("case", CASES, ids=ids)
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from hypothesis import given, settings
-from laws.cases import CASES, KINDS, TOLERANCE, WAYS, adapted, add, config, distance, dtypes, fitted, ids, plain, seeds, stir
 
 from peftrs.core import manage
+from tests.laws.cases import CASES, KINDS, TOLERANCE, WAYS, adapted, add, config, distance, dtypes, fitted, ids, plain, seeds, stir
 
 cases = pytest.mark.parametrize("case", CASES, ids=ids)
 

@@ -9,7 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from laws.cases import (
+from torch import nn
+
+from peftrs.core import manage
+from peftrs.core.tree import adapted_layers
+from peftrs.errors import AdapterError, MergeError, PeftrsWarning
+from peftrs.methods.ia3 import IA3Config
+from tests.laws.cases import (
     CASES,
     KINDS,
     TOLERANCE,
@@ -28,12 +34,6 @@ from laws.cases import (
     sole_layer,
     stir,
 )
-from torch import nn
-
-from peftrs.core import manage
-from peftrs.core.tree import adapted_layers
-from peftrs.errors import AdapterError, MergeError, PeftrsWarning
-from peftrs.methods.ia3 import IA3Config
 
 cases = pytest.mark.parametrize("case", CASES, ids=ids)
 
@@ -191,6 +191,24 @@ def test_a_merge_that_overflows_is_refused_and_takes_everything_back(value: floa
         manage.merge(model)
     assert same(bits(model), before)
     assert not any(layer.merged for layer in adapted_layers(model))
+
+
+@pytest.mark.filterwarnings("ignore:.*are merged already:peftrs.errors.PeftrsWarning")
+@pytest.mark.parametrize("broken", ["0", "1"])
+def test_a_refused_merge_leaves_what_was_merged_before(broken: str) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.float16)
+    for name in "ab":
+        add(model, IA3Config(target_modules=["0", "1"], feedforward_modules=[]), name)
+    stir(model)
+    manage.merge(model, ["a"])
+    before = bits(model)
+    layer = model.get_submodule(broken)
+    with torch.no_grad():
+        layer.adapters["b"]["ia3_l"].fill_(1e6)
+    with pytest.raises(MergeError, match=rf"^{broken}: "):
+        manage.merge(model, ["b"])
+    assert same(bits(model), before)
+    assert [layer.merged_adapters for layer in adapted_layers(model)] == [["a"], ["a"]]
 
 
 def test_merging_an_unknown_adapter_is_refused() -> None:

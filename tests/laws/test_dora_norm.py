@@ -1,0 +1,76 @@
+"""DoRA's norm is that of the dense weight, found without a second tensor of the weight's size."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from peftrs.methods.dora import Dora
+from peftrs.methods.lora import LoraConfig
+from tests.laws.cases import WAYS, adapted, add, distance, fitted, seeds, sole_layer
+
+# How far the identity may lie from the norm of the dense weight, relative to it.
+NORM_TOLERANCE = 2e-6
+
+
+@pytest.mark.parametrize("kind", WAYS["dora"].kinds)
+@settings(max_examples=10)
+@given(seed=seeds, scaling=st.floats(-4, 4))
+def test_the_identity_gives_the_norm_of_the_dense_weight(kind: str, seed: int, scaling: float) -> None:
+    torch.manual_seed(seed)
+    model = adapted(["dora"], kind)
+    adapter = next(fitted(model))
+    adapter.scaling = scaling
+    base = sole_layer(model).base.dense(sole_layer(model).base_layer)
+    up, down = (factor.double() for factor in Dora().factors(adapter))
+    dense = (base.weight.double().flatten(1) + scaling * up @ down).norm(dim=1)
+    assert distance(Dora().norm(adapter, base.weight), dense) < NORM_TOLERANCE
+
+
+@settings(max_examples=10)
+@given(seed=seeds, smallness=st.integers(0, 7))
+def test_rows_that_cancel_keep_a_norm_near_zero(seed: int, smallness: int) -> None:
+    """`‖W‖² + …` loses half the digits where `s·B·A` nearly takes `W` away; what is left must not be lost or negative."""
+    torch.manual_seed(seed)
+    model = adapted(["dora"], "linear")
+    adapter = next(fitted(model))
+    with torch.no_grad():
+        up, down = Dora().factors(adapter)
+        weight = -adapter.scaling * (up @ down) + 10.0**-smallness * torch.randn(10, 6)
+        norm = Dora().norm(adapter, weight)
+        dense = (weight.double() + adapter.scaling * up.double() @ down.double()).norm(dim=1)
+    assert bool(norm.isfinite().all())
+    assert bool((norm >= 0).all())
+    assert float((norm - dense).abs().max()) <= 1e-3 * float(weight.norm(dim=1).max())
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor with memory of its own that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        held = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in held:
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_training_makes_no_tensor_of_the_weights_size(dtype: torch.dtype) -> None:
+    out, width, tokens = 1536, 1280, 3
+    model = nn.Sequential(nn.Linear(width, out)).to(dtype)
+    add(model, LoraConfig(target_modules=["0"], r=4, use_dora=True), "a")
+    x = torch.randn(tokens, width).to(dtype)
+    with Largest() as largest:
+        model(x).square().sum().backward()
+    assert 0 < largest.elements < out * width
