@@ -106,10 +106,7 @@ class Parameter(Base):
 
 
 class Attention(Parameter):
-    """`nn.MultiheadAttention`: the joint input projection, and with it the output projection, which is a layer of its own.
-
-    Attention's forward reads the output projection's weight without calling it, so that its adapters act from here.
-    """
+    """`nn.MultiheadAttention`: the joint input projection. The output projection is a layer of its own."""
 
     kind = LayerKind.ATTENTION
 
@@ -118,16 +115,6 @@ class Attention(Parameter):
 
     def parameters(self, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
         return cast(nn.Parameter, module.in_proj_weight), None
-
-    def substitutes(self, module: nn.Module, affine: Affine) -> dict[str, Tensor]:
-        found = super().substitutes(module, affine)
-        projection: Any = cast(nn.MultiheadAttention, module).out_proj
-        if hasattr(projection, "base_layer"):
-            changed = as_dtype(projection.folded(), projection.weight.dtype)
-            found["out_proj.base_layer.weight"] = changed.weight
-            if changed.bias is not None:
-                found["out_proj.base_layer.bias"] = changed.bias
-        return found
 
 
 LINEAR, TRANSPOSED, EMBEDDING, ATTENTION = Linear(), TransposedLinear(), Embedding(), Attention()

@@ -43,6 +43,8 @@ class LayerSpec:
     shape: tuple[int, ...]
     bias: bool = False
     groups: int = 1
+    strength: float = 1.0
+    """What changes of this layer are multiplied by on top of their own scaling, as the files of such layers mean it."""
     matched: Mapping[str, Any] = field(default_factory=dict)
     """The value that each of the config's pattern fields gives this layer, where a key of it matched."""
 

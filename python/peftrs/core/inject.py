@@ -17,7 +17,7 @@ from peftrs.core.plan import Plan
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.target import Target
-from peftrs.core.tree import wrappers
+from peftrs.core.tree import original, wrappers
 from peftrs.errors import AdapterError
 
 log = logging.getLogger("peftrs")
@@ -90,6 +90,7 @@ def _wrap(target: Target, state: Activation) -> AdaptedLayer:
         layer = layer.base_layer
     wrapped = AdaptedLayer(current, target.base, state, target.spec)
     wrapped.train(current.training)
+    wrapped.read_by_owner = isinstance(original(place.parent), nn.MultiheadAttention)
     place.put(wrapped)
     return wrapped
 
@@ -125,27 +126,33 @@ def _fit(
 
 def freeze(model: nn.Module, config: TargetedConfig, state: Activation) -> None:
     """Leaves only active adapters trainable, and the biases that the config's `bias` names."""
-    trained: set[int] = set()
-    for _, wrapper in wrappers(model):
-        if isinstance(wrapper, AdaptedLayer):
-            for one in wrapper.adapters.values():
-                trained |= {id(parameter) for _, parameter in one.parameters()}
-        else:
-            trained |= {id(parameter) for parameter in wrapper.modules_to_save.parameters()}
+    own = own_parameters(model)
     for parameter in model.parameters():
-        if id(parameter) not in trained:
+        if id(parameter) not in own:
             parameter.requires_grad_(False)
     for _, wrapper in wrappers(model):
         wrapper.require_grad(state.active, only=True, requires_grad=not config.inference_mode)
     for _, bias in biases(model, config):
-        bias.requires_grad_(True)
+        bias.requires_grad_(not config.inference_mode)
+
+
+def own_parameters(model: nn.Module) -> set[int]:
+    """The identities of all parameters that belong to adapters."""
+    own: set[int] = set()
+    for _, wrapper in wrappers(model):
+        if isinstance(wrapper, AdaptedLayer):
+            own |= {id(parameter) for adapter in wrapper.adapters.values() for _, parameter in adapter.parameters()}
+        else:
+            own |= {id(parameter) for parameter in wrapper.modules_to_save.parameters()}
+    return own
 
 
 def biases(model: nn.Module, config: TargetedConfig) -> list[tuple[str, nn.Parameter]]:
     """The biases of the base that the config trains, by full name: all, or those of adapted layers."""
     mode = getattr(config, "bias", "none")
     if mode == "all":
-        return [(name, parameter) for name, parameter in model.named_parameters() if name.endswith("bias") and "lora_" not in name]
+        own = own_parameters(model)
+        return [(name, one) for name, one in model.named_parameters() if name.rpartition(".")[2] == "bias" and id(one) not in own]
     found = []
     if mode.endswith("_only"):
         for name, wrapper in wrappers(model):

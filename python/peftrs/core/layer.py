@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from peftrs.bases.base import Base
+from peftrs.bases.base import Base, as_dtype
 from peftrs.bases.kinds import Affine, LayerSpec
 from peftrs.core import merge as merging
 from peftrs.core.activation import Activation, Switched
@@ -72,6 +72,8 @@ class AdaptedLayer(Switched, nn.Module):
         self.spec = spec
         self.activation = activation
         self.override: Activation | None = None
+        self.read_by_owner = False
+        """Whether the module above reads `weight` and `bias` instead of calling the layer: it then gets the changed ones."""
         self.adapters: dict[str, FittedAdapter] = {}
         self.ledger: merging.Ledger | None = None
 
@@ -82,6 +84,8 @@ class AdaptedLayer(Switched, nn.Module):
             adapters = self.__dict__.get("adapters", {})
             if any(name in adapter.method.attributes for adapter in adapters.values()):
                 return Setting(adapters, name)
+            if name in ("weight", "bias") and self.__dict__.get("read_by_owner"):
+                return getattr(self.folded(), name)
             base_layer = self.__dict__.get("_modules", {}).get("base_layer")
             if base_layer is None or name in ("adapters", "ledger"):
                 raise
@@ -115,10 +119,11 @@ class AdaptedLayer(Switched, nn.Module):
         return tuple(chain)
 
     def folded(self) -> Affine:
-        """The layer as an affine map with the active adapters in it; differentiable."""
+        """The layer as an affine map with the active adapters in it, in its own dtype; differentiable."""
+        base = self.base.dense(self.base_layer)
         state = self.state
         chain = self.chain(state.active) if state.enabled and self.ledger is None else ()
-        return fold(chain, self.base.dense(self.base_layer))
+        return as_dtype(fold(chain, base), base.weight.dtype) if chain else base
 
     def before_switch(self, state: Activation) -> None:
         if self.ledger is not None and self.ledger.names != state.active:
@@ -179,7 +184,7 @@ class AdaptedLayer(Switched, nn.Module):
         """Sets an adapter's strength, as a multiple of the one that its config gives."""
         if adapter in self.adapters:
             fitted = self.adapters[adapter]
-            fitted.scaling = scale * fitted.method.scale(fitted.config, fitted.values)
+            fitted.scaling = scale * fitted.own_scaling
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the strength of the active adapters."""
@@ -189,8 +194,7 @@ class AdaptedLayer(Switched, nn.Module):
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the strength of the active adapters, or without `scale` sets it back to what their configs give."""
         for adapter in self.chain(self.active_adapters):
-            own = adapter.method.scale(adapter.config, adapter.values)
-            adapter.scaling = own if scale is None else adapter.scaling / scale
+            adapter.scaling = adapter.own_scaling if scale is None else adapter.scaling / scale
 
     def get_base_layer(self) -> nn.Module:
         """The frozen layer, below all layers adapted around it."""

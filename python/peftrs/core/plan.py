@@ -22,6 +22,10 @@ from peftrs.errors import ConfigError, TargetError, complain, listed
 NO_TARGETS = "dummy-target-modules"
 """What `target_modules` says when only whole modules or token rows are trained."""
 
+PROJECTION = 2.0
+"""PEFT adds the change of an attention's output projection twice when the attention is a target, in its forward and in merging.
+The files of such adapters were trained for that, so that it is what they mean."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -105,10 +109,7 @@ def _targets(
             faults.append(f"{name}: its module is a target too; name either the module or its parameters")
     targets: list[Target] = []
     for index, (name, place, parameter) in enumerate(wanted):
-        if _in_attention(place):
-            attention = name.rpartition(".")[0]
-            if attention not in modules:
-                faults.append(f"{name}: attention reads this layer's weight without calling it; target {attention!r} instead")
+        if _in_attention(place) and place.name.rpartition(".")[0] in modules:
             continue
         base = _base(place, parameter)
         if base is None or base.kind not in method.layers:
@@ -122,7 +123,7 @@ def _targets(
         if base.kind is LayerKind.ATTENTION:
             inner = original(place.module)
             projection = Place(f"{name}.out_proj", inner.get_submodule("out_proj"), inner, "out_proj")
-            targets.append(aim(projection, dense.LINEAR, method, matched))
+            targets.append(aim(projection, dense.LINEAR, method, matched, strength=PROJECTION))
     return targets
 
 
@@ -150,7 +151,7 @@ def _matched(selection: _native.Selection, config: TargetedConfig, index: int) -
 def _is_linear(place: Place) -> bool:
     inner = original(place.module)
     linear = isinstance(inner, nn.Linear) or dense.is_transposed_linear(inner)
-    return linear and not isinstance(place.module, ReplacedModule) and not _in_attention(place)
+    return linear and not isinstance(place.module, ReplacedModule)
 
 
 def _in_attention(place: Place) -> bool:

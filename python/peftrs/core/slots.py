@@ -39,10 +39,15 @@ class FittedAdapter:
         self.config = config
         self.spec = spec
         self.values = method.settle(config, spec)
-        self.scaling = method.scale(config, self.values)
+        self.scaling = self.own_scaling
         self.places: dict[str, tuple[str, str]] = {}
         self.leader: FittedAdapter | None = None
         """The adapter whose tensors this one shares, on the layer that this one's is tied to."""
+
+    @property
+    def own_scaling(self) -> float:
+        """The scaling that the config gives this layer."""
+        return self.method.scale(self.config, self.values) * self.spec.strength
 
     @property
     def slots(self) -> list[str]:
@@ -61,7 +66,7 @@ class FittedAdapter:
 
     def get(self, slot: str) -> Tensor | None:
         """The tensor of a slot, or None if this adapter has no such slot."""
-        return self[slot] if slot in self.places or self.leader is not None else None
+        return self[slot] if slot in self else None
 
     def __contains__(self, slot: object) -> bool:
         return slot in (self.places if self.leader is None else self.method.tied_slots)
@@ -71,7 +76,8 @@ class FittedAdapter:
         held = self.layer._modules.get(container)
         if held is None:
             held = nn.ModuleDict() if leaf else nn.ParameterDict()
-            self.layer.add_module(container, held)
+            # `add_module` would find the container of a layer adapted beneath this one, which answers for what this one lacks.
+            self.layer._modules[container] = held
         if leaf:
             modules = cast(nn.ModuleDict, held)
             if self.name not in modules:

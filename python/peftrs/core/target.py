@@ -22,10 +22,19 @@ class Target:
     tied: str | None = None
 
 
-def aim(place: Place, base: Base, method: Method, matched: dict[str, Any], *, name: str = "", tied: str | None = None) -> Target:
+def aim(
+    place: Place,
+    base: Base,
+    method: Method,
+    matched: dict[str, Any],
+    *,
+    name: str = "",
+    tied: str | None = None,
+    strength: float = 1.0,
+) -> Target:
     """The target for a place, described by its base. `name` is the place's, unless the target is a parameter of it."""
     inner = original(place.module)
     affine = base.dense(inner)
     shape = tuple(affine.weight.shape)
-    spec = LayerSpec(name or place.name, base.kind, shape, affine.bias is not None, base.groups(inner), matched)
+    spec = LayerSpec(name or place.name, base.kind, shape, affine.bias is not None, base.groups(inner), strength, matched)
     return Target(place, base, spec, method, tied)

@@ -167,11 +167,16 @@ pub(crate) fn mishap(head: &[u8]) -> Option<&'static str> {
         Some("is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
     } else if starts("<!doctype") || starts("<html") || starts("<?xml") {
         Some("is a web page, not the file itself; download it again, logged in if the repository asks for it")
-    } else if starts("PK\u{3}\u{4}") || head.starts_with(b"\x80\x02") || head.starts_with(b"\x80\x04") {
+    } else if starts("PK\u{3}\u{4}") || is_pickle(head) {
         Some("is a pickle by its content, which is never loaded; save the tensors with safetensors.torch.save_file")
     } else {
         None
     }
+}
+
+/// Whether these are the first bytes of a pickle. A safetensors file may start with the same two, as the length of its header.
+fn is_pickle(head: &[u8]) -> bool {
+    matches!(head, [0x80, 2..=5, ..]) && head.get(8) != Some(&b'{')
 }
 
 /// The folder of a Hugging Face cache's repository that `real` is a snapshot of.

@@ -50,6 +50,14 @@ pub fn write_adapter(
     made.keep(sync)
 }
 
+/// Writes an adapter's config alone into `folder`, which is made if missing, atomically and synced.
+pub fn write_config(folder: &Path, config: &str) -> Result<()> {
+    let made = MadeFolders::create(folder)?;
+    write_one(folder, ADAPTER_CONFIG, &[config.as_bytes()], true)?.publish()?;
+    sync_folder(folder)?;
+    made.keep(true)
+}
+
 /// Writes the parts of one file under a temporary name.
 fn write_one(folder: &Path, name: &str, parts: &[&[u8]], sync: bool) -> Result<TemporaryFile> {
     let length = parts.iter().map(|part| part.len() as u64).sum();

@@ -11,7 +11,7 @@ mod temporary;
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-pub use adapter::write_adapter;
+pub use adapter::{write_adapter, write_config};
 pub use folder::{FolderWriter, MARKER, PositionedFile};
 pub(crate) use temporary::TEMPORARY;
 
