@@ -66,7 +66,8 @@ class FittedAdapter:
 
     def get(self, slot: str) -> Tensor | None:
         """The tensor of a slot, or None if this adapter has no such slot."""
-        return self[slot] if slot in self else None
+        held = self.places if self.leader is None else self.method.tied_slots
+        return self[slot] if slot in held else None
 
     def __contains__(self, slot: object) -> bool:
         return slot in (self.places if self.leader is None else self.method.tied_slots)

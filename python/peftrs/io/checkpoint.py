@@ -145,5 +145,5 @@ def write(folder: str | os.PathLike[str], config: str, tensors: Mapping[str, Ten
         plain = tensor.detach().cpu().contiguous()
         held.append(plain)
         data = (ctypes.c_char * plain.nbytes).from_address(plain.data_ptr())
-        rows.append((name, dtype, list(plain.shape), data))
+        rows.append((name, dtype, list(plain.shape), memoryview(data).cast("B")))
     _native.write_adapter(os.fspath(folder), config, rows, files=files)

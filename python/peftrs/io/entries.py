@@ -48,6 +48,9 @@ class Entry:
     """The adapter that this is a slot of."""
     slot: str = ""
 
+    again: tuple[str, ...] = ()
+    """Other names under which a file may hold the same values once more, which are not read."""
+
     @property
     def empty(self) -> bool:
         """Whether the model still waits for the values."""
@@ -68,7 +71,9 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
     for path, wrapper in held:
         if isinstance(wrapper, ReplacedModule):
             for inner, name, tensor in wrapper.parameters_of(adapter):
-                yield Entry(f"{path}.{inner}", f"{path}.{name}", tensor, partial(_overwrite, tensor))
+                # PEFT writes these biases once more where it writes all biases.
+                again = (f"{path}.modules_to_save.{inner}",) if inner.endswith("bias") else ()
+                yield Entry(f"{path}.{inner}", f"{path}.{name}", tensor, partial(_overwrite, tensor), again=again)
         elif adapter in wrapper.adapters:
             fitted = wrapper.adapters[adapter]
             if fitted.leader is None:
@@ -77,8 +82,7 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
                 yield from _shared_slots(path, fitted, paths[fitted.leader.layer])
     for name, bias in biases(model, config):
         name = plain(name)
-        if ".modules_to_save." not in name:
-            yield Entry(name, name, bias, partial(_overwrite, bias), required=".original_module." not in name)
+        yield Entry(name, name, bias, partial(_overwrite, bias), required=".original_module." not in name)
 
 
 def _slots(path: str, fitted: FittedAdapter) -> Iterator[Entry]:

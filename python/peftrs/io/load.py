@@ -83,9 +83,12 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
     expected = [*entries(model, adapter, config), *embeddings(model)]
     # The embeddings' names may be the adapter's already, where it replaces them whole.
     spelled = {name: entry for entry in reversed(expected) for name in (entry.name, entry.key)}
+    again = {name for entry in expected for name in entry.again}
     own = {_stripped(plain(name)) for name, _ in model.named_parameters()}
     match, taken = Match(), set[str]()
     for name, (dtype, shape) in source.described().items():
+        if not again.isdisjoint(_ways(name)):
+            continue
         entry = next((spelled[way] for way in _ways(name) if way in spelled), None)
         if entry is None:
             (match.foreign if _stripped(name) in own else match.unexpected).append(name)

@@ -16,6 +16,7 @@ from peftrs.core.layer import AdaptedLayer
 from peftrs.core.tree import adapted_layers
 from peftrs.errors import AdapterError, PeftrsWarning
 from peftrs.model.attach import attach, peft_configs
+from peftrs.model.weighted import add_weighted
 
 
 class Tuner(nn.Module):
@@ -114,6 +115,30 @@ class Tuner(nn.Module):
         if adapter_name in adapters(self.model):
             manage.delete_adapter(self.model, adapter_name)
         del self.peft_config[adapter_name]
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+        svd_clamp: float | None = None,
+        svd_full_matrices: bool = True,
+        svd_driver: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str = "total",
+    ) -> None:
+        """Adds a frozen adapter whose change is the weighted sum of others'.
+
+        For LoRA exactly ("cat", and "linear", which is the same here), or in the best approximation of rank `svd_rank` ("svd";
+        by default the largest rank among the sources); for IA3 the sum of the vectors.
+
+        PEFT's "linear" adds up the factors instead, whose product is another change. Raises `AdapterError` for what has no sum.
+        """
+        add_weighted(
+            self.model, adapter_name, adapters, weights, kind=combination_type, rank=svd_rank, clamp=svd_clamp, driver=svd_driver
+        )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merges adapters (the active ones unless named) into the weights, or none of them; weights are always checked."""
