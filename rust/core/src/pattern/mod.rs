@@ -66,6 +66,23 @@ impl Budget {
     }
 }
 
+/// A name to match.
+#[derive(Debug, Clone, Copy)]
+pub struct Name<'a> {
+    text: &'a str,
+    /// Whether it is of ASCII without newlines, as nearly all are. There, the classes of Unicode are those of ASCII and `$` is
+    /// the end.
+    simple: bool,
+}
+
+impl<'a> Name<'a> {
+    /// The name `text`, looked at once for all patterns that it will be matched with.
+    #[must_use]
+    pub fn new(text: &'a str) -> Self {
+        Self { text, simple: !text.is_empty() && text.bytes().all(|byte| byte.is_ascii() && byte != b'\n') }
+    }
+}
+
 /// A pattern, ready to match.
 #[derive(Debug)]
 pub struct Pattern {
@@ -82,6 +99,8 @@ pub struct Pattern {
 struct Engine {
     /// What every simple name that matches ends with.
     tail: String,
+    /// What every simple name that matches holds.
+    text: String,
     /// For simple names.
     linear: Option<regex::Regex>,
     /// For all names.
@@ -107,20 +126,20 @@ impl Pattern {
     }
 
     /// Whether the name matches.
-    pub fn is_match(&self, name: &str, budget: &Budget) -> Result<bool> {
-        let simple = is_simple(name);
+    pub fn is_match(&self, name: Name, budget: &Budget) -> Result<bool> {
+        let Name { text, simple } = name;
         if let Some(plain) = self.plain.as_ref().filter(|_| simple) {
-            return Ok(if self.role == Role::Subtree { plain.within(name) } else { plain.ends(name) });
+            return Ok(if self.role == Role::Subtree { plain.within(text) } else { plain.ends(text) });
         }
         let engine = self.engine(budget)?;
-        if simple && !name.ends_with(&engine.tail) {
+        if simple && !(text.ends_with(&engine.tail) && text.contains(&engine.text)) {
             return Ok(false);
         }
         match &engine.linear {
-            Some(linear) if simple => self.spend(budget, || linear.is_match(name)),
+            Some(linear) if simple => self.spend(budget, || linear.is_match(text)),
             _ => {
                 let full = self.full(engine, budget)?;
-                self.spend(budget, || full.is_match(name))?.map_err(|error| self.failed(&error))
+                self.spend(budget, || full.is_match(text))?.map_err(|error| self.failed(&error))
             }
         }
     }
@@ -128,17 +147,18 @@ impl Pattern {
     /// The number of the layer that the name is in, as its digits, if the pattern of a list of layers matches.
     ///
     /// Empty where a pattern with alternatives matches without a number.
-    pub fn layer<'a>(&self, name: &'a str, budget: &Budget) -> Result<Option<&'a str>> {
+    pub fn layer<'a>(&self, name: Name<'a>, budget: &Budget) -> Result<Option<&'a str>> {
+        let Name { text, simple } = name;
         let engine = self.engine(budget)?;
         let group = engine.index_group.unwrap_or_default();
         match &engine.linear {
-            Some(linear) if is_simple(name) => {
-                let found = self.spend(budget, || linear.captures(name))?;
+            Some(linear) if simple => {
+                let found = self.spend(budget, || linear.captures(text))?;
                 Ok(found.map(|found| found.get(group).map_or("", |text| text.as_str())))
             }
             _ => {
                 let full = self.full(engine, budget)?;
-                let found = self.spend(budget, || full.captures(name))?.map_err(|error| self.failed(&error))?;
+                let found = self.spend(budget, || full.captures(text))?.map_err(|error| self.failed(&error))?;
                 Ok(found.map(|found| found.get(group).map_or("", |text| text.as_str())))
             }
         }
@@ -201,6 +221,7 @@ impl Engine {
         });
         Ok(Self {
             tail,
+            text: tree.node.longest_text(),
             linear: linear.transpose()?,
             full: OnceLock::new(),
             spelling: anchored(&emit::full(&tree.node)),
@@ -226,6 +247,7 @@ impl Keys {
 
     /// The index of the first key that matches the name.
     pub fn first(&self, name: &str) -> Result<Option<usize>> {
+        let name = Name::new(name);
         for (index, pattern) in self.patterns.iter().enumerate() {
             if pattern.is_match(name, &self.budget)? {
                 return Ok(Some(index));
@@ -233,11 +255,6 @@ impl Keys {
         }
         Ok(None)
     }
-}
-
-/// Whether a name is what nearly all are. There, the classes of Unicode are those of ASCII and `$` is the end.
-fn is_simple(name: &str) -> bool {
-    !name.is_empty() && name.bytes().all(|byte| byte.is_ascii() && byte != b'\n')
 }
 
 #[cfg(test)]

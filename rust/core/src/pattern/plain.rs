@@ -5,8 +5,8 @@
 pub(super) struct Plain {
     /// Whether the text has to stand at the start of the name.
     anchored: bool,
-    /// The bytes, none for any.
-    bytes: Vec<Option<u8>>,
+    /// The bytes, zero for any.
+    bytes: Vec<u8>,
 }
 
 impl Plain {
@@ -17,10 +17,10 @@ impl Plain {
         let mut characters = text.bytes();
         while let Some(byte) = characters.next() {
             bytes.push(match byte {
-                b'.' => None,
-                b'\\' => Some(characters.next().filter(|&next| next == b'.')?),
-                b'-' | b'_' => Some(byte),
-                _ if byte.is_ascii_alphanumeric() => Some(byte),
+                b'.' => 0,
+                b'\\' => characters.next().filter(|&next| next == b'.')?,
+                b'-' | b'_' => byte,
+                _ if byte.is_ascii_alphanumeric() => byte,
                 _ => return None,
             });
         }
@@ -30,8 +30,7 @@ impl Plain {
     /// Whether the name is this text, or ends in it after a dot.
     pub fn ends(&self, name: &str) -> bool {
         let name = name.as_bytes();
-        let Some(start) = name.len().checked_sub(self.bytes.len()) else { return false };
-        self.at(name, start)
+        name.len().checked_sub(self.bytes.len()).is_some_and(|start| self.at(name, start))
     }
 
     /// Whether the name is this text, or has it as some of its components.
@@ -45,7 +44,8 @@ impl Plain {
     fn at(&self, name: &[u8], start: usize) -> bool {
         let Some((before, rest)) = name.split_at_checked(start) else { return false };
         // Compared from the end, where names differ soonest.
-        (before.is_empty() || !self.anchored && before.ends_with(b"."))
-            && self.bytes.iter().zip(rest).rev().all(|(wanted, byte)| wanted.is_none_or(|wanted| wanted == *byte))
+        let same = |(&wanted, &byte): (&u8, &u8)| wanted == byte || wanted == 0;
+        let rest = rest.get(..self.bytes.len()).unwrap_or_default();
+        self.bytes.iter().zip(rest).rev().all(same) && (before.is_empty() || !self.anchored && before.ends_with(b"."))
     }
 }

@@ -6,7 +6,7 @@ use super::*;
 
 fn is_match(pattern: &str, role: Role, name: &str) -> bool {
     let budget = Budget::default();
-    Pattern::new("field", pattern, role, &budget).unwrap().is_match(name, &budget).unwrap()
+    Pattern::new("field", pattern, role, &budget).unwrap().is_match(Name::new(name), &budget).unwrap()
 }
 
 fn refusal(pattern: &str, role: Role) -> String {
@@ -62,10 +62,10 @@ fn the_number_of_a_layer_is_the_first() {
     for (name, expected) in
         [("model.layers.12.mlp.experts.3.w", Some("12")), ("layers.0.q", Some("0")), ("model.layers.q", None)]
     {
-        assert_eq!(pattern.layer(name, &budget).unwrap(), expected, "{name}");
+        assert_eq!(pattern.layer(Name::new(name), &budget).unwrap(), expected, "{name}");
     }
     let alternatives = Pattern::new("layers_pattern", "a|b", Role::Layers, &budget).unwrap();
-    assert_eq!(alternatives.layer("a.x", &budget).unwrap(), Some(""));
+    assert_eq!(alternatives.layer(Name::new("a.x"), &budget).unwrap(), Some(""));
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn what_backtracks_without_end_is_refused_soon() {
     let budget = Budget::default();
     let pattern = Pattern::new("target_modules", r"(?=(?:(?:a|a)+)+$)x|(?:(a|aa)\1?)+b", Role::Whole, &budget).unwrap();
     let name = "a".repeat(60);
-    let message = pattern.is_match(&name, &budget).unwrap_err().to_string();
+    let message = pattern.is_match(Name::new(&name), &budget).unwrap_err().to_string();
     assert!(message.contains("needs more than 50000 steps"), "{message}");
     assert!(start.elapsed() < Duration::from_secs(1));
 }
@@ -132,7 +132,7 @@ proptest! {
         let budget = Budget::default();
         for role in [Role::Whole, Role::Suffix, Role::Subtree, Role::Layers] {
             if let Ok(pattern) = Pattern::new("field", &text, role, &budget) {
-                let _ = pattern.is_match("a.b0_.ab", &budget);
+                let _ = pattern.is_match(Name::new("a.b0_.ab"), &budget);
             }
         }
     }
@@ -143,7 +143,7 @@ proptest! {
         for role in [Role::Whole, Role::Suffix, Role::Subtree] {
             let budget = Budget::default();
             let Ok(pattern) = Pattern::new("field", &text, role, &budget) else { continue };
-            let Ok(found) = pattern.is_match(&name, &budget) else { continue };
+            let Ok(found) = pattern.is_match(Name::new(&name), &budget) else { continue };
             let engine = pattern.engine(&budget).unwrap();
             if let Ok(full) = pattern.full(engine, &budget).unwrap().is_match(&name) {
                 prop_assert_eq!(found, full, "{:?} {:?}", role, &text);
