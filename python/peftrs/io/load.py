@@ -108,13 +108,13 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
 
 
 def _judge(match: Match, adapter: str, source: Source, *, strict: bool | None, report: bool, ignore_mismatched_sizes: bool) -> None:
-    fatal = [f"{len(match.broken)} do not fit: {', '.join(match.broken[:4])}"] if match.broken else []
+    fatal = [f"{len(match.broken)} do not fit: {_few(match.broken)}"] if match.broken else []
     if match.foreign:
         fatal.append(
             f"{len(match.foreign)} would overwrite weights of the model that the config does not name: {_names(match.foreign)}"
         )
     if match.misshapen and not ignore_mismatched_sizes:
-        fatal.append(f"{len(match.misshapen)} of another shape: {', '.join(match.misshapen[:4])}")
+        fatal.append(f"{len(match.misshapen)} of another shape: {_few(match.misshapen)}")
     lenient = []
     missing = [entry for entry in match.missing if not (ignore_mismatched_sizes and match.misshapen)]
     if missing and not report:
@@ -160,6 +160,10 @@ def _nearest(name: str, match: Match) -> str | None:
 
 def _cut(name: str) -> str:
     return repr(name if len(name) <= SHOWN else f"{name[: SHOWN - 1]}…")
+
+
+def _few(faults: list[str], limit: int = 2) -> str:
+    return "; ".join(faults[:limit]) + (f"; and {len(faults) - limit} more" if len(faults) > limit else "")
 
 
 def _names(names: Iterable[str], limit: int = 4) -> str:

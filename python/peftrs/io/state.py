@@ -81,7 +81,7 @@ def set_peft_model_state_dict(
     peft_model_state_dict: Mapping[str, Tensor],
     adapter_name: str = "default",
     ignore_mismatched_sizes: bool = False,
-    low_cpu_mem_usage: bool = False,  # noqa: ARG001 (tensors that wait for values are filled without being told)
+    low_cpu_mem_usage: bool = False,
 ) -> Incompatible:
     """Puts tensors by the names that files have, with or without their prefix, into an adapter that the model has.
 

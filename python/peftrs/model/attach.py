@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -15,7 +14,7 @@ from peftrs.core.inject import activation, adapters, check_name, inject
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.method import Method
 from peftrs.core.tree import Wrapped, places, wrappers
-from peftrs.errors import AdapterError, ConfigError, PeftrsWarning, listed
+from peftrs.errors import AdapterError, ConfigError, listed
 from peftrs.io.checkpoint import PREFIX
 from peftrs.io.entries import plain
 from peftrs.model.prepare import make_plan
@@ -77,12 +76,6 @@ def check(model: nn.Module, config: PeftConfig, adapter: str, configs: dict[str,
         raise ConfigError(f"{type(config).__name__} does not say what kind of adapter it is for: use one such as LoraConfig")
     check_name(model, adapter)
     method = registry.method(config.peft_type)
-    if any(adapter in prefix for prefix in (method.prefix,)):
-        warnings.warn(
-            f"Adapter name {adapter!r} should not be contained in the prefix {method.prefix!r}: PEFT cannot load such adapters",
-            PeftrsWarning,
-            stacklevel=5,
-        )
     biased = [name for name, other in {**configs, adapter: config}.items() if getattr(other, "bias", "none") != "none"]
     if len(biased) > 1:
         raise AdapterError(

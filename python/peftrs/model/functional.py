@@ -30,7 +30,7 @@ def set_adapter(
     model: nn.Module,
     adapter_name: str | Sequence[str],
     inference_mode: bool = False,
-    layer_cls: Any = None,  # noqa: ARG001 (PEFT's callers give it; there is one class of layers here)
+    layer_cls: Any = None,
 ) -> None:
     """Makes one or several adapters act and trains them alone (none with `inference_mode`)."""
     manage.set_adapter(model, adapter_name, inference_mode)
@@ -44,8 +44,8 @@ def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requ
 def delete_adapter(
     model: nn.Module,
     adapter_name: str,
-    prefix: str = "",  # noqa: ARG001 (adapters are found by structure, not by how names begin)
-    layer_cls: Any = None,  # noqa: ARG001
+    prefix: str = "",
+    layer_cls: Any = None,
 ) -> list[str] | None:
     """Takes an adapter off every layer; returns the active adapters, or None if none is left."""
     manage.delete_adapter(model, adapter_name)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftrs.config import CONFIG_NAME, PeftConfig, PeftType, TargetedConfig
 from peftrs.core import manage
 from peftrs.core.inject import activation
-from peftrs.errors import AdapterError
+from peftrs.errors import AdapterError, ConfigError, TargetError
 from peftrs.hub import HUB_OPTIONS, local_folder
 from peftrs.io.checkpoint import WEIGHTS_NAME, FileSource, Renamed, Source
 from peftrs.io.load import Incompatible, load
@@ -224,9 +224,11 @@ class PeftModel(nn.Module):
         from peftrs.model.tasks import class_for
 
         with whole_or_not(model):
+            origin = _origin(model_id, kwargs) if config is None else "config"
             config = read_config(model_id, config, is_trainable, kwargs)
             chosen = class_for(config, cls)
-            loaded = chosen(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, strict=strict)
+            with _blaming(origin):
+                loaded = chosen(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, strict=strict)
             loaded._fill(model_id, adapter_name, key_mapping, strict, kwargs)
         if not is_trainable:
             loaded.eval()
@@ -253,7 +255,8 @@ class PeftModel(nn.Module):
         with whole_or_not(self.get_base_model()):
             if adapter_name not in self.peft_config:
                 config = read_config(model_id, None, is_trainable, kwargs)
-                self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, strict=strict)
+                with _blaming(_origin(model_id, kwargs)):
+                    self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, strict=strict)
             result = self._fill(model_id, adapter_name, key_mapping, strict, kwargs)
         if not is_trainable:
             self.eval()
@@ -307,6 +310,19 @@ def _checkpoints(model: nn.Module) -> bool:
     """Whether the model recomputes activations in the backward pass, by the name that its version of transformers has for it."""
     newer = "is_activation_checkpointing"
     return bool(getattr(model, newer if hasattr(type(model), newer) else "is_gradient_checkpointing", False))
+
+
+def _origin(model_id: str | os.PathLike[str], options: Mapping[str, Any]) -> str:
+    return os.path.join(os.fspath(model_id), options.get("subfolder") or "", CONFIG_NAME)
+
+
+@contextmanager
+def _blaming(origin: str) -> Iterator[None]:
+    """Puts the file that a config came from before what is wrong with it on this model."""
+    try:
+        yield
+    except (ConfigError, TargetError) as error:
+        raise type(error)(f"{origin}: {error}") from error
 
 
 def refuse_mixed(options: dict[str, Any]) -> None:
