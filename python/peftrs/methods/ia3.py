@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from peftrs.bases.kinds import CONVOLUTIONS, Affine, LayerKind, LayerSpec
 from peftrs.config import PeftType, TargetedConfig
 from peftrs.core.method import Adapter, Scaling, Side
-from peftrs.errors import ConfigError
 from peftrs.registry import register
 
 FACTORS = "ia3_l"
@@ -35,10 +34,6 @@ class IA3Config(TargetedConfig):
         if isinstance(self.feedforward_modules, (list, tuple, frozenset)):
             self.feedforward_modules = set(self.feedforward_modules)
         super().__post_init__()
-        if isinstance(self.feedforward_modules, set) and isinstance(self.target_modules, set):
-            stray = sorted(self.feedforward_modules - self.target_modules)
-            if stray:
-                raise ConfigError(f"`feedforward_modules` should be a subset of `target_modules`, which lacks {stray}")
 
 
 @register

@@ -47,17 +47,6 @@ class OFTConfig(LayeredConfig):
     def __post_init__(self) -> None:
         self.peft_type = PeftType.OFT
         super().__post_init__()
-        faults = []
-        if (self.r > 0) == (self.oft_block_size > 0) or min(self.r, self.oft_block_size) < 0:
-            faults.append(f"one of r ({self.r}) and oft_block_size ({self.oft_block_size}) must be positive, the other 0")
-        if self.bias not in ("none", "all", "oft_only"):
-            faults.append(f"bias {self.bias!r} is not one of none, all, oft_only")
-        if not 0 <= self.module_dropout <= 1:
-            faults.append(f"module_dropout {self.module_dropout} is not between 0 and 1")
-        if self.num_cayley_neumann_terms < 1:
-            faults.append(f"num_cayley_neumann_terms {self.num_cayley_neumann_terms} is not positive")
-        if faults:
-            raise ConfigError("; ".join(faults))
 
 
 @register
