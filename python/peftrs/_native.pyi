@@ -117,9 +117,7 @@ def shortest_suffixes(targets: Sequence[str], others: Sequence[str]) -> list[str
 def parse_keys(keys: Sequence[str], slots: Sequence[str]) -> list[tuple[str, str] | None]:
     """For each checkpoint key, its (module path, slot) if it ends in one of `slots`, the `base_model.model.` prefix removed."""
 
-def add_low_rank(
-    weight: int, dtype: str, rows: int, columns: int, up: int, down: int, rank: int, scaling: float
-) -> None:
+def add_low_rank(weight: int, dtype: str, rows: int, columns: int, up: int, down: int, rank: int, scaling: float) -> None:
     """weight += scaling * up @ down, in place, rounded once; the interpreter is released while it runs.
 
     `weight`, `up` (rows, rank) and `down` (rank, columns) are addresses of contiguous row-major memory. `dtype` is that of

@@ -96,23 +96,23 @@ class Case:
     """Whether PEFT keeps the list of targets as it read it."""
 
 
-def lora(id: str, **arguments: Any) -> Case:
+def lora(label: str, **arguments: Any) -> Case:
     extra = {
         key: arguments.pop(key)
         for key in ("model", "tolerance", "trains", "unmerged", "merges", "same_targets")
         if key in arguments
     }
     arguments = {"r": 4, "lora_alpha": 8, "target_modules": ["lin0", "lin1"], **arguments}
-    return Case(f"lora-{id}", "LoraConfig", arguments, **extra)
+    return Case(f"lora-{label}", "LoraConfig", arguments, **extra)
 
 
-def ia3(id: str, **arguments: Any) -> Case:
-    return Case(f"ia3-{id}", "IA3Config", arguments)
+def ia3(label: str, **arguments: Any) -> Case:
+    return Case(f"ia3-{label}", "IA3Config", arguments)
 
 
-def oft(id: str, **arguments: Any) -> Case:
+def oft(label: str, **arguments: Any) -> Case:
     extra = {key: arguments.pop(key) for key in ("tolerance", "trains", "unmerged", "merges") if key in arguments}
-    return Case(f"oft-{id}", "OFTConfig", {"oft_block_size": 4, "target_modules": ["lin0", "lin1"], **arguments}, **extra)
+    return Case(f"oft-{label}", "OFTConfig", {"oft_block_size": 4, "target_modules": ["lin0", "lin1"], **arguments}, **extra)
 
 
 CASES = [

@@ -11,10 +11,10 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.interchange.cases import CASES, Case
 from torch import Tensor, nn
 
 import peftrs
+from tests.interchange.cases import CASES, Case
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")

@@ -84,6 +84,12 @@ impl Given {
     }
 }
 
+/// Writes an adapter's config alone; see [`writer::write_config`].
+#[pyfunction]
+pub fn write_config(py: Python<'_>, folder: PathBuf, config: &str) -> PyResult<()> {
+    run(py, || writer::write_config(&folder, config))
+}
+
 /// Writes an adapter's folder; see [`writer::write_adapter`].
 #[pyfunction]
 #[pyo3(signature = (folder, config, tensors, *, files = None, sync = true))]

@@ -18,6 +18,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<checkpoint::Checkpoint>()?;
     module.add_class::<target::Selection>()?;
     module.add_function(wrap_pyfunction!(checkpoint::write_adapter, module)?)?;
+    module.add_function(wrap_pyfunction!(checkpoint::write_config, module)?)?;
     module.add_function(wrap_pyfunction!(config::read_config, module)?)?;
     module.add_function(wrap_pyfunction!(config::check_config, module)?)?;
     module.add_function(wrap_pyfunction!(target::select, module)?)?;
