@@ -25,7 +25,7 @@ from rich.table import Table
 import reviews
 import sentiment
 
-console = Console()
+console = Console(soft_wrap=True)
 
 
 def alone(stage: Callable[..., Any], *arguments: Any) -> Any:
@@ -109,7 +109,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="source distribution of vaderSentiment 3.3.2")
     parser.add_argument("--output", type=Path, required=True, help="folder to write models and the picture to")
-    parser.add_argument("--steps", type=int, default=248, help="steps of each training (248 see each snippet once)")
+    parser.add_argument("--steps", type=int, default=200, help="steps of each training (248 see each snippet once)")
     options = parser.parse_args()
 
     began = time.perf_counter()
