@@ -95,6 +95,24 @@ def test_three_adapters_merge_as_they_act_in_any_order(drawn: tuple[str, list[st
     check_order(*drawn, dtype)
 
 
+@pytest.mark.parametrize("kind", ["linear", "transposed", "embedding", "conv2d"])
+def test_the_first_of_two_rotations_meets_the_input_first_or_an_embeddings_rows(kind: str) -> None:
+    """`W·R_b·R_a·x`, and rows `e·R_a·R_b`: the order in which PEFT's forward goes through them."""
+    model = adapted(["oft", "oft"], kind)
+    one, other = fitted(model)
+    base = sole_layer(model).base.dense(sole_layer(model).base_layer).weight
+    rows = base.mT if kind == "embedding" else base.flatten(1)
+    first, second = (
+        torch.block_diag(*adapter.method.blocks(adapter, rows.dtype).expand(adapter.values["r"], -1, -1))
+        for adapter in (one, other)
+    )
+    expected = rows @ first @ second if kind == "embedding" else rows @ second.mT @ first.mT
+    manage.set_adapter(model, ["a", "b"])
+    folded = sole_layer(model).folded().weight
+    assert distance(folded.mT if kind == "embedding" else folded.flatten(1), expected) < TOLERANCE[torch.float32]
+    assert distance(rows @ first @ second, rows @ second @ first) > 0.01
+
+
 @pytest.mark.long
 @settings(max_examples=3000)
 @given(drawn=several(2) | several(3), dtype=dtypes, seed=seeds)
