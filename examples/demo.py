@@ -51,9 +51,7 @@ def classes(logits: list[list[float]]) -> list[int]:
 def agree(name: str, logits: list[list[float]], trained: list[list[float]]) -> bool:
     """Prints and returns whether a reloaded model predicts what the trained one did."""
     same = sum(one == other for one, other in zip(classes(logits), classes(trained), strict=True))
-    farthest = max(
-        abs(a - b) for one, other in zip(logits, trained, strict=True) for a, b in zip(one, other, strict=True)
-    )
+    farthest = max(abs(a - b) for one, other in zip(logits, trained, strict=True) for a, b in zip(one, other, strict=True))
     console.print(f"{name}: {same} of {len(trained)} predictions the same, logits at most {farthest:.1e} apart")
     return same == len(trained)
 

@@ -130,9 +130,7 @@ def train(kind: str, base: Path, output: Path, distribution: Path, steps: int) -
         train_sampling_strategy="group_by_length",
         seed=0,
     )
-    examples = [
-        {**tokenizer(review.text, truncation=True, max_length=LONGEST), "labels": review.label} for review in train_part
-    ]
+    examples = [{**tokenizer(review.text, truncation=True, max_length=LONGEST), "labels": review.label} for review in train_part]
     trainer = Trainer(model, arguments, train_dataset=examples, data_collator=DataCollatorWithPadding(tokenizer))
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossInTheBar)

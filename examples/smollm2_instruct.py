@@ -57,9 +57,7 @@ def save_base(folder: Path) -> None:
 def prompt(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """The question as the model was taught to read it, `(1, tokens)`."""
     asked = [{"role": "user", "content": QUESTION}]
-    return tokenizer.apply_chat_template(
-        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).input_ids
+    return tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
 
 
 def lesson(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,9 +79,7 @@ def recite(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, length: i
     """The likeliest answer's first tokens."""
     model.eval()
     tokens = prompt(tokenizer)
-    answer = model.generate(
-        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=length, do_sample=False
-    )
+    answer = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=length, do_sample=False)
     return tokenizer.decode(answer[0, tokens.shape[1] :], skip_special_tokens=True).strip()
 
 
@@ -119,9 +115,7 @@ def main() -> int:
     before = loss(model, tokens, labels), loss(model, other, other)
     print(f"before: {recite(model, tokenizer)}\n")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = peftrs.get_peft_model(
-        model, peftrs.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=targets)
-    )
+    model = peftrs.get_peft_model(model, peftrs.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=targets))
     model.print_trainable_parameters()
     train(model, tokens, labels, options.steps)
     after = loss(model, tokens, labels), loss(model, other, other)
