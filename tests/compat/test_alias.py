@@ -52,6 +52,7 @@ def test_names_and_version_are_ours(tmp_path: Path) -> None:
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.tuners.lora.layer import LoraLayer
         assert peft.PeftModel is peftrs.PeftModel and peft.__version__ == importlib.metadata.version("peft") == "0.21.2"
+        assert peft.functional.set_adapter and peft.tuners.lora.LoraConfig is peftrs.LoraConfig
         assert importlib.util.find_spec("peft").origin == "peftrs" and importlib.util.find_spec("peft.nonsense") is None
         from transformers.utils import is_peft_available
         from accelerate.utils import is_peft_model

@@ -45,6 +45,8 @@ class Alias(ModuleType):
         table = MODULES[self.__name__]
         if name == "__all__":
             return sorted(table)
+        if f"{self.__name__}.{name}" in MODULES:
+            return import_module(f"{self.__name__}.{name}")
         if name not in table:
             raise AttributeError(f"peftrs has nothing for `{self.__name__}.{name}`")
         module, _, attribute = table[name].partition(":")

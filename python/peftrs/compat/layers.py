@@ -10,8 +10,6 @@ from torch import nn
 
 from peftrs.bases.kinds import LayerKind
 from peftrs.config import CONFIG_NAME
-from peftrs.core import manage
-from peftrs.core.inject import adapters
 from peftrs.core.layer import AdaptedLayer
 
 WEIGHTS_NAME = "adapter_model.bin"
@@ -47,22 +45,6 @@ Conv3d = _virtual("Conv3d", "A 3-D convolution with a LoRA adapter.", _has("lora
 ParamWrapper = _virtual("ParamWrapper", "A module with a LoRA adapter on a parameter.", _has("lora_", LayerKind.PARAMETER), _LORA)
 LoHaLayer = _virtual("LoHaLayer", "A layer with a LoHa adapter.", _has("hada_"))
 LoKrLayer = _virtual("LoKrLayer", "A layer with a LoKr adapter.", _has("lokr_"))
-
-
-def set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode: bool = False, layer_cls: Any = None) -> None:
-    """`peft.functional.set_adapter`: switches every adapted layer of a model."""
-    manage.set_adapter(model, adapter_name, inference_mode)
-
-
-def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-    """`peft.functional.set_requires_grad`."""
-    manage.set_requires_grad(model, adapter_names, requires_grad)
-
-
-def delete_adapter(model: nn.Module, adapter_name: str, prefix: str = "", layer_cls: Any = None) -> list[str] | None:
-    """`peft.functional.delete_adapter`: deletes an adapter and returns the names that are active afterwards."""
-    manage.delete_adapter(model, adapter_name)
-    return adapters(model) or None
 
 
 @contextmanager

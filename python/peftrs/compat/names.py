@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import peftrs
+from peftrs.model import functional
 
 LAYERS = "peftrs.compat.layers"
+FUNCTIONAL = "peftrs.model.functional"
 CONVERSION = "peftrs.compat.weight_conversion"
 
 ROOT = {name: f"peftrs:{name}" for name in peftrs.__all__} | {"__version__": "peftrs.config:FORMAT_VERSION"}
@@ -14,11 +16,9 @@ WRAPPERS = {
     "ModulesToSaveWrapper": "peftrs.core.replace:ReplacedModule",
 }
 
-STATE = {
-    name: ROOT[name]
-    for name in ("get_peft_model_state_dict", "set_peft_model_state_dict", "load_peft_weights")
-    if name in ROOT
-}  # fmt: skip
+STATE: dict[str, str] = {
+    name: ROOT[name] for name in ("get_peft_model_state_dict", "set_peft_model_state_dict", "load_peft_weights")
+}
 
 CONSTANTS = {
     name: f"{LAYERS}:{name}"
@@ -30,9 +30,7 @@ LORA = {name: f"{LAYERS}:{name}" for name in ("LoraLayer", "Linear", "Embedding"
 TUNERS = {
     "BaseTuner": "peftrs.model.tuner:Tuner",
     "BaseTunerLayer": "peftrs.core.layer:AdaptedLayer",
-    "set_adapter": f"{LAYERS}:set_adapter",
-    "set_requires_grad": f"{LAYERS}:set_requires_grad",
-    "delete_adapter": f"{LAYERS}:delete_adapter",
+    **{name: f"{FUNCTIONAL}:{name}" for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")},
 }
 
 MODULES: dict[str, dict[str, str]] = {
@@ -42,7 +40,7 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.mapping": ROOT,
     "peft.mapping_func": ROOT,
     "peft.peft_model": ROOT,
-    "peft.functional": {**STATE, **TUNERS, "inject_adapter_in_model": ROOT.get("inject_adapter_in_model", "peftrs")},
+    "peft.functional": {name: f"{FUNCTIONAL}:{name}" for name in functional.__all__},
     "peft.helpers": {"disable_input_dtype_casting": f"{LAYERS}:disable_input_dtype_casting"},
     "peft.utils": {**ROOT, **WRAPPERS, **STATE, **CONSTANTS},
     "peft.utils.other": {**WRAPPERS, **CONSTANTS},
