@@ -83,6 +83,9 @@ impl Spelling<'_> {
             }
             return self.around("(?>", ")", |this| this.repeat(node, min, max, RepeatKind::Greedy));
         }
+        if !self.ascii && node.width(&[]).1 == Some(0) {
+            return self.repeat_place(node, min, max, kind);
+        }
         self.around("(?:", ")", |this| this.node(node))?;
         match (min, max) {
             (0, None) => self.out.push('*'),
@@ -95,6 +98,18 @@ impl Spelling<'_> {
             self.out.push('?');
         }
         Some(())
+    }
+
+    /// The repetition of what takes no characters, which the engine refuses: once says all. What may not match even once is
+    /// kept, behind what never matches, for the number of its groups.
+    fn repeat_place(&mut self, node: &Node, min: u32, max: Option<u32>, kind: RepeatKind) -> Option<()> {
+        let (open, close) = match (min, max, kind) {
+            (_, Some(0), _) => ("(?:(?!)", "|)"),
+            (0, _, RepeatKind::Lazy) => ("(?:|", ")"),
+            (0, ..) => ("(?:", "|)"),
+            _ => ("(?:", ")"),
+        };
+        self.around(open, close, |this| this.node(node))
     }
 
     fn anchor(&mut self, anchor: Anchor) {

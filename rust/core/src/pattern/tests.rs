@@ -40,6 +40,10 @@ fn constructs_without_a_linear_form_match() {
         (r"(?P<x>a)?b(?(x)c|d)", "bc", false),
         (r"a*+a", "aaa", false),
         (r"(?>a*)b", "aab", true),
+        (r"(?=(a))*\1", "a", true),
+        (r"(?=(a))*?b", "b", true),
+        (r"(?=(a)){0}b|\1", "a", false),
+        (r"(?=a){2}(?<!b)+a", "a", true),
         (r"\w+", "é", true),
         (r"(?a)\w+", "é", false),
     ] {
