@@ -27,9 +27,9 @@ def main(folder: Path) -> int:
     """Prints a line per language and the sum; fails unless both ran tests and all of them passed."""
     results = {"Rust": rust(folder / "cargo.txt"), "Python": python(folder / "pytest.xml")}
     for language, (passed, failed, skipped) in results.items():
-        print(f"{language}: {passed} tests passed, {failed} failed, {skipped} skipped")
+        print(f"{language}: {passed} passed, {failed} failed, {skipped} skipped")
     passed, failed, skipped = (sum(column) for column in zip(*results.values(), strict=True))
-    print(f"Together: {passed} tests passed, {failed} failed, {skipped} skipped")
+    print(f"Together: {passed} passed, {failed} failed, {skipped} skipped")
     return int(failed > 0 or any(result[0] == 0 for result in results.values()))
 
 

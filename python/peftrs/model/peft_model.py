@@ -228,7 +228,8 @@ class PeftModel(nn.Module):
             config = read_config(model_id, config, is_trainable, kwargs)
             chosen = class_for(config, cls)
             with _blaming(origin):
-                loaded = chosen(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, strict=strict)
+                # The tensors say what was adapted: an entry that never matched anything is worth a warning, no more.
+                loaded = chosen(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, strict=bool(strict))
             loaded._fill(model_id, adapter_name, key_mapping, strict, kwargs)
         if not is_trainable:
             loaded.eval()
@@ -256,7 +257,7 @@ class PeftModel(nn.Module):
             if adapter_name not in self.peft_config:
                 config = read_config(model_id, None, is_trainable, kwargs)
                 with _blaming(_origin(model_id, kwargs)):
-                    self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, strict=strict)
+                    self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, strict=bool(strict))
             result = self._fill(model_id, adapter_name, key_mapping, strict, kwargs)
         if not is_trainable:
             self.eval()
