@@ -1,0 +1,49 @@
+"""What type checkers see of the package: its public names, by the modules that have them."""
+
+from peftrs._native import __version__ as __version__
+from peftrs.config import PeftConfig as PeftConfig
+from peftrs.config import PeftType as PeftType
+from peftrs.config import TaskType as TaskType
+from peftrs.errors import AdapterError as AdapterError
+from peftrs.errors import CheckpointError as CheckpointError
+from peftrs.errors import ConfigError as ConfigError
+from peftrs.errors import MergeError as MergeError
+from peftrs.errors import PeftrsError as PeftrsError
+from peftrs.errors import PeftrsWarning as PeftrsWarning
+from peftrs.errors import StorageError as StorageError
+from peftrs.errors import TargetError as TargetError
+from peftrs.errors import is_strict as is_strict
+from peftrs.errors import set_strict as set_strict
+from peftrs.io.checkpoint import load_peft_weights as load_peft_weights
+from peftrs.io.state import get_peft_model_state_dict as get_peft_model_state_dict
+from peftrs.io.state import set_peft_model_state_dict as set_peft_model_state_dict
+from peftrs.methods.ia3 import IA3Config as IA3Config
+from peftrs.methods.lora import LoraConfig as LoraConfig
+from peftrs.methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
+from peftrs.methods.oft import OFTConfig as OFTConfig
+from peftrs.model.auto import AutoPeftModel as AutoPeftModel
+from peftrs.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
+from peftrs.model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
+from peftrs.model.auto import AutoPeftModelForQuestionAnswering as AutoPeftModelForQuestionAnswering
+from peftrs.model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
+from peftrs.model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
+from peftrs.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from peftrs.model.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
+from peftrs.model.mapping import get_peft_config as get_peft_config
+from peftrs.model.mapping import get_peft_model as get_peft_model
+from peftrs.model.mapping import inject_adapter_in_model as inject_adapter_in_model
+from peftrs.model.peft_model import PeftModel as PeftModel
+from peftrs.model.status import TunerLayerStatus as TunerLayerStatus
+from peftrs.model.status import TunerModelStatus as TunerModelStatus
+from peftrs.model.status import get_layer_status as get_layer_status
+from peftrs.model.status import get_model_status as get_model_status
+from peftrs.model.tasks import MODEL_TYPE_TO_PEFT_MODEL_MAPPING as MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from peftrs.model.tasks import PeftMixedModel as PeftMixedModel
+from peftrs.model.tasks import PeftModelForCausalLM as PeftModelForCausalLM
+from peftrs.model.tasks import PeftModelForFeatureExtraction as PeftModelForFeatureExtraction
+from peftrs.model.tasks import PeftModelForQuestionAnswering as PeftModelForQuestionAnswering
+from peftrs.model.tasks import PeftModelForSeq2SeqLM as PeftModelForSeq2SeqLM
+from peftrs.model.tasks import PeftModelForSequenceClassification as PeftModelForSequenceClassification
+from peftrs.model.tasks import PeftModelForTokenClassification as PeftModelForTokenClassification
+
+__all__: list[str]
