@@ -84,7 +84,7 @@ KINDS = {
     "embedding": Kind(lambda: nn.Embedding(11, 6), ()),
     "conv1d": Kind(lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
     "conv2d": Kind(lambda: nn.Conv2d(4, 6, (3, 2), padding=1, padding_mode="reflect"), (2, 4, 5, 5)),
-    "conv2d-pointwise": Kind(lambda: nn.Conv2d(4, 6, 1, bias=False), (2, 4, 3, 3)),
+    "conv2d-pointwise": Kind(lambda: nn.Conv2d(6, 4, 1, bias=False), (2, 6, 3, 3)),
     "conv2d-grouped": Kind(lambda: nn.Conv2d(4, 6, 3, groups=2), (2, 4, 5, 5)),
     "conv3d": Kind(lambda: nn.Conv3d(2, 4, 2), (1, 2, 3, 3, 3)),
     "attention": Kind(lambda: nn.MultiheadAttention(8, 2, batch_first=True), (2, 5, 8), copies=3),
@@ -108,7 +108,8 @@ class Way:
     """Whether its start promises to change nothing."""
 
 
-LORA, OFT = {"r": 2, "lora_alpha": 3}, {"oft_block_size": 2}
+LORA = {"r": 2, "lora_alpha": 3}
+OFT = {"oft_block_size": 3}  # blocks of two turn in a plane, where no order of two adapters would show
 ALL = (*LINEAR, "embedding", *CONVOLUTIONS, "attention", *BARE)
 TURNED = (*LINEAR, "embedding", "conv2d", "conv2d-pointwise")
 SCALED = (*LINEAR, "conv2d", "conv2d-pointwise", "conv2d-grouped", "conv3d")
