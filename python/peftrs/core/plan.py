@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +66,8 @@ def make(
     targets = _targets(found, selection, config, method.variant(config), faults)
     targets += tying.token_rows(found, config, input_embeddings, faults)
     targets += tying.followers(found, config, targets)
+    twice = [name for name, count in Counter(target.spec.name for target in targets).items() if count > 1]
+    faults += [f"{name}: `trainable_token_indices` replaces rows of a layer that is a target too; choose one" for name in twice]
     for target in targets:
         try:
             target.method.settle(config, target.spec)

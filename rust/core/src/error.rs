@@ -86,7 +86,8 @@ fn show_path(path: &Path) -> String {
 
 fn shown_char(character: char) -> Vec<char> {
     // Besides control characters, the marks that reorder text on a terminal.
-    let hides = character.is_control() || matches!(character, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+    let hides = character.is_control()
+        || matches!(character, '\u{200b}'..='\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     if hides { character.escape_default().collect() } else { vec![character] }
 }
 
