@@ -110,6 +110,11 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, track: Track = i
     chosen = {layer: merging.names_to_merge(layer, names) for layer in layers}
     check_known(model, names or ())
     chosen = {layer: found for layer, found in chosen.items() if found}
+    merged = list(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
+    if merged:
+        more = list(dict.fromkeys(name for found in chosen.values() for name in found))
+        rest = f"merging {more} too" if more else "all adapters are already merged, nothing to do"
+        warnings.warn(f"{merged} are merged already; {rest}", PeftrsWarning, 3)
     for layer, found in chosen.items():
         merging.check(layer, layer.chain([*layer.merged_adapters, *found]))
     shared = merging.shared_weights(model, list(chosen))

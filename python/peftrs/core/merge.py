@@ -58,16 +58,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def names_to_merge(layer: AdaptedLayer, names: Sequence[str] | None) -> list[str]:
-    """The adapters to merge into a layer that are not yet: those named, else the active ones. Warns where none is left."""
+    """The adapters of a layer to merge that are not merged yet: those named, else the active ones."""
     if isinstance(names, str):
         raise TypeError(f"adapter_names must be a list of names, not the string {names!r}")
-    wanted = layer.active_adapters if names is None else list(names)
-    left = [name for name in wanted if name not in layer.merged_adapters]
-    if layer.merged_adapters and left:
-        warnings.warn(f"{layer.spec.name}: {layer.merged_adapters} are merged already; merging {left} too", PeftrsWarning, 4)
-    elif wanted and not left:
-        warnings.warn(f"{layer.spec.name}: all adapters are already merged, nothing to do", PeftrsWarning, 4)
-    return [name for name in left if name in layer.adapters]
+    wanted = layer.active_adapters if names is None else names
+    return [name for name in wanted if name in layer.adapters and name not in layer.merged_adapters]
 
 
 @torch.no_grad()
