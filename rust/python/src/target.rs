@@ -75,7 +75,8 @@ impl<'py> FromPyObject<'_, 'py> for GivenNames {
     modules, *, target_modules = None, exclude_modules = None, linear = Vec::new(), layers_to_transform = None,
     layers_pattern = None, modules_to_save = None, feedforward_modules = None, parameters = Vec::new(),
     target_parameters = None, patterns = None,
-))]
+), text_signature = "(modules, *, target_modules=None, exclude_modules=None, linear=(), layers_to_transform=None, \
+layers_pattern=None, modules_to_save=None, feedforward_modules=None, parameters=(), target_parameters=None, patterns=None)")]
 #[allow(clippy::too_many_arguments, reason = "these are the fields that configs have")]
 pub fn select(
     py: Python<'_>,
