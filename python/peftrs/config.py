@@ -105,7 +105,11 @@ class PeftConfig:
 
     def check(self) -> None:
         """Checks types and limits, as if the config were about to be written. Raises `ConfigError`."""
-        for warning in _native.check_config(json.dumps(self.to_dict()), type(self).__name__):
+        try:
+            text = json.dumps(self.to_dict())
+        except TypeError as error:
+            raise ConfigError(f"{type(self).__name__}: {error}; configs hold plain numbers, strings, lists and dicts") from None
+        for warning in _native.check_config(text, type(self).__name__):
             warnings.warn(warning, PeftrsWarning, stacklevel=4)
 
     @property
@@ -227,7 +231,7 @@ class LayeredConfig(TargetedConfig):
 
 def _json_value(value: Any) -> Any:
     if isinstance(value, (set, frozenset)):
-        return sorted(value)
+        return sorted(value, key=str)
     if isinstance(value, dict):
         return {str(key): _json_value(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

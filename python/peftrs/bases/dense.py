@@ -41,9 +41,9 @@ class Embedding(Base):
 
     def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
         layer = cast(nn.Embedding, module)
-        rows = functional.embedding(
-            x, affine.weight.mT, layer.padding_idx, layer.max_norm, layer.norm_type, layer.scale_grad_by_freq, layer.sparse
-        )
+        # A table of other rows than the layer's own has no row of padding.
+        padding = layer.padding_idx if affine.weight.shape[-1] == layer.num_embeddings else None
+        rows = functional.embedding(x, affine.weight.mT, padding, scale_grad_by_freq=layer.scale_grad_by_freq)
         # Gemma's embeddings multiply what they look up by a constant of their own.
         scale = getattr(layer, "embed_scale", None)
         return rows if scale is None else rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)

@@ -52,6 +52,10 @@ class Switched:
         return not self.state.enabled
 
     @abstractmethod
+    def adapter_names(self) -> tuple[str, ...]:
+        """The adapters that this module has."""
+
+    @abstractmethod
     def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:
         """Sets whether the named adapters are trained; `only` freezes all others."""
 
@@ -75,9 +79,10 @@ class Switched:
         self.require_grad(names, requires_grad=requires_grad)
 
     def forget(self, adapter: str) -> None:
-        """Drops a deleted adapter from this module's own state."""
+        """Drops a deleted adapter from this module's own state; the first one left takes its place if none is."""
         if self.override is not None:
-            self.override.active = tuple(name for name in self.override.active if name != adapter)
+            active = tuple(name for name in self.override.active if name != adapter)
+            self.override.active = active or self.adapter_names()[:1]
 
     def _override(self, state: Activation) -> None:
         self.before_switch(state)

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from peftrs.bases.dense import Parameter
+from peftrs.bases.kinds import Affine
 from peftrs.config import TargetedConfig
+from peftrs.core import merge as merging
 from peftrs.core.activation import Activation
 from peftrs.core.dtype import adapter_dtype
 from peftrs.core.layer import AdaptedLayer
@@ -113,14 +115,14 @@ def _fit(
     if target.tied is not None:
         adapter.leader = fitted[target.tied]
         return adapter
-    base = layer.base.dense(layer.base_layer)
+    weight, *bias = merging.unmerged(layer)
+    base = Affine(weight.mT if layer.base.transposed else weight, bias[0] if bias else None)
     dtype = adapter_dtype(base.weight, autocast_adapter_dtype)
     adapter.allocate(dtype, base.weight.device if fill else torch.device("meta"))
-    if base.weight.device.type != "meta":
-        for slot, value in target.method.origin(adapter, base).items():
-            adapter[slot] = nn.Parameter(value.to(dtype).contiguous(), requires_grad=False)
-        if fill:
-            target.method.init(adapter, base)
+    for slot, value in target.method.origin(adapter, base).items():
+        adapter[slot] = nn.Parameter(value.to(dtype).contiguous(), requires_grad=False)
+    if fill and base.weight.device.type != "meta":
+        target.method.init(adapter, base)
     return adapter
 
 

@@ -92,10 +92,7 @@ class AdaptedLayer(Switched, nn.Module):
             return getattr(base_layer, name)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        state = self.state
-        if self.ledger is not None and not state.enabled:
-            self.unmerge()
-        chain = self.chain(state.active) if state.enabled and self.ledger is None else ()
+        chain = self.acting()
         if not chain:
             return self.base_layer(*inputs, **options)
         if self.base.opaque:
@@ -104,6 +101,13 @@ class AdaptedLayer(Switched, nn.Module):
         if not inputs:
             inputs = (options.pop("input"),)
         return Beneath(self, chain, inputs[1:], options)(inputs[0])
+
+    def acting(self) -> Chain:
+        """The adapters to run beside the weights now. Adapters that are merged are unmerged where none is to act."""
+        state = self.state
+        if self.ledger is not None and not state.enabled:
+            self.unmerge()
+        return self.chain(state.active) if state.enabled and self.ledger is None else ()
 
     def chain(self, names: Sequence[str]) -> Chain:
         """The adapters of these names that are on this layer, innermost first."""
@@ -120,15 +124,16 @@ class AdaptedLayer(Switched, nn.Module):
 
     def folded(self) -> Affine:
         """The layer as an affine map with the active adapters in it, in its own dtype; differentiable."""
-        base = self.base.dense(self.base_layer)
-        state = self.state
-        chain = self.chain(state.active) if state.enabled and self.ledger is None else ()
+        chain, base = self.acting(), self.base.dense(self.base_layer)
         return as_dtype(fold(chain, base), base.weight.dtype) if chain else base
 
     def before_switch(self, state: Activation) -> None:
         if self.ledger is not None and self.ledger.names != state.active:
             warnings.warn(f"{self.spec.name}: {self.merged_adapters} were merged and are unmerged now", PeftrsWarning, 4)
             self.unmerge()
+
+    def adapter_names(self) -> tuple[str, ...]:
+        return tuple(self.adapters)
 
     def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:
         """Sets whether the named adapters are trained; `only` freezes all others."""

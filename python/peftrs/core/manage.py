@@ -40,7 +40,7 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
             raise AdapterError(f"{wrapper.name}: {chosen} each replace this module; only one of them can be active")
     state = activation(model)
     merged = [wrapper for _, wrapper in held if isinstance(wrapper, AdaptedLayer) and wrapper.merged]
-    if merged and tuple(chosen) != state.active:
+    if any(layer.merged_adapters != [name for name in chosen if name in layer.adapters] for layer in merged):
         warnings.warn(f"{merged[0].merged_adapters} were merged and are unmerged now", PeftrsWarning, 3)
         unmerge(merged)
     state.active = tuple(chosen)
@@ -89,14 +89,18 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     merged = [wrapper.spec.name for _, wrapper in held if isinstance(wrapper, AdaptedLayer) and name in wrapper.merged_adapters]
     if merged:
         raise AdapterError(f"Cannot delete adapter {name!r} while it is merged into {len(merged)} layers; unmerge it first")
-    state = activation(model)
+    state, was_active = activation(model), name in activation(model).active
     for _, wrapper in held:
         wrapper.delete_adapter(name)
     state.active = tuple(other for other in state.active if other != name)
     left = adapters(model)
-    if not state.active and left:
-        warnings.warn(f"adapter {name!r} was active and is deleted; {left[0]!r} is active now", PeftrsWarning, 3)
-        set_adapter(model, left[0])
+    if was_active and not state.active and left:
+        state.active = (left[0],)
+        following = [wrapper for _, wrapper in held if wrapper.override is None]
+        if following:
+            warnings.warn(f"adapter {name!r} was active and is deleted; {left[0]!r} is active now", PeftrsWarning, 3)
+        for wrapper in following:
+            wrapper.require_grad(state.active, only=True)
 
 
 def merge(model: nn.Module, names: Sequence[str] | None = None, track: Track = iter) -> None:

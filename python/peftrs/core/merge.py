@@ -84,14 +84,17 @@ def merge(layer: AdaptedLayer, names: Sequence[str], shared: tuple[Shared, ...] 
         own = nn.Parameter(one.parameter.detach().clone(), requires_grad=one.parameter.requires_grad)
         setattr(one.owner, one.attribute, own)
     layer.ledger = Ledger(together, originals, shared)
-    _write(layer, chain)
-    if not all(bool(parameter.isfinite().all()) for parameter in stored(layer)):
+    try:
+        _write(layer, chain)
+        if not all(bool(parameter.isfinite().all()) for parameter in stored(layer)):
+            raise MergeError(
+                f"{layer.spec.name}: merging {listed(list(together))} gives weights beyond "
+                f"{stored(layer)[0].dtype}; lower the adapter's scaling or merge into a wider dtype"
+            )
+    except BaseException:
         unmerge(layer)
         merge(layer, earlier, shared)
-        raise MergeError(
-            f"{layer.spec.name}: merging {listed(list(together))} gives weights beyond "
-            f"{stored(layer)[0].dtype}; lower the adapter's scaling or merge into a wider dtype"
-        )
+        raise
 
 
 @torch.no_grad()
@@ -106,6 +109,15 @@ def unmerge(layer: AdaptedLayer) -> None:
     for at, original in layer.ledger.originals.items():
         parameters[at].detach().copy_(original)
     layer.ledger = None
+
+
+def unmerged(layer: AdaptedLayer) -> list[Tensor]:
+    """The layer's weight and, if it has one, bias, as they are without what is merged."""
+    if layer.ledger is None:
+        return list(stored(layer))
+    originals = dict(layer.ledger.originals)
+    shared = iter(layer.ledger.shared)
+    return [originals[at] if at in originals else next(shared).parameter for at in range(len(stored(layer)))]
 
 
 def stored(layer: AdaptedLayer) -> list[nn.Parameter]:

@@ -14,6 +14,7 @@ from peftrs.bases.base import Base
 from peftrs.bases.kinds import LayerKind
 from peftrs.config import TargetedConfig
 from peftrs.core import tying
+from peftrs.core.layer import AdaptedLayer
 from peftrs.core.method import Method
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.target import Target, aim
@@ -75,9 +76,28 @@ def make(
             faults.append(f"{target.spec.name}: {error}")
         if target.tied and not target.method.tied_slots:
             faults.append(f"{target.spec.name}: {target.method.name} cannot share its tensors with the tied layer {target.tied!r}")
+    saved = tying.saved(found, config, selection.modules_to_save)
+    faults += _saved_faults(saved, targets)
     if faults:
         raise ConfigError("; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else ""))
-    return Plan(targets, tying.saved(found, config, selection.modules_to_save), selection)
+    return Plan(targets, saved, selection)
+
+
+def _saved_faults(saved: list[tuple[Place, str | None]], targets: list[Target]) -> list[str]:
+    """Why modules cannot be trained whole, or layers not adapted, since one wrapper would stand inside the other."""
+    faults, whole = [], {place.name for place, _ in saved}
+    for place, _ in saved:
+        if isinstance(place.module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
+            faults.append(f"{place.name}: a {type(place.module).__name__} cannot be trained whole; name its members")
+        elif any(isinstance(module, AdaptedLayer) for module in place.module.modules()):
+            faults.append(f"{place.name}: holds layers that other adapters change, so it cannot be trained whole")
+    for target in targets:
+        name = target.place.name
+        if any(name == other or name.startswith(f"{other}.") for other in whole):
+            faults.append(f"{name}: is a target and trained whole (`modules_to_save`); choose one")
+        elif isinstance(target.place.module, ReplacedModule):
+            faults.append(f"{name}: another adapter trains this module whole, so it cannot be adapted")
+    return faults
 
 
 def select(found: list[Place], config: TargetedConfig, output_layers: frozenset[str] = frozenset()) -> _native.Selection:

@@ -51,6 +51,9 @@ class ReplacedModule(Switched, nn.Module):
     def forward(self, *inputs: Any, **options: Any) -> Any:
         return self.current()(*inputs, **options)
 
+    def adapter_names(self) -> tuple[str, ...]:
+        return tuple(self.modules_to_save)
+
     def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:
         """Sets whether the copies of the named adapters are trained; `only` freezes all others."""
         for name, module in self.modules_to_save.items():

@@ -13,9 +13,11 @@ from peftrs.core.target import Target, aim
 from peftrs.core.tree import Place, original
 
 
-def tied_linears(found: list[Place], weight: Any) -> list[Place]:
-    """The linear layers whose weight is this very parameter."""
-    return [p for p in found if isinstance(inner := original(p.module), nn.Linear) and inner.weight is weight]
+def tied(found: list[Place], place: Place) -> list[Place]:
+    """The other linear layers and embeddings whose weight is this place's very parameter."""
+    weight = original(place.module).weight
+    kinds = (nn.Linear, nn.Embedding)
+    return [p for p in found if p is not place and isinstance(inner := original(p.module), kinds) and inner.weight is weight]
 
 
 def token_rows(found: list[Place], config: Any, input_embeddings: str | None, faults: list[str]) -> list[Target]:
@@ -40,7 +42,9 @@ def token_rows(found: list[Place], config: Any, input_embeddings: str | None, fa
                 continue
             matched = {"trainable_token_indices": list(tokens)}
             targets.append(aim(place, dense.EMBEDDING, method, matched))
-            targets += [aim(other, dense.LINEAR, method, matched, tied=place.name) for other in tied_linears(found, inner.weight)]
+            for other in tied(found, place):
+                base = dense.EMBEDDING if isinstance(original(other.module), nn.Embedding) else dense.LINEAR
+                targets.append(aim(other, base, method, matched, tied=place.name))
     return targets
 
 
@@ -51,7 +55,7 @@ def followers(found: list[Place], config: Any, targets: list[Target]) -> list[Ta
     extra = []
     for target in targets:
         if target.spec.kind is LayerKind.EMBEDDING and target.method.name != "TOKEN_ROWS":
-            for place in tied_linears(found, original(target.place.module).weight):
+            for place in (p for p in tied(found, target.place) if isinstance(original(p.module), nn.Linear)):
                 matched = dict(target.spec.matched)
                 extra.append(aim(place, dense.LINEAR, target.method, matched, tied=target.spec.name))
     return extra
@@ -60,10 +64,12 @@ def followers(found: list[Place], config: Any, targets: list[Target]) -> list[Ta
 def saved(found: list[Place], config: Any, names: list[str]) -> list[tuple[Place, str | None]]:
     """The modules to train whole, each with the name of the one whose weight its copy shares."""
     chosen: list[tuple[Place, str | None]] = [(place, None) for place in found if place.name in set(names)]
-    if getattr(config, "ensure_weight_tying", False):
-        for place, _ in list(chosen):
-            inner = original(place.module)
-            if isinstance(inner, nn.Embedding):
-                others = [other for other in tied_linears(found, inner.weight) if other.name not in names]
-                chosen += [(other, place.name) for other in others]
-    return chosen
+    if not getattr(config, "ensure_weight_tying", False):
+        return chosen
+    bound: dict[str, tuple[Place, str | None]] = {}
+    for place, _ in chosen:
+        bound.setdefault(place.name, (place, None))
+        if isinstance(original(place.module), nn.Linear | nn.Embedding):
+            for other in tied(found, place):
+                bound.setdefault(other.name, (other, place.name))
+    return list(bound.values())

@@ -33,7 +33,7 @@ class Pissa:
         if self.iterations is None:
             left, singular, right = torch.linalg.svd(weight, full_matrices=False)
         else:
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(0)
                 left, singular, right = torch.svd_lowrank(weight, rank, niter=self.iterations)
             right = right.mT

@@ -6,7 +6,7 @@ called "0" nor a layer called "lora_head" is mistaken for something else.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from peftrs.config import TargetedConfig
 from peftrs.core.inject import biases
 from peftrs.core.layer import AdaptedLayer
+from peftrs.core.merge import stored, unmerged
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
-from peftrs.core.tree import original, wrappers
+from peftrs.core.tree import Wrapped, original, wrappers
 
 TOKEN_ROWS = "TOKEN_ROWS"
 """The method whose tied layers are not written: what they share stands in the file once, under the embedding's name."""
@@ -80,9 +81,16 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
                 yield from _slots(path, fitted)
             elif fitted.method.name != TOKEN_ROWS:
                 yield from _shared_slots(path, fitted, paths[fitted.leader.layer])
+    before = _before_merging(held)
     for name, bias in biases(model, config):
         name = plain(name)
-        yield Entry(name, name, bias, partial(_overwrite, bias), required=".original_module." not in name)
+        yield Entry(name, name, before.get(id(bias), bias), partial(_overwrite, bias), required=".original_module." not in name)
+
+
+def _before_merging(held: Iterable[tuple[str, Wrapped]]) -> dict[int, Tensor]:
+    """The base's tensors as they were before adapters were merged into them, by the identity of the parameter."""
+    layers = [wrapper for _, wrapper in held if isinstance(wrapper, AdaptedLayer) and wrapper.merged]
+    return {id(now): was for layer in layers for now, was in zip(stored(layer), unmerged(layer), strict=True)}
 
 
 def _slots(path: str, fitted: FittedAdapter) -> Iterator[Entry]:
@@ -136,9 +144,12 @@ def embeddings(model: nn.Module, *, targeted: bool = False) -> Iterator[Entry]:
             if all(fitted.method.name == TOKEN_ROWS for fitted in module.adapters.values()):
                 # PEFT wraps an embedding of which only rows are trained in another way.
                 file = "original_module."
+        before = _before_merging(wrappers(model))
         for leaf, tensor in original(module).named_parameters(recurse=False):
             name = f"{plain(path)}.{inner}{leaf}"
-            yield Entry(f"{plain(path)}.{file}{leaf}", name, tensor, partial(_overwrite, tensor), required=False)
+            yield Entry(
+                f"{plain(path)}.{file}{leaf}", name, before.get(id(tensor), tensor), partial(_overwrite, tensor), required=False
+            )
 
 
 def _ask(model: nn.Module, getter: str) -> Any:

@@ -119,6 +119,8 @@ class Lora(Additive):
             fault = (
                 start.fault(values["r"], spec) if spec.kind in start.kinds and not spec.stacked else f"not for {spec.kind} layers"
             )
+            if fault is None and start.changes_base and values["lora_alpha"] <= 0:
+                fault = f"it divides by the scaling, which lora_alpha={values['lora_alpha']} makes {self.scale(config, values)}"
             faults += [] if fault is None else [f"init_lora_weights={config.init_lora_weights!r}: {fault}"]
         if faults:
             raise ConfigError("; ".join(faults))
@@ -167,6 +169,10 @@ class Lora(Additive):
         start = adapter.values["start"]
         if start is None or not start.changes_base:
             return {}
+        if base.weight.device.type == "meta":
+            raise ConfigError(
+                f"{adapter.spec.name}: init_lora_weights={adapter.config.init_lora_weights!r} needs the base's weights"
+            )
         factors = start(adapter, base)
         return {"origin_A.weight": factors["lora_A.weight"], "origin_B.weight": factors["lora_B.weight"]}
 

@@ -46,6 +46,8 @@ class PeftModel(nn.Module):
         strict: bool | None = None,
     ) -> None:
         super().__init__()
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
         self.base_model = Tuner(model)
         self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, strict=strict)
         if _checkpoints(model):
@@ -223,6 +225,8 @@ class PeftModel(nn.Module):
         """
         from peftrs.model.tasks import class_for
 
+        if isinstance(model, PeftModel):
+            model = model.get_base_model()
         with whole_or_not(model):
             origin = _origin(model_id, kwargs) if config is None else "config"
             config = read_config(model_id, config, is_trainable, kwargs)

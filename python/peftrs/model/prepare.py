@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from collections.abc import Iterable
 from typing import Any, cast
 
 from torch import nn
@@ -20,6 +22,8 @@ from peftrs.model.defaults import FEEDFORWARD, SKIPPED, SKIPPING, TARGETS
 
 ALL_LINEAR = "all-linear"
 CLASSIFIERS = ("score", "classifier")
+HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""The names that configs of a task list for its head, whichever of them the model has."""
 LONG_LIST = 20
 """From how many names on a list of targets is shortened to suffixes that mean the same."""
 
@@ -49,6 +53,14 @@ def settle(model: nn.Module, config: TargetedConfig, method: Method) -> dict[str
     return settled
 
 
+def exactly(names: set[str], modules: Iterable[str]) -> str | set[str]:
+    """What `target_modules` says for these modules and no others: their names, or a pattern where one is the end of another's."""
+    endings = tuple(f".{name}" for name in names)
+    if any(module.endswith(endings) and module not in names for module in modules):
+        return "|".join(re.escape(name) for name in sorted(names))
+    return set(names)
+
+
 def changed(config: TargetedConfig, values: dict[str, Any]) -> TargetedConfig:
     """A copy of the config with other values."""
     other = copy.copy(config)
@@ -73,10 +85,11 @@ def make_plan(
     settled = settle(model, config, method)
     modules = [place.name for place in places(model)]
     planned = changed(config, settled)
+    heads = heads or HEADS.get(str(config.task_type), ())
     if heads:
         planned.modules_to_save = present(planned.modules_to_save or [], heads, modules) or None
     if names is not None:
-        planned.target_modules = names
+        planned.target_modules = exactly(names, modules)
         planned.exclude_modules = None
         for field in ("layers_to_transform", "layers_pattern"):
             if hasattr(planned, field):

@@ -6,24 +6,25 @@ from typing import ClassVar
 
 from peftrs.config import PeftConfig, TaskType
 from peftrs.model.peft_model import PeftModel
+from peftrs.model.prepare import HEADS
 
 
 class PeftModelForSequenceClassification(PeftModel):
     """Classifies whole texts: the head is trained and saved with the adapter."""
 
-    heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
+    heads: ClassVar[tuple[str, ...]] = HEADS["SEQ_CLS"]
 
 
 class PeftModelForTokenClassification(PeftModel):
     """Classifies tokens: the head is trained and saved with the adapter."""
 
-    heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
+    heads: ClassVar[tuple[str, ...]] = HEADS["TOKEN_CLS"]
 
 
 class PeftModelForQuestionAnswering(PeftModel):
     """Finds answers in texts: the head is trained and saved with the adapter."""
 
-    heads: ClassVar[tuple[str, ...]] = ("qa_outputs",)
+    heads: ClassVar[tuple[str, ...]] = HEADS["QUESTION_ANS"]
 
 
 class PeftModelForCausalLM(PeftModel):

@@ -15,10 +15,11 @@ from peftrs.core.layer import AdaptedLayer
 from peftrs.core.manage import check_known, set_requires_grad
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
-from peftrs.core.tree import wrappers
+from peftrs.core.tree import places, wrappers
 from peftrs.errors import AdapterError, listed
 from peftrs.methods import combine
 from peftrs.model.attach import attach, peft_configs, whole_or_not
+from peftrs.model.prepare import exactly
 
 LOW_RANK = ("cat", "linear", "svd")
 LATER = (
@@ -85,7 +86,7 @@ def _add_low_rank(model: nn.Module, name: str, recipe: Recipe, configs: dict[str
         widest = max(sum(up.shape[1] for up, _ in each) for each in terms.values())
         largest = max(up.shape[1] for each in terms.values() for up, _ in each)
         rank = widest if recipe.kind != "svd" else recipe.rank or largest
-        config = cast(Any, _config(configs, recipe, held))
+        config = cast(Any, _config(configs, recipe, held, [place.name for place in places(model)]))
         config.r = config.lora_alpha = rank
         config.rank_pattern, config.alpha_pattern = {}, {}
         config.use_rslora, config.init_lora_weights = False, True
@@ -113,10 +114,12 @@ def _term(fitted: FittedAdapter, weight: float) -> combine.Term:
     return factors[0] * (weight * fitted.scaling), factors[1]
 
 
-def _config(configs: dict[str, PeftConfig], recipe: Recipe, held: dict[AdaptedLayer, list[FittedAdapter]]) -> PeftConfig:
+def _config(
+    configs: dict[str, PeftConfig], recipe: Recipe, held: dict[AdaptedLayer, list[FittedAdapter]], modules: list[str]
+) -> PeftConfig:
     """The first source's config, for exactly the layers that any source has."""
     config = cast(Any, copy.deepcopy(configs[next(iter(recipe.sources))]))
-    config.target_modules = {layer.spec.name for layer in held}
+    config.target_modules = exactly({layer.spec.name for layer in held}, modules)
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     named = [each for source in recipe.sources for each in getattr(configs[source], "modules_to_save", None) or ()]
     config.modules_to_save = list(dict.fromkeys(named)) or None
@@ -126,11 +129,13 @@ def _config(configs: dict[str, PeftConfig], recipe: Recipe, held: dict[AdaptedLa
 def _fill(fitted: FittedAdapter, term: combine.Term, sources: list[FittedAdapter], recipe: Recipe) -> None:
     up, down = term
     names = [slot for slot in fitted.slots if not slot.endswith(".bias")]
-    for slot, value in zip(names, (down, up), strict=True):
+    for slot, value in zip(names, (down, up / fitted.scaling), strict=True):
         fitted[slot].copy_(value.reshape(fitted[slot].shape))
     if "lora_B.bias" in fitted:
         biases = [recipe.sources[each.name] * each.scaling * each["lora_B.bias"] for each in sources if "lora_B.bias" in each]
-        fitted["lora_B.bias"].copy_(torch.stack(biases).sum(0) if biases else torch.zeros_like(fitted["lora_B.bias"]))
+        fitted["lora_B.bias"].copy_(
+            torch.stack(biases).sum(0) / fitted.scaling if biases else torch.zeros_like(fitted["lora_B.bias"])
+        )
 
 
 def _add_scaling(model: nn.Module, name: str, recipe: Recipe, configs: dict[str, PeftConfig]) -> None:
