@@ -232,13 +232,14 @@ def test_bare_parameters_are_those_of_peft(wanted: list[str]) -> None:
         base = MODELS["mixtral"]()
     parameters = [name for name, _ in base.named_parameters(remove_duplicate=False)]
     config = peft.LoraConfig(target_modules=[], target_parameters=wanted)
+    ours = _native.select([], parameters=parameters, target_parameters=wanted).parameters
     theirs: list[str] = []
-    if wanted == ["proj"]:
+    # PEFT refuses to select nothing: "proj" always, and the experts' where transformers (4.51) still keeps a module for each.
+    if not ours:
         with pytest.raises(ValueError, match="also no `target_parameters` found"):
             peft.LoraModel(base, config, "default", low_cpu_mem_usage=True)
     else:
         theirs = peft.LoraModel(base, config, "default", low_cpu_mem_usage=True).targeted_parameter_names
-    ours = _native.select([], parameters=parameters, target_parameters=wanted).parameters
     assert sorted(ours) == sorted(theirs)
 
 

@@ -24,7 +24,8 @@ class LayerKind(StrEnum):
     """A bare parameter that its owner's forward reads by itself, such as a stack of experts."""
 
 
-CONVOLUTIONS = frozenset({LayerKind.CONV1D, LayerKind.CONV2D, LayerKind.CONV3D})
+CONVOLUTIONS = (LayerKind.CONV1D, LayerKind.CONV2D, LayerKind.CONV3D)
+"""A tuple, not a set: torch 2.6 cannot trace membership of a set of enum members."""
 
 
 class Affine(NamedTuple):
