@@ -67,7 +67,7 @@ format: .venv/.synced ## Formats both languages
 	.venv/bin/ruff format .
 
 develop: .venv/.synced ## Builds the extension in place and links python/ into .venv, for work on peftrs itself
-	VIRTUAL_ENV=$(CURDIR)/.venv .venv/bin/maturin develop --uv
+	PATH="$(CURDIR)/$(CACHE)/tools/bin:$$PATH" VIRTUAL_ENV=$(CURDIR)/.venv .venv/bin/maturin develop --uv
 
 clean: ## Removes what the commands above made, but for uv's own cache
 	rm -rf .venv $(CACHE) $(INSTALLED) $(OLDEST) target

@@ -7,7 +7,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from peftrs import ConfigError, LoraConfig, OFTConfig, PeftModel, PeftrsWarning, get_peft_model, inject_adapter_in_model
+from peftrs import (
+    AdapterError,
+    ConfigError,
+    LoraConfig,
+    MergeError,
+    OFTConfig,
+    PeftModel,
+    PeftrsWarning,
+    get_peft_model,
+    inject_adapter_in_model,
+)
 from peftrs.methods.oft import Oft
 from peftrs.model import functional
 
@@ -45,6 +55,21 @@ def test_every_trained_row_trains_whatever_the_padding(padding: int) -> None:
     model(TOKENS).square().sum().backward()
     rows = model.base_model.model.emb.adapters["default"]["token_adapter.trainable_tokens_delta"]
     assert (rows.grad.abs().sum(1) > 0).all()
+
+
+def test_adapters_that_replace_the_same_rows_do_not_act_together() -> None:
+    model = get_peft_model(Small(), LoraConfig(target_modules=["lin"], trainable_token_indices=[2, 3]))
+    for name, tokens in {"apart": [4], "again": [3, 5]}.items():
+        model.add_adapter(name, LoraConfig(target_modules=["lin"], trainable_token_indices=tokens))
+    model.base_model.set_adapter(["default", "apart"])
+    with pytest.raises(AdapterError, match=r"emb: 2 adapters each replace the rows of tokens \[3\]"):
+        model.base_model.set_adapter(["default", "again"])
+    with pytest.raises(AdapterError, match=r"tokens \[3\]"):
+        model.base_model.model.emb.set_adapter(["default", "again"])
+    with pytest.raises(MergeError, match=r"tokens \[3\]"):
+        model.merge_adapter(["default", "again"])
+    assert model.active_adapters == ["default", "apart"]
+    assert not model.base_model.model.emb.merged
 
 
 def test_trained_rows_reach_embeddings_that_share_the_table() -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
+from peftrs.errors import AdapterError
+
 
 class Activation:
     """The active adapters, in order, and whether they act. A model's wrapped modules share one: switching is one write."""
@@ -59,8 +61,14 @@ class Switched:
     def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:
         """Sets whether the named adapters are trained; `only` freezes all others."""
 
+    def conflict(self, names: Sequence[str]) -> str | None:
+        """Why these adapters cannot act on this module together, or None if they can."""
+        return None
+
     def before_switch(self, state: Activation) -> None:
-        """Called when this module alone is about to change its active adapters."""
+        """Called when this module alone is about to change its active adapters. Raises `AdapterError` for a conflict."""
+        if fault := self.conflict(state.active):
+            raise AdapterError(fault)
 
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these the active adapters of this module alone, trainable unless `inference_mode`."""

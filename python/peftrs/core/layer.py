@@ -127,8 +127,16 @@ class AdaptedLayer(Switched, nn.Module):
         chain, base = self.acting(), self.base.dense(self.base_layer)
         return as_dtype(fold(chain, base), base.weight.dtype) if chain else base
 
+    def conflict(self, names: Sequence[str]) -> str | None:
+        chain = self.chain(names)
+        methods = {adapter.method.name: adapter.method for adapter in chain}
+        faults = [method.conflict([adapter for adapter in chain if adapter.method is method]) for method in methods.values()]
+        return next((f"{self.spec.name}: {fault}" for fault in faults if fault), None)
+
     def before_switch(self, state: Activation) -> None:
-        if self.ledger is not None and self.ledger.names != state.active:
+        super().before_switch(state)
+        here = tuple(name for name in state.active if name in self.adapters)
+        if self.ledger is not None and self.ledger.names != here:
             warnings.warn(f"{self.spec.name}: {self.merged_adapters} were merged and are unmerged now", PeftrsWarning, 4)
             self.unmerge()
 

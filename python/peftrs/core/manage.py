@@ -11,9 +11,8 @@ from torch import nn
 from peftrs.core import merge as merging
 from peftrs.core.inject import activation, adapters
 from peftrs.core.layer import AdaptedLayer
-from peftrs.core.replace import ReplacedModule
 from peftrs.core.tree import Wrapped, adapted_layers, places, wrappers
-from peftrs.errors import AdapterError, PeftrsWarning
+from peftrs.errors import AdapterError, MergeError, PeftrsWarning
 
 Track = Callable[[list[AdaptedLayer]], Iterable[AdaptedLayer]]
 """What goes through a list of layers as it is, for instance to show progress."""
@@ -30,14 +29,13 @@ def check_known(model: nn.Module, names: Sequence[str]) -> None:
 def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bool = False) -> None:
     """Makes these the active adapters, in this order, and the only ones trained (none with `inference_mode`).
 
-    Merged adapters are unmerged, with a warning. Raises `AdapterError` for an unknown name, or for two that replace one module.
+    Merged adapters are unmerged, with a warning. Raises `AdapterError` for an unknown name, or for two that cannot act together.
     """
     chosen = [names] if isinstance(names, str) else list(names)
     check_known(model, chosen)
     held = list(wrappers(model))
-    for _, wrapper in held:
-        if isinstance(wrapper, ReplacedModule) and sum(name in wrapper.modules_to_save for name in chosen) > 1:
-            raise AdapterError(f"{wrapper.name}: {chosen} each replace this module; only one of them can be active")
+    if faults := [fault for _, wrapper in held if (fault := wrapper.conflict(chosen))]:
+        raise AdapterError("; ".join(faults[:4]))
     state = activation(model)
     merged = [wrapper for _, wrapper in held if isinstance(wrapper, AdaptedLayer) and wrapper.merged]
     if any(layer.merged_adapters != [name for name in chosen if name in layer.adapters] for layer in merged):
@@ -119,6 +117,8 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, track: Track = i
         more = list(dict.fromkeys(name for found in chosen.values() for name in found))
         rest = f"merging {more} too" if more else "all adapters are already merged, nothing to do"
         warnings.warn(f"{merged} are merged already; {rest}", PeftrsWarning, 3)
+    if faults := [fault for layer, found in chosen.items() if (fault := layer.conflict([*layer.merged_adapters, *found]))]:
+        raise MergeError("; ".join(faults[:4]))
     for layer, found in chosen.items():
         merging.check(layer, layer.chain([*layer.merged_adapters, *found]))
     shared = merging.shared_weights(model, list(chosen))

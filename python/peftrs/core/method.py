@@ -9,7 +9,7 @@ Weights are presented as `(out, in, *kernel)` whatever way a layer stores them; 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import Enum
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -106,6 +106,10 @@ class Method(ABC):
     @abstractmethod
     def apply(self, adapter: Adapter, affine: Affine) -> Affine:
         """The weight view: the changed map, in the dtype of `affine` or a wider one. Must be differentiable."""
+
+    def conflict(self, adapters: Sequence[Adapter]) -> str | None:
+        """Why these adapters of this method cannot act on one layer together, or None if they can."""
+        return None
 
     def unmergeable(self, adapter: Adapter) -> str | None:
         """Why this adapter cannot become part of the layer's weights, or None if it can."""

@@ -9,7 +9,6 @@ from typing import Any, cast
 from torch import nn
 
 from peftrs.core.activation import Activation, Switched
-from peftrs.errors import AdapterError
 
 
 class ReplacedModule(Switched, nn.Module):
@@ -43,13 +42,18 @@ class ReplacedModule(Switched, nn.Module):
     def current(self) -> nn.Module:
         """The module that runs now."""
         state = self.state
-        held = [name for name in state.active if name in self.modules_to_save] if state.enabled else []
-        if len(held) > 1:
-            raise AdapterError(f"{self.name}: the active adapters {held} each replace this module; only one can")
-        return self.modules_to_save[held[0]] if held else self.original_module
+        if state.enabled:
+            for name in state.active:
+                if name in self.modules_to_save:
+                    return self.modules_to_save[name]
+        return self.original_module
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         return self.current()(*inputs, **options)
+
+    def conflict(self, names: Sequence[str]) -> str | None:
+        held = [name for name in names if name in self.modules_to_save]
+        return f"{self.name}: {held} each replace this module; only one of them can be active" if len(held) > 1 else None
 
     def adapter_names(self) -> tuple[str, ...]:
         return tuple(self.modules_to_save)

@@ -49,6 +49,9 @@ class Entry:
     """The adapter that this is a slot of."""
     slot: str = ""
 
+    undeclared: bool = False
+    """Whether it is the base's own, in a file that the adapter's config does not announce it in."""
+
     again: tuple[str, ...] = ()
     """Other names under which a file may hold the same values once more, which are not read."""
 
@@ -148,7 +151,12 @@ def embeddings(model: nn.Module, *, targeted: bool = False) -> Iterator[Entry]:
         for leaf, tensor in original(module).named_parameters(recurse=False):
             name = f"{plain(path)}.{inner}{leaf}"
             yield Entry(
-                f"{plain(path)}.{file}{leaf}", name, before.get(id(tensor), tensor), partial(_overwrite, tensor), required=False
+                f"{plain(path)}.{file}{leaf}",
+                name,
+                before.get(id(tensor), tensor),
+                partial(_overwrite, tensor),
+                required=False,
+                undeclared=not isinstance(module, AdaptedLayer),
             )
 
 

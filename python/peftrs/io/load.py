@@ -60,11 +60,13 @@ def load(
     """
     match = compare(model, adapter, config, source)
     _judge(match, adapter, source, strict=strict, report=report, ignore_mismatched_sizes=ignore_mismatched_sizes)
-    odd = []
+    odd, replaced = [], []
     values: dict[FittedAdapter, dict[str, Tensor]] = {}
     with torch.no_grad():
         for entry, name in match.pairs:
             value = source.read(name)
+            if entry.undeclared and not torch.equal(value.to(entry.shown), entry.shown):
+                replaced.append(name)
             if value.is_floating_point() and not bool(value.isfinite().all()):
                 odd.append(name)
             entry.bind(value)
@@ -72,6 +74,12 @@ def load(
                 values.setdefault(entry.owner, {})[entry.slot] = value
         for fitted in dict.fromkeys(entry.owner for entry in match.missing if entry.owner is not None and entry.empty):
             _fill(fitted, values.get(fitted, {}))
+    if replaced:
+        text = (
+            f"{source.origin}: replaces {_names(replaced)} of the model, which the config of adapter {adapter!r} does not adapt; "
+            "right where the vocabulary was resized for training, else do not trust the file"
+        )
+        warnings.warn(text, PeftrsWarning, stacklevel=3)
     if odd:
         text = f"{source.origin}: {len(odd)} tensors hold NaN or infinite values: {_names(odd)}"
         warnings.warn(text, PeftrsWarning, stacklevel=3)

@@ -146,7 +146,9 @@ class Lora(Additive):
     def init(self, adapter: Adapter, base: Affine) -> None:
         down, up = _names(adapter)
         if adapter.values["start"]:
-            for slot, value in adapter.values["start"](adapter, base).items():
+            kept = {slot: adapter.get(slot.replace("lora_", "origin_")) for slot in (down, up)}
+            start = kept if kept[down] is not None else adapter.values["start"](adapter, base)
+            for slot, value in start.items():
                 adapter[slot].copy_(value)
         elif adapter.config.init_lora_weights is False:
             embedding = adapter.spec.kind is LayerKind.EMBEDDING

@@ -5,6 +5,8 @@ On an output layer that is tied to the embedding the same rows are replaced, so 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -44,6 +46,11 @@ class TrainableTokens(Method):
     def init(self, adapter: Adapter, base: Affine) -> None:
         table = base.weight.mT if adapter.spec.kind is LayerKind.EMBEDDING else base.weight
         adapter[ROWS].copy_(table[adapter.values["tokens"]])
+
+    def conflict(self, adapters: Sequence[Adapter]) -> str | None:
+        counts = Counter(token for adapter in adapters for token in adapter.values["tokens"])
+        twice = sorted(token for token, count in counts.items() if count > 1)
+        return f"{len(adapters)} adapters each replace the rows of tokens {twice[:8]}" if twice else None
 
     def apply(self, adapter: Adapter, affine: Affine) -> Affine:
         rows, dimension = adapter[ROWS].to(affine.weight.dtype), 0
