@@ -16,8 +16,8 @@ use crate::error::show_name;
 /// The longest header that is read, in bytes; the limit of the safetensors crate.
 pub const MAX_LENGTH: u64 = 100_000_000;
 
-/// The most dimensions a tensor may have; torch iterates over no more.
-const MAX_RANK: usize = 64;
+/// The most dimensions a tensor may have: over twice what weights have, and few enough that shapes stay smaller than their text.
+const MAX_RANK: usize = 16;
 
 /// The most tensors, or strings, in one object. Ten times what the largest models have; a hundred million bytes of
 /// smaller entries would take several times that in memory.

@@ -14,7 +14,7 @@ use crate::support::raw;
 const STRICTER: [&str; 9] = [
     "does not start with `{`",
     "is larger than can be",
-    "more than 64 dimensions",
+    "more than 16 dimensions",
     "unknown field",
     "unknown dtype",
     "occurs twice",
