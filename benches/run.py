@@ -1,9 +1,9 @@
-"""Runs the benches: each row does the same work with peftrs and with PEFT, checks that the results agree, then times both.
+"""Runs the benches: each row does the same work with peftrs and with others, checks that the results agree, then times all.
 
     python benches/run.py [--quick] [--only NAME] [--output FILE]
 
-Runs are interleaved (ours, theirs, ours, ...), the median and the range are printed with the ratio of the medians; the JSON has
-every reading, with device, versions and date. A ratio above 1 means that peftrs is faster.
+Runs are interleaved (ours, theirs, ours, ...), the median and the range are printed with the ratio of each side's median to the
+first side's; the JSON has every reading, with device, versions and date. A ratio above 1 means that the first side is faster.
 """
 
 from __future__ import annotations
@@ -11,80 +11,109 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import torch
+
+import peftrs
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison: `make` builds a side's work for a library and returns a function to time, a check runs first."""
+    """One comparison: `make` builds a side's work and returns a function to time, a check runs first.
+
+    What the function returns is the time in milliseconds where it is a float, for work in another process; else it is timed here.
+    """
 
     name: str
     make: Callable[[str, bool], Callable[[], object]]
     check: Callable[[bool], None]
-    unit: str = "ms"
+    sides: tuple[str, ...] = ("peftrs", "peft")
 
 
-def measure(row: Row, quick: bool, runs: int) -> dict[str, object]:
-    """Checks, warms up, then times both sides in turn."""
+def measure(row: Row, quick: bool, runs: int) -> dict[str, Any]:
+    """Checks, warms up, then times all sides in turn."""
     row.check(quick)
-    sides = {name: row.make(name, quick) for name in ("peftrs", "peft")}
+    sides = {name: row.make(name, quick) for name in row.sides}
     readings: dict[str, list[float]] = {name: [] for name in sides}
     for index in range(runs + 1):
         for name, work in sides.items():
             start = time.perf_counter()
-            work()
-            elapsed = (time.perf_counter() - start) * 1e3
+            told = work()
+            elapsed = told if isinstance(told, float) else (time.perf_counter() - start) * 1e3
             if index:
                 readings[name].append(elapsed)
     medians = {name: statistics.median(values) for name, values in readings.items()}
+    ratios = {name: median / medians[row.sides[0]] for name, median in medians.items()}
+    return {"row": row.name, "unit": "ms", "ratios": ratios, "medians": medians, "readings": readings}
+
+
+def shown(result: dict[str, Any]) -> str:
+    """One line a side: median, range, and ratio to the first."""
+    lines = [
+        f"  {name:<28} {result['medians'][name]:12.2f} ms  [{min(values):.2f}-{max(values):.2f}]  x {result['ratios'][name]:.2f}"
+        for name, values in result["readings"].items()
+    ]
+    return "\n".join([result["row"], *lines])
+
+
+def about(threads: int = 1) -> dict[str, Any]:
+    """Where and with what a result was measured."""
+    model = next((line.split(": ")[1] for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    names = ("torch", "transformers", "peft", "safetensors")
     return {
-        "row": row.name,
-        "unit": row.unit,
-        "ratio": medians["peft"] / medians["peftrs"],
-        "median": medians,
-        "readings": readings,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": f"{model}, {os.cpu_count()} cores, {threads} threads used",
+        "versions": {"peftrs": peftrs.__version__, **{name: version(name) for name in names}},
     }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def write(path: Path | None, results: list[dict[str, Any]], threads: int = 1) -> None:
+    """Writes what was measured as JSON."""
+    if path:
+        path.write_text(json.dumps({"about": about(threads), "rows": results}, indent=1) + "\n")
+
+
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The arguments that every bench takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything still runs")
+    parser.add_argument("--only", default="", help="rows whose name contains this")
+    parser.add_argument("--runs", type=int, help="[default: 7, or 2 if quick]")
+    parser.add_argument("--output", type=Path, help="a JSON file to write")
+    return parser
+
+
+def run(rows: Sequence[Row], arguments: argparse.Namespace, threads: int = 1) -> None:
+    """Measures rows, prints them and writes them."""
+    results = []
+    for row in rows:
+        if arguments.only in row.name:
+            results.append(measure(row, arguments.quick, arguments.runs or (2 if arguments.quick else 7)))
+            print(shown(results[-1]), flush=True)
+    write(arguments.output, results, threads)
 
 
 def main() -> None:
     from rows import ROWS
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything still runs")
-    parser.add_argument("--only", help="rows whose name contains this")
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
     torch.set_num_threads(1)
-    results = []
-    for row in ROWS:
-        if options.only and options.only not in row.name:
-            continue
-        result = measure(row, options.quick, 2 if options.quick else options.runs)
-        results.append(result)
-        ours, theirs = (result["readings"][name] for name in ("peftrs", "peft"))  # type: ignore[index]
-        print(
-            f"{row.name:<34} peftrs {statistics.median(ours):9.2f} [{min(ours):.2f}-{max(ours):.2f}]  "
-            f"PEFT {statistics.median(theirs):9.2f} [{min(theirs):.2f}-{max(theirs):.2f}] {row.unit}  ratio {result['ratio']:.2f}"
-        )
-    about = {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "device": f"{platform.processor() or platform.machine()}, 1 thread",
-        "versions": {name: version(name) for name in ("torch", "transformers", "peft", "safetensors")},
-    }
-    if options.output:
-        options.output.write_text(json.dumps({"about": about, "rows": results}, indent=1))
+    run(ROWS, options(__doc__).parse_args())
 
 
 if __name__ == "__main__":
