@@ -126,7 +126,7 @@ for file in sorted(os.listdir(base)):
 class Bench:
     """One base and one adapter on disk, and the ways to merge them."""
 
-    def __init__(self, root: Path, gigabytes: float, rank: int, binary: str) -> None:
+    def __init__(self, root: Path, gigabytes: float, rank: int, binary: str, mergekit: str | None) -> None:
         self.root, self.binary = root, binary
         self.base, self.adapter, self.out = root / "base", root / "adapter", root / "out"
         config = make_base(self.base, gigabytes)
@@ -145,10 +145,15 @@ class Bench:
             "streaming in torch": [sys.executable, "-c", STREAM, base, adapter, out],
             "PEFT": [sys.executable, "-W", "ignore", "-c", PEFT, base, adapter, out],
         }
+        if mergekit:
+            recipe = root / "recipe.yml"
+            recipe.write_text(f"models:\n  - model: {base}+{adapter}\nmerge_method: passthrough\ndtype: bfloat16\n")
+            self.commands["mergekit"] = [mergekit, str(recipe), out, "--lora-merge-cache", str(root / "cache")]
 
     def run(self, side: str) -> float:
         """Milliseconds of one run into an empty place."""
-        shutil.rmtree(self.out, ignore_errors=True)
+        for folder in (self.out, self.root / "cache"):
+            shutil.rmtree(folder, ignore_errors=True)
         os.sync()
         start = time.perf_counter()
         process = subprocess.Popen(self.commands[side], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -235,6 +240,7 @@ def main() -> None:
     )
     parser.add_argument("--rank", type=int, nargs="+", default=[16, 64])
     parser.add_argument("--binary", default="peftrs-merge", help="the tool built by cargo [default: what PATH has]")
+    parser.add_argument("--mergekit", help="the `mergekit-yaml` of an environment that has it, to measure it too")
     parser.add_argument("--folder", help="where to work [default: the system's temporary folder]")
     arguments = parser.parse_args()
     if arguments.quick:
@@ -248,7 +254,7 @@ def main() -> None:
     for gigabytes in arguments.gigabytes:
         for rank in arguments.rank:
             with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
-                bench = Bench(Path(root), gigabytes, rank, str(Path(binary).absolute()))
+                bench = Bench(Path(root), gigabytes, rank, str(Path(binary).absolute()), arguments.mergekit)
                 every = (
                     tuple(bench.commands)
                     if gigabytes == arguments.gigabytes[0] and rank == arguments.rank[0]
