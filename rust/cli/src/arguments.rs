@@ -8,7 +8,7 @@ use clap::builder::styling::{AnsiColor, Styles};
 const STYLES: Styles =
     Styles::styled().header(AnsiColor::Green.on_default().bold()).literal(AnsiColor::Cyan.on_default());
 
-/// Merge a LoRA adapter into a checkpoint on disk, without loading the model.
+/// Merge adapters into a checkpoint on disk, without loading the model.
 ///
 /// The output has the base's files: the same names, order and types of tensors, its config and its tokenizer. It appears
 /// under its name when it is whole. Data goes to standard output, everything else to standard error.
@@ -21,8 +21,10 @@ pub struct Arguments {
     /// The model: a folder of safetensors files, an index, or one safetensors file.
     pub base: PathBuf,
 
-    /// The adapter's folder, with `adapter_config.json` and `adapter_model.safetensors`.
-    pub adapter: PathBuf,
+    /// The adapters' folders, each with `adapter_config.json` and `adapter_model.safetensors`; `@0.5` after one multiplies
+    /// its change by that.
+    #[arg(required = true, value_name = "ADAPTER[@WEIGHT]")]
+    pub adapters: Vec<String>,
 
     /// The folder to write; it may not exist yet, or must be empty.
     #[arg(short = 'o', long = "output", value_name = "OUT", required_unless_present = "dry_run")]
@@ -59,4 +61,35 @@ pub struct Arguments {
     /// Print errors only.
     #[arg(short, long)]
     pub quiet: bool,
+}
+
+/// The folder and the weight that an argument names: what follows the last `@` if that is a number and the folder is not
+/// called so, else 1.
+pub fn weighted(argument: &str) -> (PathBuf, f64) {
+    let whole = PathBuf::from(argument);
+    let split = argument.rsplit_once('@').filter(|_| !whole.exists());
+    let weight = split.and_then(|(path, weight)| Some((path, weight.parse::<f64>().ok()?)));
+    match weight {
+        Some((path, weight)) if weight.is_finite() => (PathBuf::from(path), weight),
+        _ => (whole, 1.0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_weight_is_a_finite_number_after_the_last_at() {
+        for (argument, path, weight) in [
+            ("a", "a", 1.0),
+            ("a@0.5", "a", 0.5),
+            ("a@b@-2e-1", "a@b", -0.2),
+            ("a@inf", "a@inf", 1.0),
+            ("a@nan", "a@nan", 1.0),
+            ("org@main", "org@main", 1.0),
+        ] {
+            assert_eq!(weighted(argument), (PathBuf::from(path), weight), "{argument}");
+        }
+    }
 }

@@ -13,7 +13,7 @@ use peftrs_core::checkpoint::Links;
 use peftrs_core::error::{Error, Result};
 use peftrs_core::merge::{Merge, Settings};
 
-use arguments::Arguments;
+use arguments::{Arguments, weighted};
 use printer::{Printer, Progress, size};
 
 /// Runs the tool on `arguments`, the program's name left out, and returns its exit code. SIGINT and SIGTERM end it
@@ -63,7 +63,8 @@ fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize) -> Resu
     let settings = Settings { links, allow_nonfinite: arguments.allow_nonfinite };
     pool.install(|| {
         let started = Instant::now();
-        let merge = Merge::open(&arguments.base, &arguments.adapter, settings)?;
+        let adapters: Vec<_> = arguments.adapters.iter().map(|argument| weighted(argument)).collect();
+        let merge = Merge::open(&arguments.base, &adapters, settings)?;
         merge.plan().notes.iter().for_each(|note| printer.note(note));
         if arguments.dry_run {
             let report = if arguments.json { report::json(merge.plan()) } else { report::table(merge.plan()) };

@@ -107,7 +107,7 @@ fn other_files_come_along_and_stale_weights_do_not() {
     assert_eq!(text("config.json"), case.model.to_string());
     assert!(text("README.md").contains("# base with adapter merged in"));
     let record: Value = serde_json::from_str(&text("peftrs-merge.json")).unwrap();
-    assert_eq!(record["adapter"]["scalings"], json!([2.0]));
+    assert_eq!(record["adapters"][0]["scalings"], json!([2.0]));
     assert_eq!(record["changed"], json!([{"tensor": "l.q.weight", "change": "LoRA rank 2, scaling 2"}]));
     assert!(!case.path("out/pytorch_model.bin").exists() && !case.path("out/.gitattributes").exists());
 }

@@ -8,7 +8,7 @@ use sha2::{Digest as _, Sha256};
 use super::Merge;
 use crate::checkpoint::{Checkpoint, digest, read_small};
 use crate::error::{Error, Result, show_name};
-use crate::plan::{Plan, Update};
+use crate::plan::{Adapter, Change, Plan};
 use crate::writer::{FolderWriter, MARKER};
 
 /// The largest file that is copied along. Tokenizers reach 40 MB; what is larger is not part of a model's description.
@@ -94,7 +94,7 @@ impl Merge {
 
     /// What was merged from what. Folders are named without the path to them, which is nobody else's business.
     fn record(&self) -> Result<Value> {
-        let (files, adapter) = rayon::join(
+        let (files, adapters) = rayon::join(
             || {
                 self.base
                     .files()
@@ -109,29 +109,37 @@ impl Merge {
                     })
                     .collect::<Result<Vec<Value>>>()
             },
-            || weights_digest(&self.adapter),
+            || {
+                let adapters = self.adapters.iter().enumerate();
+                adapters.map(|(index, adapter)| self.adapter_record(index, adapter)).collect::<Result<Vec<Value>>>()
+            },
         );
-        let mut scalings: Vec<f64> = self
-            .plan
-            .changed()
-            .filter_map(|output| match output.update.as_ref()? {
-                Update::LowRank(update) => Some(update.scaling),
+        Ok(json!({
+            "peftrs": env!("CARGO_PKG_VERSION"),
+            "base": { "name": last_part(&self.base_path), "files": files? },
+            "adapters": adapters?,
+            "changed": self.plan.changed().map(|output| json!({"tensor": output.name, "change": output.what()})).collect::<Vec<_>>(),
+            "notes": self.plan.notes,
+        }))
+    }
+
+    /// One adapter of the record: what it is called, what it weighed and what it scaled its factors by.
+    fn adapter_record(&self, index: usize, adapter: &Adapter) -> Result<Value> {
+        let updates = self.plan.changed().flat_map(|output| &output.updates).filter(|update| update.adapter == index);
+        let mut scalings: Vec<f64> = updates
+            .filter_map(|update| match &update.change {
+                Change::LowRank(update) => Some(update.scaling),
                 _ => None,
             })
             .collect();
         scalings.sort_by(f64::total_cmp);
         scalings.dedup();
         Ok(json!({
-            "peftrs": env!("CARGO_PKG_VERSION"),
-            "base": { "name": last_part(&self.base_path), "files": files? },
-            "adapter": {
-                "name": last_part(&self.adapter_path),
-                "config_sha256": digest(self.config_text.as_bytes()),
-                "weights_sha256": adapter?,
-                "scalings": scalings,
-            },
-            "changed": self.plan.changed().map(|output| json!({"tensor": output.name, "change": output.what()})).collect::<Vec<_>>(),
-            "notes": self.plan.notes,
+            "name": last_part(&adapter.path),
+            "weight": adapter.weight,
+            "config_sha256": digest(adapter.config_text.as_bytes()),
+            "weights_sha256": weights_digest(&adapter.checkpoint)?,
+            "scalings": scalings,
         }))
     }
 }
@@ -202,25 +210,27 @@ fn last_part(path: &Path) -> String {
 }
 
 fn readme(record: &Value, plan: &Plan) -> String {
-    let text = |pointer: &str| record.pointer(pointer).and_then(Value::as_str).unwrap_or_default();
-    let (base, adapter) = (text("/base/name"), text("/adapter/name"));
+    let text = |value: &Value, name: &str| value.get(name).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let base = text(record.get("base").unwrap_or(&Value::Null), "name");
+    let adapters = record.get("adapters").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let names: Vec<String> = adapters.iter().map(|adapter| text(adapter, "name")).collect();
+    let rows = adapters.iter().fold(String::new(), |rows, adapter| {
+        let number = |name: &str| adapter.get(name).map(Value::to_string).unwrap_or_default();
+        let (name, weight, scalings) = (text(adapter, "name"), number("weight"), number("scalings"));
+        let (weights, config) = (text(adapter, "weights_sha256"), text(adapter, "config_sha256"));
+        rows + &format!("| `{name}` | {weight} | {scalings} | `{weights}` | `{config}` |\n")
+    });
     let total: usize = plan.files.iter().map(|file| file.outputs.len()).sum();
     let notes = plan.notes.iter().fold(String::new(), |text, note| text + "- " + note + "\n");
     let notes = if notes.is_empty() { notes } else { format!("\n## Notes\n\n{notes}") };
     format!(
-        "---\ntags:\n- merge\n- peftrs\n---\n\n# {base} with {adapter} merged in\n\n\
-         The adapter `{adapter}` was merged into the weights of `{base}` by peftrs-merge {version}. Load this folder like \
-         the base; no adapter library is needed.\n\n\
-         | | |\n|---|---|\n\
-         | tensors changed | {changed} of {total} |\n\
-         | scaling | {scalings} |\n\
-         | adapter weights, SHA-256 | `{weights}` |\n\
-         | adapter config, SHA-256 | `{config}` |\n\n\
+        "---\ntags:\n- merge\n- peftrs\n---\n\n# {base} with {} merged in\n\n\
+         Merged into the weights of `{base}` by peftrs-merge {version}; {changed} of {total} tensors changed. Load this folder \
+         like the base; no adapter library is needed.\n\n\
+         | adapter | weight | scaling | weights, SHA-256 | config, SHA-256 |\n|---|---|---|---|---|\n{rows}\n\
          `{MARKER}` lists every changed tensor and the base's files.\n{notes}",
-        version = text("/peftrs"),
+        names.join(" and "),
+        version = text(record, "peftrs"),
         changed = plan.changed().count(),
-        scalings = record.pointer("/adapter/scalings").map(Value::to_string).unwrap_or_default(),
-        weights = text("/adapter/weights_sha256"),
-        config = text("/adapter/config_sha256"),
     )
 }

@@ -4,19 +4,20 @@
 //! final place by all threads at once, so the memory needed does not grow with the model.
 
 mod files;
+mod matrices;
 mod place;
-mod work;
+mod steps;
+pub mod work;
 
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 use serde_json::Value;
 
-use crate::checkpoint::{ADAPTER_CONFIG, Checkpoint, Links, read_small};
-use crate::config::AdapterConfig;
+use crate::checkpoint::{Checkpoint, Links, read_small};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result};
-use crate::plan::{File, Options, Output, Plan};
+use crate::plan::{Adapter, File, Options, Output, Plan};
 use crate::writer::{FolderWriter, PositionedFile, header};
 
 /// Bytes of output whose adapter tensors are in memory at once.
@@ -46,10 +47,8 @@ pub struct Settings {
 #[derive(Debug)]
 pub struct Merge {
     base_path: PathBuf,
-    adapter_path: PathBuf,
     base: Checkpoint,
-    adapter: Checkpoint,
-    config_text: String,
+    adapters: Vec<Adapter>,
     model: Option<Value>,
     plan: Plan,
     links: Links,
@@ -57,23 +56,19 @@ pub struct Merge {
 }
 
 impl Merge {
-    /// Opens the model at `base` (a folder, an index or one safetensors file) and the adapter's folder, and plans.
-    pub fn open(base: &Path, adapter: &Path, settings: Settings) -> Result<Self> {
+    /// Opens the model at `base` (a folder, an index or one safetensors file) and the adapters' folders, each with what its
+    /// change is multiplied by, and plans.
+    pub fn open(base: &Path, adapters: &[(PathBuf, f64)], settings: Settings) -> Result<Self> {
         let Settings { links, allow_nonfinite } = settings;
-        let (base_path, adapter_path) = (base.to_owned(), adapter.to_owned());
-        let text = read_small(adapter, ADAPTER_CONFIG, links, MAX_CONFIG)?;
-        let text = text.ok_or_else(|| Error::checkpoint(adapter, format!("holds no {ADAPTER_CONFIG}")))?;
-        let config_path = adapter.join(ADAPTER_CONFIG);
-        let config_text = String::from_utf8(text).map_err(|_| Error::checkpoint(&config_path, "is not UTF-8"))?;
-        let config = AdapterConfig::parse(&config_text, &config_path.to_string_lossy())?;
+        let base_path = base.to_owned();
+        let adapters: Vec<Adapter> =
+            adapters.iter().map(|(path, weight)| Adapter::open(path, *weight, links)).collect::<Result<_>>()?;
         let base = Checkpoint::open_model(base, links)?;
-        let adapter = Checkpoint::open_adapter(adapter, links)?;
         let folder = files::folder_of(&base_path);
         let model = read_small(&folder, files::MODEL_CONFIG, links, MAX_CONFIG)?;
         let model = model.map(|bytes| files::parse(&folder.join(files::MODEL_CONFIG), &bytes)).transpose()?;
-        let options = Options { model: model.as_ref(), allow_nonfinite };
-        let plan = Plan::new(&base, &adapter, &config, options)?;
-        Ok(Self { base_path, adapter_path, base, adapter, config_text, model, plan, links, allow_nonfinite })
+        let plan = Plan::new(&base, &adapters, Options { model: model.as_ref(), allow_nonfinite })?;
+        Ok(Self { base_path, base, adapters, model, plan, links, allow_nonfinite })
     }
 
     /// What it will do.
@@ -86,14 +81,15 @@ impl Merge {
     ///
     /// `overwrite` replaces a folder that an earlier merge wrote, and no other. `sync` waits for the disk.
     pub fn write(&self, out: &Path, overwrite: bool, sync: bool, watch: &dyn Watch) -> Result<()> {
-        place::check(out, &[("base", &self.base_path), ("adapter", &self.adapter_path)])?;
+        let adapters = self.adapters.iter().map(|adapter| ("adapter", adapter.path.as_path()));
+        place::check(out, &[("base", self.base_path.as_path())].into_iter().chain(adapters).collect::<Vec<_>>())?;
         let writer = FolderWriter::create(out, overwrite)?;
         self.copy_files(&writer)?;
         for (index, file) in self.plan.files.iter().enumerate() {
             self.write_file(&writer, index, file, watch)?;
         }
         self.base.check_unchanged()?;
-        self.adapter.check_unchanged()?;
+        self.adapters.iter().try_for_each(|adapter| adapter.checkpoint.check_unchanged())?;
         self.write_record(&writer)?;
         stop_if_interrupted(watch)?;
         writer.finish(sync)
@@ -131,7 +127,7 @@ impl Merge {
 
     /// Makes and writes some tensors, each at its place in the file.
     fn write_wave(&self, target: &PositionedFile, wave: &[(&Output, u64)], watch: &dyn Watch) -> Result<()> {
-        let inputs = work::Inputs { base: &self.base, adapter: &self.adapter, allow_nonfinite: self.allow_nonfinite };
+        let inputs = work::Inputs { base: &self.base, adapters: &self.adapters, allow_nonfinite: self.allow_nonfinite };
         stop_if_interrupted(watch)?;
         let works: Vec<_> = wave.par_iter().map(|(output, _)| work::prepare(inputs, output)).collect::<Result<_>>()?;
         let tiles: Vec<_> = works

@@ -1,72 +1,35 @@
 //! What a merge will do, decided and checked in full before the first byte is written.
 //!
-//! Every tensor of the adapter is accounted for: it changes a tensor of the base, replaces one, or becomes a new one.
+//! Every tensor of every adapter is accounted for: it changes a tensor of the base, replaces one, or becomes a new one.
 //! What has no home, the wrong shape or values that are not finite is reported together, and refused.
 
+mod adapter;
+mod draft;
 mod homes;
+mod problems;
 mod sort;
 mod support;
 mod tie;
+mod update;
 mod updates;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 
 use crate::checkpoint::{Checkpoint, Entry};
-use crate::config::AdapterConfig;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
+pub use adapter::Adapter;
+use draft::{Draft, Drafts};
+use problems::Problems;
+pub use update::{Change, LowRank, Update};
 
-/// A change to the values of one tensor.
-#[derive(Debug, Clone, PartialEq)]
-pub enum Update {
-    /// `weight += scaling * up @ down`, and DoRA's magnitudes where there are any.
-    LowRank(LowRank),
-    /// `bias += scaling * value`.
-    Bias {
-        /// The value's key in the adapter.
-        key: String,
-        /// The factor of the module's update.
-        scaling: f64,
-    },
-    /// Some rows of an embedding are replaced.
-    Tokens {
-        /// The key of the rows in the adapter.
-        key: String,
-        /// Which row of the embedding each of them is.
-        indices: Vec<usize>,
-    },
-}
-
-/// An update of low rank to a weight seen as `count` matrices of shape (rows, columns).
-#[derive(Debug, Clone, PartialEq)]
-pub struct LowRank {
-    /// The key of the factor of shape (out, rank).
-    pub up: String,
-    /// The key of the factor of shape (rank, in).
-    pub down: String,
-    /// The rank of each matrix.
-    pub rank: usize,
-    /// alpha / rank or alpha / sqrt(rank).
-    pub scaling: f64,
-    /// How many matrices the weight holds: one, or one an expert.
-    pub count: usize,
-    /// Rows of each matrix as stored.
-    pub rows: usize,
-    /// Columns of each matrix as stored.
-    pub columns: usize,
-    /// Whether the matrices are stored as (in, out), as embeddings and the `Conv1D` of transformers are.
-    pub transposed: bool,
-    /// The key of DoRA's magnitudes, one for each output.
-    pub magnitude: Option<String>,
-}
-
-/// Where the values of an output tensor come from, before its update.
+/// Where the values of an output tensor come from, before its updates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Source {
     /// The tensor of that name in the base.
     Base(String),
-    /// The tensor of that key in the adapter, converted to the output's type.
-    Adapter(String),
+    /// The tensor of that key in one of the adapters, converted to the output's type.
+    Adapter(usize, String),
 }
 
 /// One tensor of the merged checkpoint.
@@ -80,8 +43,8 @@ pub struct Output {
     pub shape: Vec<usize>,
     /// Where its values come from.
     pub source: Source,
-    /// What changes them.
-    pub update: Option<Update>,
+    /// What changes them, the first to act first: each on the unrounded outcome of the one before.
+    pub updates: Vec<Update>,
 }
 
 impl Output {
@@ -94,30 +57,23 @@ impl Output {
     /// Whether it is the base's tensor, byte for byte.
     #[must_use]
     pub fn is_copy(&self) -> bool {
-        self.update.is_none() && matches!(&self.source, Source::Base(name) if *name == self.name)
+        self.updates.is_empty() && matches!(&self.source, Source::Base(name) if *name == self.name)
     }
 
     /// What happens to it, in a few words.
     #[must_use]
     pub fn what(&self) -> String {
-        let update = match &self.update {
-            None => String::new(),
-            Some(Update::LowRank(update)) => {
-                let kind = if update.magnitude.is_some() { "DoRA" } else { "LoRA" };
-                let layout = if update.transposed { ", stored (in, out)" } else { "" };
-                let experts = if update.count > 1 { format!(", {} experts", update.count) } else { String::new() };
-                format!("{kind} rank {}, scaling {}{layout}{experts}", update.rank, update.scaling)
-            }
-            Some(Update::Bias { scaling, .. }) => format!("bias, scaling {scaling}"),
-            Some(Update::Tokens { indices, .. }) => format!("{} rows replaced", indices.len()),
-        };
         let source = match &self.source {
-            Source::Adapter(_) => "taken from the adapter".to_owned(),
-            Source::Base(name) if *name != self.name => format!("copy of {}", show_name(name)),
-            Source::Base(_) if update.is_empty() => "unchanged".to_owned(),
-            Source::Base(_) => String::new(),
+            Source::Adapter(..) => Some("taken from the adapter".to_owned()),
+            Source::Base(name) if *name != self.name => Some(format!("copy of {}", show_name(name))),
+            Source::Base(_) if self.updates.is_empty() => Some("unchanged".to_owned()),
+            Source::Base(_) => None,
         };
-        if source.is_empty() || update.is_empty() { source + &update } else { format!("{source}, then {update}") }
+        source
+            .into_iter()
+            .chain(self.updates.iter().map(|update| update.change.what()))
+            .collect::<Vec<_>>()
+            .join(", then ")
     }
 }
 
@@ -143,7 +99,7 @@ pub struct Plan {
     pub notes: Vec<String>,
 }
 
-/// What the planner is told beside the adapter's config.
+/// What the planner is told beside the adapters' configs.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Options<'a> {
     /// The base's `config.json`, if it has one.
@@ -152,48 +108,57 @@ pub struct Options<'a> {
     pub allow_nonfinite: bool,
 }
 
-/// A change to one parameter of the base, by the parameter's name there.
-#[derive(Debug, Default)]
-struct Change {
-    whole: Option<String>,
-    update: Option<Update>,
-}
-
 impl Plan {
-    /// Plans the merge of `adapter` into `base`, or says everything that stands against it.
-    pub fn new(base: &Checkpoint, adapter: &Checkpoint, config: &AdapterConfig, options: Options) -> Result<Self> {
-        let lora = support::check(config, options.model)?;
-        let sorted = sort::Sorted::new(adapter);
+    /// Plans the merge of `adapters` into `base`, or says everything that stands against it.
+    ///
+    /// Each adapter is for the base as it stands. Those that act on a layer's output apply in the order given; of those that
+    /// act on its input, the first is the outermost, as when all of them are active in a model.
+    pub fn new(base: &Checkpoint, adapters: &[Adapter], options: Options) -> Result<Self> {
+        let mut all = Vec::new();
+        let mut notes: Vec<String> = Vec::new();
         let mut problems = Problems::default();
-        let homes = updates::homes(base, &sorted)?;
-        let mut notes = config.warnings.clone();
-        if !homes.strip.is_empty() {
-            notes.push(format!("the base lacks the adapter's prefix {}", show_name(&homes.strip)));
+        let mut prefixed = false;
+        for (index, adapter) in adapters.iter().enumerate() {
+            let lora = support::check(adapter, options.model)?;
+            let sorted = sort::Sorted::new(&adapter.checkpoint);
+            let homes = updates::homes(base, &sorted)?;
+            notes.extend(adapter.config.warnings.iter().cloned());
+            if !homes.strip.is_empty() {
+                notes.push(format!("the base lacks the adapter's prefix {}", show_name(&homes.strip)));
+            }
+            if !homes.add.is_empty() {
+                notes.push(format!("the adapter lacks the base's prefix {}", show_name(&homes.add)));
+            }
+            prefixed |= !homes.add.is_empty();
+            let tie = tie::Tie::find(base, options.model, prefixed);
+            let planner = updates::Planner {
+                base,
+                adapter: &adapter.checkpoint,
+                index,
+                weight: adapter.weight,
+                lora,
+                targeting: &adapter.config.targeting,
+                stored_transposed: lora.fan_in_fan_out || support::stores_transposed(options.model),
+                homes: &homes,
+                tie: tie.as_ref(),
+            };
+            let drafts = planner.changes(&sorted, &mut problems)?;
+            support::check_weight(adapter, &drafts)?;
+            if !options.allow_nonfinite {
+                updates::find_nonfinite(&adapter.checkpoint, &mut problems)?;
+            }
+            problems.end_of(&adapter.checkpoint, base);
+            all.push(drafts);
         }
-        if !homes.add.is_empty() {
-            notes.push(format!("the adapter lacks the base's prefix {}", show_name(&homes.add)));
-        }
-        let tie = tie::Tie::find(base, options.model, &homes);
-        let planner = updates::Planner {
-            base,
-            adapter,
-            lora,
-            targeting: &config.targeting,
-            stored_transposed: lora.fan_in_fan_out || support::stores_transposed(options.model),
-            homes: &homes,
-            tie: tie.as_ref(),
-        };
-        let mut changes = planner.changes(&sorted, &mut problems)?;
-        if let Some(tie) = tie.as_ref().filter(|tie| !tie.known && tie.is_cut(&changes)) {
+        problems.refuse()?;
+        let mut drafts = draft::combine(all, adapters)?;
+        let tie = tie::Tie::find(base, options.model, prefixed);
+        if let Some(tie) = tie.as_ref().filter(|tie| !tie.known && tie.is_cut(&drafts)) {
             return Err(tie.refused());
         }
-        if !options.allow_nonfinite {
-            updates::find_nonfinite(adapter, &mut problems)?;
-        }
-        problems.refuse(adapter, base)?;
-        let untie = tie.as_ref().is_some_and(|tie| tie.cut(&mut changes, &mut notes));
+        let untie = tie.as_ref().is_some_and(|tie| tie.cut(&mut drafts, &mut notes));
         let head = tie.filter(|_| untie).map(|tie| (tie.head, tie.embedding));
-        let files = files(base, adapter, changes, head);
+        let files = files(base, adapters, drafts, head);
         let plan = Self { files, untie, notes };
         if plan.changed().next().is_none() {
             let reason = "the adapter changes no tensor of the base; hint: it holds no weights, train or save it again";
@@ -214,23 +179,18 @@ impl Plan {
     }
 }
 
-/// The base's files with `changes` in their places; what the base lacks goes at the end of the last one.
-fn files(
-    base: &Checkpoint,
-    adapter: &Checkpoint,
-    mut changes: BTreeMap<String, Change>,
-    head: Option<(String, String)>,
-) -> Vec<File> {
+/// The base's files with `drafts` in their places; what the base lacks goes at the end of the last one.
+fn files(base: &Checkpoint, adapters: &[Adapter], mut drafts: Drafts, head: Option<(String, String)>) -> Vec<File> {
     let mut files: Vec<File> = base
         .files()
         .iter()
         .map(|shard| File { name: shard.name.clone(), outputs: Vec::new(), same_header: true })
         .collect();
     let mut starts: HashMap<String, u64> = HashMap::new();
-    for (name, entry) in base.names().filter_map(|name| Some((name, base.entry(name)?))) {
+    for (name, entry) in base.entries() {
         let Some(file) = files.get_mut(entry.file()) else { continue };
         starts.insert(name.to_owned(), entry.start());
-        file.outputs.push(output(name, entry, Source::Base(name.to_owned()), changes.remove(name)));
+        file.outputs.push(output(name, entry, Source::Base(name.to_owned()), drafts.remove(name)));
     }
     for file in &mut files {
         file.outputs.sort_by_key(|output| starts.get(&output.name).copied());
@@ -239,73 +199,29 @@ fn files(
         if let Some((name, embedding)) = head {
             if let Some(entry) = base.entry(&embedding) {
                 last.same_header = false;
-                last.outputs.push(output(&name, entry, Source::Base(embedding), changes.remove(&name)));
+                last.outputs.push(output(&name, entry, Source::Base(embedding), drafts.remove(&name)));
             }
         }
-        for (name, change) in changes {
-            let Some(entry) = change.whole.as_deref().and_then(|key| adapter.entry(key)) else { continue };
+        for (name, draft) in drafts {
+            let whole = draft.whole.as_ref();
+            let Some(entry) = whole.and_then(|(index, key)| adapters.get(*index)?.checkpoint.entry(key)) else {
+                continue;
+            };
             last.same_header = false;
-            last.outputs.push(output(&name, entry, Source::Base(name.clone()), Some(change)));
+            last.outputs.push(output(&name, entry, Source::Base(name.clone()), Some(draft)));
         }
     }
     files
 }
 
 /// The output called `name` with the type and shape of `entry`.
-fn output(name: &str, entry: &Entry, source: Source, change: Option<Change>) -> Output {
-    let change = change.unwrap_or_default();
+fn output(name: &str, entry: &Entry, source: Source, draft: Option<Draft>) -> Output {
+    let draft = draft.unwrap_or_default();
     Output {
         name: name.to_owned(),
         dtype: entry.dtype,
         shape: entry.shape.clone(),
-        source: change.whole.map_or(source, Source::Adapter),
-        update: change.update,
+        source: draft.whole.map_or(source, |(index, key)| Source::Adapter(index, key)),
+        updates: draft.updates,
     }
-}
-
-/// How many names an error lists of each kind.
-const LISTED: usize = 6;
-
-/// What stands against a merge, by kind.
-#[derive(Debug, Default)]
-struct Problems {
-    kinds: Vec<(&'static str, Vec<String>)>,
-}
-
-impl Problems {
-    /// Notes that `item` has the fault `kind`, which reads on after "tensors" and before a colon.
-    fn add(&mut self, kind: &'static str, item: impl Into<String>) {
-        match self.kinds.iter_mut().find(|known| known.0 == kind) {
-            Some((_, items)) => items.push(item.into()),
-            None => self.kinds.push((kind, vec![item.into()])),
-        }
-    }
-
-    /// One error that lists them all, if there are any.
-    fn refuse(self, adapter: &Checkpoint, base: &Checkpoint) -> Result<()> {
-        if self.kinds.is_empty() {
-            return Ok(());
-        }
-        let list = |(kind, items): &(&str, Vec<String>)| {
-            let shown: Vec<&str> = items.iter().take(LISTED).map(String::as_str).collect();
-            let more = items.len().saturating_sub(LISTED);
-            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
-            format!("{} {kind}: {}{more}", items.len(), shown.join(", "))
-        };
-        let lists: Vec<String> = self.kinds.iter().map(list).collect();
-        let experts = self.kinds.iter().any(|(_, items)| items.iter().any(|item| item.contains(".experts")));
-        let hint = if experts {
-            "experts are merged where the base stores them as the adapter names them; save the base with the version of \
-             transformers that the adapter was trained with"
-        } else {
-            "check that this is the base that the adapter was trained on"
-        };
-        let (adapter, base) = (file_of(adapter), file_of(base));
-        Err(Error::Merge(format!("{adapter} does not fit {base}: {}; hint: {hint}", lists.join("; "))))
-    }
-}
-
-/// The path that a checkpoint was opened from.
-fn file_of(checkpoint: &Checkpoint) -> String {
-    show_name(&checkpoint.path().to_string_lossy())
 }

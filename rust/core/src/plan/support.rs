@@ -2,6 +2,8 @@
 
 use serde_json::Value;
 
+use super::adapter::Adapter;
+use super::draft::{Draft, Drafts};
 use crate::config::{AdapterConfig, Init, LoraFields};
 use crate::error::{Error, Result, show_name};
 
@@ -16,7 +18,11 @@ const ONLINE: [&str; 3] = ["use_qalora", "alora_invocation_tokens", "arrow_confi
 const IN_PYTHON: &str = "merge it in Python with PeftModel.from_pretrained(...).merge_and_unload()";
 
 /// Refuses an adapter that is not a LoRA of weights as they were, and a base whose weights are packed.
-pub fn check<'a>(config: &'a AdapterConfig, model: Option<&Value>) -> Result<&'a LoraFields> {
+pub fn check<'a>(adapter: &'a Adapter, model: Option<&Value>) -> Result<&'a LoraFields> {
+    check_config(&adapter.config, model)
+}
+
+fn check_config<'a>(config: &'a AdapterConfig, model: Option<&Value>) -> Result<&'a LoraFields> {
     let Some(lora) = config.lora() else {
         return Err(refused(&format!("adapters of type {} are", show_name(&config.peft_type)), IN_PYTHON));
     };
@@ -38,6 +44,27 @@ pub fn check<'a>(config: &'a AdapterConfig, model: Option<&Value>) -> Result<&'a
         return Err(refused(&format!("bases quantized by {} are", show_name(name)), way));
     }
     Ok(lora)
+}
+
+/// Refuses a weight other than 1 for an adapter that does more than add to weights.
+pub fn check_weight(adapter: &Adapter, drafts: &Drafts) -> Result<()> {
+    let adds = |draft: &Draft| draft.whole.is_none() && draft.updates.iter().all(|update| update.change.is_additive());
+    let Some((name, _)) = drafts.iter().find(|(_, draft)| !adds(draft)).filter(|_| !is_one(adapter.weight)) else {
+        return Ok(());
+    };
+    Err(Error::Merge(format!(
+        "{} cannot have the weight {}: it does not add to {}, so there is nothing that a weight multiplies; hint: leave out \
+         @{}",
+        adapter.shown(),
+        adapter.weight,
+        show_name(name),
+        adapter.weight
+    )))
+}
+
+#[allow(clippy::float_cmp, reason = "a weight that is left out is exactly one")]
+fn is_one(weight: f64) -> bool {
+    weight == 1.0
 }
 
 fn refused(what: &str, way: &str) -> Error {
@@ -65,7 +92,7 @@ mod tests {
     #[test]
     fn plain_lora_passes() {
         let config = config(&json!({"peft_type": "LORA", "init_lora_weights": "gaussian", "use_bdlora": null}));
-        check(&config, Some(&json!({"quantization_config": null}))).unwrap();
+        check_config(&config, Some(&json!({"quantization_config": null}))).unwrap();
     }
 
     #[test]
@@ -76,11 +103,11 @@ mod tests {
             (json!({"peft_type": "LORA", "layer_replication": [[0, 2]]}), "layer_replication"),
             (json!({"peft_type": "LORA", "use_qalora": true}), "use_qalora"),
         ] {
-            let message = check(&config(&fields), None).unwrap_err().to_string();
+            let message = check_config(&config(&fields), None).unwrap_err().to_string();
             assert!(message.contains(named) && message.contains("; hint: "), "{message}");
         }
         let model = json!({"quantization_config": {"quant_method": "gptq"}});
-        let message = check(&config(&json!({"peft_type": "LORA"})), Some(&model)).unwrap_err().to_string();
+        let message = check_config(&config(&json!({"peft_type": "LORA"})), Some(&model)).unwrap_err().to_string();
         assert!(message.contains("quantized by gptq"), "{message}");
     }
 }

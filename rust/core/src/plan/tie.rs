@@ -3,12 +3,10 @@
 //! An adapter that changes one of the two changes only that one: after the merge they are two tensors, and the model's
 //! config says so. Rows of trained tokens are the exception, since such an adapter changes both alike.
 
-use std::collections::BTreeMap;
-
 use serde_json::Value;
 
-use super::homes::Homes;
-use super::{Change, Update};
+use super::draft::Drafts;
+use super::update::Change;
 use crate::checkpoint::Checkpoint;
 use crate::error::{Error, show_name};
 
@@ -28,8 +26,9 @@ pub struct Tie {
 }
 
 impl Tie {
-    /// The tie of `base`, if its config allows one and it lacks a head.
-    pub fn find(base: &Checkpoint, model: Option<&Value>, homes: &Homes) -> Option<Self> {
+    /// The tie of `base`, if its config allows one and it lacks a head; `prefixed` if modules have a prefix in it that an
+    /// adapter lacks.
+    pub fn find(base: &Checkpoint, model: Option<&Value>, prefixed: bool) -> Option<Self> {
         let model = model?;
         if model.get("tie_word_embeddings").and_then(Value::as_bool) == Some(false) {
             return None;
@@ -48,17 +47,18 @@ impl Tie {
         let mut embeddings = base.names().filter(|name| is_embedding(name));
         let embedding = embeddings.next()?;
         // A prefix that the base lacks is the head model's own: its head stands beside it.
-        let known = known && embeddings.next().is_none() && homes.add.is_empty();
+        let known = known && embeddings.next().is_none() && !prefixed;
         let bytes = base.entry(embedding)?.bytes();
         Some(Self { head: "lm_head.weight".to_owned(), embedding: embedding.to_owned(), known, bytes })
     }
 
-    /// Whether `changes` set the head and the embedding apart.
-    pub fn is_cut(&self, changes: &BTreeMap<String, Change>) -> bool {
+    /// Whether `drafts` set the head and the embedding apart.
+    pub fn is_cut(&self, drafts: &Drafts) -> bool {
+        let tokens = |change: &Change| matches!(change, Change::Tokens { .. });
         [&self.head, &self.embedding]
             .into_iter()
-            .filter_map(|name| changes.get(name))
-            .any(|change| change.whole.is_some() || !matches!(change.update, Some(Update::Tokens { .. })))
+            .filter_map(|name| drafts.get(name))
+            .any(|draft| draft.whole.is_some() || !draft.updates.iter().all(|update| tokens(&update.change)))
     }
 
     /// The refusal of a tie that this tool does not know how to undo.
@@ -70,9 +70,9 @@ impl Tie {
         ))
     }
 
-    /// Unties the two where `changes` set them apart, and says so; where they stay one, leaves the embedding's changes.
-    pub fn cut(&self, changes: &mut BTreeMap<String, Change>, notes: &mut Vec<String>) -> bool {
-        let cut = self.is_cut(changes);
+    /// Unties the two where `drafts` set them apart, and says so; where they stay one, leaves the embedding's changes.
+    pub fn cut(&self, drafts: &mut Drafts, notes: &mut Vec<String>) -> bool {
+        let cut = self.is_cut(drafts);
         if cut {
             notes.push(format!(
                 "{} is no longer tied to {}: {} bytes more, and tie_word_embeddings is false",
@@ -81,7 +81,7 @@ impl Tie {
                 self.bytes
             ));
         } else {
-            changes.remove(&self.head);
+            drafts.remove(&self.head);
         }
         cut
     }

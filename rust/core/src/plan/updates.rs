@@ -1,13 +1,15 @@
 //! From the tensors of an adapter to changes of the base's, each shape checked against the other two.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 
 use rayon::prelude::*;
 
+use super::draft::Drafts;
 use super::homes::{Ambiguous, Homes};
+use super::problems::Problems;
 use super::sort::{Module, Sorted};
 use super::tie::{Tie, is_embedding};
-use super::{Change, LowRank, Problems, Update};
+use super::update::{Change, LowRank, Update};
 use crate::checkpoint::{Checkpoint, Entry};
 use crate::config::{LoraFields, Targeting};
 use crate::dtype::Dtype;
@@ -42,6 +44,10 @@ pub fn homes(base: &Checkpoint, sorted: &Sorted) -> Result<Homes> {
 pub struct Planner<'a> {
     pub base: &'a Checkpoint,
     pub adapter: &'a Checkpoint,
+    /// Which adapter of the merge it is.
+    pub index: usize,
+    /// What its change is multiplied by.
+    pub weight: f64,
     pub lora: &'a LoraFields,
     pub targeting: &'a Targeting,
     /// Whether square weights are stored as (in, out), as far as the two configs know.
@@ -73,8 +79,8 @@ struct Pair<'a> {
 
 impl Planner<'_> {
     /// The changes to the base by parameter name; what is wrong goes to `problems`.
-    pub fn changes(&self, sorted: &Sorted, problems: &mut Problems) -> Result<BTreeMap<String, Change>> {
-        let mut changes: BTreeMap<String, Change> = BTreeMap::new();
+    pub fn changes(&self, sorted: &Sorted, problems: &mut Problems) -> Result<Drafts> {
+        let mut changes = Drafts::new();
         sorted.unknown.iter().for_each(|key| problems.add(UNKNOWN, show_name(key)));
         for (key, name) in &sorted.whole {
             self.whole(key, name, sorted, &mut changes, problems);
@@ -92,14 +98,7 @@ impl Planner<'_> {
     }
 
     /// A parameter that the adapter holds in full.
-    fn whole(
-        &self,
-        key: &str,
-        name: &str,
-        sorted: &Sorted,
-        changes: &mut BTreeMap<String, Change>,
-        problems: &mut Problems,
-    ) {
+    fn whole(&self, key: &str, name: &str, sorted: &Sorted, changes: &mut Drafts, problems: &mut Problems) {
         let Some(entry) = self.adapter.entry(key) else { return };
         let (path, leaf) = name.rsplit_once('.').unwrap_or(("", name));
         let adapted = sorted.modules.keys().any(|module| without_base_layer(module) == path);
@@ -121,7 +120,7 @@ impl Planner<'_> {
                 problems.add(UNUSABLE, text);
             }
         }
-        changes.entry(home).or_default().whole = Some(key.to_owned());
+        changes.entry(home).or_default().whole = Some((self.index, key.to_owned()));
     }
 
     /// The pairs of factors with the weights that they are for.
@@ -198,13 +197,7 @@ impl Planner<'_> {
     }
 
     /// The change that a pair of factors makes.
-    fn pair(
-        &self,
-        pair: &Pair,
-        votes: &Votes,
-        changes: &mut BTreeMap<String, Change>,
-        problems: &mut Problems,
-    ) -> Result<()> {
+    fn pair(&self, pair: &Pair, votes: &Votes, changes: &mut Drafts, problems: &mut Problems) -> Result<()> {
         let weight = self.base.entry(&pair.name).or_else(|| self.base.entry(&self.tie?.embedding));
         if let Some(weight) = weight.filter(|weight| !usable(weight)) {
             problems.add(UNUSABLE, format!("{} {}", show_name(&pair.name), weight.dtype.name()));
@@ -230,29 +223,23 @@ impl Planner<'_> {
         } else if self.lora.use_dora {
             problems.add(NO_PARTNER, format!("{} (no DoRA magnitudes)", show_name(pair.path)));
         }
-        let change = changes.entry(pair.name.clone()).or_default();
-        change.update = Some(Update::LowRank(LowRank {
+        let change = Change::LowRank(LowRank {
             up: pair.up.to_owned(),
             down: pair.down.to_owned(),
             rank: fit.rank,
-            scaling,
+            scaling: scaling * self.weight,
             count: fit.count,
             rows: fit.rows,
             columns: fit.columns,
             transposed: fit.transposed,
             magnitude: pair.module.magnitude.map(str::to_owned),
-        }));
+        });
+        self.push(changes, pair.name.clone(), change);
         Ok(())
     }
 
     /// The change that the bias of `up` makes to the layer's own.
-    fn bias(
-        &self,
-        path: &str,
-        module: &Module,
-        changes: &mut BTreeMap<String, Change>,
-        problems: &mut Problems,
-    ) -> Result<()> {
+    fn bias(&self, path: &str, module: &Module, changes: &mut Drafts, problems: &mut Problems) -> Result<()> {
         let Some((key, entry)) = module.bias.and_then(|key| Some((key, self.adapter.entry(key)?))) else {
             return Ok(());
         };
@@ -266,12 +253,12 @@ impl Planner<'_> {
             problems.add(BAD_SHAPE, format!("{} {:?}, in the base {:?}", show_name(key), entry.shape, found.shape));
         }
         let (_, scaling) = self.lora.rank_and_scaling(&plain)?;
-        changes.entry(name).or_default().update = Some(Update::Bias { key: key.to_owned(), scaling });
+        self.push(changes, name, Change::Bias { key: key.to_owned(), scaling: scaling * self.weight });
         Ok(())
     }
 
     /// The change that trained rows make to an embedding.
-    fn tokens(&self, path: &str, module: &Module, changes: &mut BTreeMap<String, Change>, problems: &mut Problems) {
+    fn tokens(&self, path: &str, module: &Module, changes: &mut Drafts, problems: &mut Problems) {
         let Some((key, entry)) = module.tokens.and_then(|key| Some((key, self.adapter.entry(key)?))) else { return };
         let name = format!("{}.weight", self.homes.path(&without_base_layer(path)));
         let embedding = self.tie.filter(|tie| tie.head == name).map_or(&name, |tie| &tie.embedding);
@@ -295,11 +282,14 @@ impl Planner<'_> {
             problems.add(BAD_SHAPE, text);
             return;
         }
-        let change = changes.entry(name).or_default();
-        if change.update.is_some() {
+        if changes.get(&name).is_some_and(|draft| !draft.updates.is_empty()) {
             problems.add(UNKNOWN, format!("{} (both rows and factors for one embedding)", show_name(key)));
         }
-        change.update = Some(Update::Tokens { key: key.to_owned(), indices });
+        self.push(changes, name, Change::Tokens { key: key.to_owned(), indices });
+    }
+
+    fn push(&self, changes: &mut Drafts, name: String, change: Change) {
+        changes.entry(name).or_default().updates.push(Update { adapter: self.index, change });
     }
 }
 

@@ -1,0 +1,60 @@
+//! What stands against a merge, collected before anything is refused.
+
+use crate::checkpoint::Checkpoint;
+use crate::error::{Error, Result, show_name};
+
+/// How many names an error lists of each kind.
+const LISTED: usize = 6;
+
+/// What stands against a merge, by kind.
+#[derive(Debug, Default)]
+pub struct Problems {
+    kinds: Vec<(&'static str, Vec<String>)>,
+    experts: bool,
+    told: Vec<String>,
+}
+
+impl Problems {
+    /// Notes that `item` has the fault `kind`, which reads on after "tensors" and before a colon.
+    pub fn add(&mut self, kind: &'static str, item: impl Into<String>) {
+        match self.kinds.iter_mut().find(|known| known.0 == kind) {
+            Some((_, items)) => items.push(item.into()),
+            None => self.kinds.push((kind, vec![item.into()])),
+        }
+    }
+
+    /// Ends the list of what `adapter` has against it.
+    pub fn end_of(&mut self, adapter: &Checkpoint, base: &Checkpoint) {
+        let kinds = std::mem::take(&mut self.kinds);
+        let list = |(kind, items): &(&str, Vec<String>)| {
+            let shown: Vec<&str> = items.iter().take(LISTED).map(String::as_str).collect();
+            let more = items.len().saturating_sub(LISTED);
+            let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+            format!("{} {kind}: {}{more}", items.len(), shown.join(", "))
+        };
+        let lists: Vec<String> = kinds.iter().map(list).collect();
+        if !lists.is_empty() {
+            self.experts |= kinds.iter().any(|(_, items)| items.iter().any(|item| item.contains(".experts")));
+            self.told.push(format!("{} does not fit {}: {}", file_of(adapter), file_of(base), lists.join("; ")));
+        }
+    }
+
+    /// One error that lists them all, if there are any.
+    pub fn refuse(self) -> Result<()> {
+        if self.told.is_empty() {
+            return Ok(());
+        }
+        let hint = if self.experts {
+            "experts are merged where the base stores them as the adapter names them; save the base with the version of \
+             transformers that the adapter was trained with"
+        } else {
+            "check that this is the base that the adapter was trained on"
+        };
+        Err(Error::Merge(format!("{}; hint: {hint}", self.told.join("; "))))
+    }
+}
+
+/// The path that a checkpoint was opened from.
+fn file_of(checkpoint: &Checkpoint) -> String {
+    show_name(&checkpoint.path().to_string_lossy())
+}

@@ -1,0 +1,89 @@
+//! What happens to the values of one tensor, one step after the other.
+
+/// One adapter's change to a tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Update {
+    /// Which adapter of the merge it comes from.
+    pub adapter: usize,
+    /// What it does.
+    pub change: Change,
+}
+
+/// A change to the values of one tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Change {
+    /// `weight += scaling * up @ down`, and DoRA's magnitudes where there are any.
+    LowRank(LowRank),
+    /// `bias += scaling * value`.
+    Bias {
+        /// The value's key in the adapter.
+        key: String,
+        /// The factor of the module's update, the adapter's weight in it.
+        scaling: f64,
+    },
+    /// Some rows of an embedding are replaced.
+    Tokens {
+        /// The key of the rows in the adapter.
+        key: String,
+        /// Which row of the embedding each of them is.
+        indices: Vec<usize>,
+    },
+}
+
+/// An update of low rank to a weight seen as `count` matrices of shape (rows, columns).
+#[derive(Debug, Clone, PartialEq)]
+pub struct LowRank {
+    /// The key of the factor of shape (out, rank).
+    pub up: String,
+    /// The key of the factor of shape (rank, in).
+    pub down: String,
+    /// The rank of each matrix.
+    pub rank: usize,
+    /// alpha / rank or alpha / sqrt(rank), times the adapter's weight.
+    pub scaling: f64,
+    /// How many matrices the weight holds: one, or one an expert.
+    pub count: usize,
+    /// Rows of each matrix as stored.
+    pub rows: usize,
+    /// Columns of each matrix as stored.
+    pub columns: usize,
+    /// Whether the matrices are stored as (in, out), as embeddings and the `Conv1D` of transformers are.
+    pub transposed: bool,
+    /// The key of DoRA's magnitudes, one for each output.
+    pub magnitude: Option<String>,
+}
+
+impl Change {
+    /// Whether it acts on the layer's input: of two such, the first adapter's is the outermost and comes last.
+    #[must_use]
+    pub fn is_on_input(&self) -> bool {
+        match self {
+            Self::LowRank(_) | Self::Bias { .. } | Self::Tokens { .. } => false,
+        }
+    }
+
+    /// Whether it adds to the values, so that a weight can multiply it.
+    #[must_use]
+    pub fn is_additive(&self) -> bool {
+        match self {
+            Self::LowRank(update) => update.magnitude.is_none(),
+            Self::Bias { .. } => true,
+            Self::Tokens { .. } => false,
+        }
+    }
+
+    /// What it does, in a few words.
+    #[must_use]
+    pub fn what(&self) -> String {
+        match self {
+            Self::LowRank(update) => {
+                let kind = if update.magnitude.is_some() { "DoRA" } else { "LoRA" };
+                let layout = if update.transposed { ", stored (in, out)" } else { "" };
+                let experts = if update.count > 1 { format!(", {} experts", update.count) } else { String::new() };
+                format!("{kind} rank {}, scaling {}{layout}{experts}", update.rank, update.scaling)
+            }
+            Self::Bias { scaling, .. } => format!("bias, scaling {scaling}"),
+            Self::Tokens { indices, .. } => format!("{} rows replaced", indices.len()),
+        }
+    }
+}
