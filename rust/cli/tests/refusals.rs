@@ -39,7 +39,7 @@ fn a_factor_without_its_partner_and_a_name_that_lora_does_not_use() {
         .with("l.q.lora_C.weight", Tensor::new(F32, &[2, 6], 3));
     does_not_fit(
         &case,
-        "1 adapter tensors have a name that LoRA does not use: base_model.model.l.q.lora_C.weight; \
+        "1 adapter tensors have a name that their method does not use: base_model.model.l.q.lora_C.weight; \
          1 adapter tensors lack their partner: base_model.model.l.k.lora_A.weight",
     );
 }

@@ -69,6 +69,47 @@ pub enum Method {
     Other(Map<String, Value>),
 }
 
+impl Method {
+    /// The fields of LoRA, if it is that.
+    #[must_use]
+    pub fn lora(&self) -> Option<&LoraFields> {
+        match self {
+            Self::Lora(lora) => Some(lora),
+            _ => None,
+        }
+    }
+
+    /// Which of the base's biases are trained.
+    #[must_use]
+    pub fn bias(&self) -> &str {
+        match self {
+            Self::Lora(lora) => &lora.bias,
+            Self::Oft(oft) => &oft.bias,
+            Self::Ia3(_) | Self::Other(_) => "none",
+        }
+    }
+
+    /// Whether the base is said to store weights as (in, out).
+    #[must_use]
+    pub fn fan_in_fan_out(&self) -> bool {
+        match self {
+            Self::Lora(lora) => lora.fan_in_fan_out,
+            Self::Ia3(ia3) => ia3.fan_in_fan_out,
+            Self::Oft(oft) => oft.fan_in_fan_out,
+            Self::Other(_) => false,
+        }
+    }
+
+    /// The targets that scale their inputs, as far as the config says.
+    #[must_use]
+    pub fn feedforward(&self) -> Option<&Names> {
+        match self {
+            Self::Ia3(ia3) => ia3.feedforward_modules.as_ref(),
+            _ => None,
+        }
+    }
+}
+
 /// An adapter's config.
 #[derive(Debug)]
 pub struct AdapterConfig {
@@ -106,10 +147,7 @@ impl AdapterConfig {
     /// The fields of LoRA, if it is that.
     #[must_use]
     pub fn lora(&self) -> Option<&LoraFields> {
-        match &self.method {
-            Method::Lora(lora) => Some(lora),
-            _ => None,
-        }
+        self.method.lora()
     }
 
     fn from_fields(fields: &mut Fields, values: &Map<String, Value>) -> Self {

@@ -36,6 +36,8 @@ pub struct OftFields {
     pub use_cayley_neumann: bool,
     /// How many terms the series has.
     pub num_cayley_neumann_terms: usize,
+    /// Why nobody can tell what the numbers of a file with this config mean, if so, and the way out.
+    pub doubt: Option<String>,
 }
 
 pub(super) fn ia3(fields: &mut Fields, targeting: &Targeting) -> Ia3Fields {
@@ -53,7 +55,33 @@ pub(super) fn ia3(fields: &mut Fields, targeting: &Targeting) -> Ia3Fields {
     }
 }
 
+/// The first version of PEFT whose series ends as it does now, which is also the first that writes its version.
+const SERIES_SINCE: (u64, u64) = (0, 18);
+
+/// Why the meaning of a file's numbers cannot be told: they were written for another map than today's.
+fn doubt(fields: &mut Fields) -> Option<String> {
+    for name in ["oft_block_size", "use_cayley_neumann"] {
+        if fields.value(name).is_none() {
+            return Some(format!(
+                "has no `{name}`: an early version of PEFT wrote it, whose numbers mean another turn; hint: train it again, \
+                 or merge it with the version of PEFT that wrote it"
+            ));
+        }
+    }
+    let version = fields.text("peft_version");
+    let mut parts = version.as_deref().unwrap_or_default().split('.').map_while(|part| part.parse::<u64>().ok());
+    let found = parts.next().zip(parts.next());
+    (fields.boolean("use_cayley_neumann", true) && found.is_none_or(|found| found < SERIES_SINCE)).then(|| {
+        let version = version.as_deref().map_or_else(|| "no version".to_owned(), |version| format!("version {version}"));
+        format!(
+            "was saved by PEFT before 0.18 ({version} is named), whose `use_cayley_neumann` meant another series; hint: train \
+             it again, or merge it with the version of PEFT that wrote it"
+        )
+    })
+}
+
 pub(super) fn oft(fields: &mut Fields) -> OftFields {
+    let doubt = doubt(fields);
     let r = fields.integer("r", 0..=MAX_SIZE, 0);
     let oft_block_size = fields.integer("oft_block_size", 0..=MAX_SIZE, 32);
     if (r == 0) == (oft_block_size == 0) {
@@ -72,5 +100,6 @@ pub(super) fn oft(fields: &mut Fields) -> OftFields {
         use_cayley_neumann: fields.boolean("use_cayley_neumann", true),
         num_cayley_neumann_terms: usize::try_from(fields.integer("num_cayley_neumann_terms", 1..=MAX_SIZE, 5))
             .unwrap_or_default(),
+        doubt,
     }
 }

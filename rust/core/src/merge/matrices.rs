@@ -51,7 +51,9 @@ impl<'a, E: Element> Matrices<'a, E> {
         let mut work = Self { values, name: &output.name, view, steps: Vec::new(), check: !inputs.allow_nonfinite };
         steps(inputs, output, view, &mut |step| {
             let step = match step {
-                Step::Lengths { magnitudes, transposed: true } => Step::Columns(work.over_norms(&magnitudes)?),
+                Step::Lengths { magnitudes, transposed: true } => {
+                    Step::Columns { factors: work.over_norms(&magnitudes)?, rows: view.rows }
+                }
                 step => step,
             };
             work.steps.push(step);
@@ -152,11 +154,22 @@ impl<'a, E: Element> Matrices<'a, E> {
     }
 }
 
+/// The least number that both divide.
+fn common_multiple(one: usize, other: usize) -> usize {
+    let (mut a, mut b) = (one, other);
+    while b != 0 {
+        (a, b) = (b, a % b);
+    }
+    one / a.max(1) * other
+}
+
 impl<E: Element> Work for Matrices<'_, E> {
     fn tiles(&self) -> Vec<Range<usize>> {
         let View { count, rows, columns } = self.view;
         let row_bytes = columns * size_of::<E>();
-        let (matrix, block) = (rows * row_bytes, block_rows::<E>(columns) * row_bytes);
+        let align = self.steps.iter().map(Step::align).fold(E::ROWS, common_multiple);
+        let block = block_rows::<E>(columns).next_multiple_of(align);
+        let (matrix, block) = (rows * row_bytes, block * row_bytes);
         let mut tiles = Vec::new();
         for start in (0..count).map(|index| index * matrix) {
             tiles.extend((0..matrix).step_by(block.max(1)).map(|at| start + at..start + matrix.min(at + block)));

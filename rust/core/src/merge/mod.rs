@@ -7,6 +7,7 @@ mod files;
 mod matrices;
 mod place;
 mod steps;
+mod turn;
 pub mod work;
 
 use std::path::{Path, PathBuf};

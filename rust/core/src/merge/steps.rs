@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use super::matrices::View;
+use super::turn::Blocks;
 use super::work::Inputs;
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
@@ -16,8 +17,12 @@ use crate::plan::{Change, LowRank, Output, Update};
 pub enum Step<E: Element> {
     /// Adds the product of two factors: one pair a matrix.
     Add(Vec<Factors<E>>),
-    /// Multiplies each column by its number.
-    Columns(Vec<E::Wide>),
+    /// Multiplies each row by its number.
+    Rows(Vec<E::Wide>),
+    /// Multiplies each column by its number: numbers for so many rows after each other, and then the next.
+    Columns { factors: Vec<E::Wide>, rows: usize },
+    /// Turns rows or columns.
+    Turn(Blocks<E::Wide>),
     /// Gives each output its length: DoRA's last step. Outputs are rows, or columns where the weight is stored transposed.
     Lengths { magnitudes: Vec<f64>, transposed: bool },
     /// Replaces rows.
@@ -33,18 +38,36 @@ impl<E: Element> Step<E> {
         }
     }
 
+    /// How many rows have to be changed together, from a multiple of this on.
+    pub fn align(&self) -> usize {
+        match self {
+            Self::Turn(blocks) => blocks.align(),
+            _ => 1,
+        }
+    }
+
     /// Changes rows of that many columns in place, the first of which is number `first`.
     pub fn apply(&self, first: usize, columns: usize, sums: &mut [E::Wide]) {
         let rows = sums.chunks_exact_mut(columns.max(1));
         match self {
             Self::Add(_) => {}
-            Self::Columns(factors) => rows.for_each(|row| multiply(row, factors)),
+            Self::Rows(factors) => {
+                for (row, factor) in rows.zip(factors.iter().skip(first)) {
+                    scale(row, *factor);
+                }
+            }
+            Self::Columns { factors, rows: group } => {
+                for (row, index) in rows.zip(first..) {
+                    let factors = factors.iter().skip(index / (*group).max(1) * columns);
+                    for (value, factor) in row.iter_mut().zip(factors) {
+                        *value = *value * *factor;
+                    }
+                }
+            }
+            Self::Turn(blocks) => blocks.apply(first, columns, sums),
             Self::Lengths { magnitudes, .. } => {
                 for (row, magnitude) in rows.zip(magnitudes.iter().skip(first)) {
-                    let factor: E::Wide = Wide::from_f64(magnitude / sum_of_squares(row).sqrt());
-                    for value in row {
-                        *value = *value * factor;
-                    }
+                    scale(row, Wide::from_f64(magnitude / sum_of_squares(row).sqrt()));
                 }
             }
             Self::Replace(replaced) => {
@@ -58,9 +81,9 @@ impl<E: Element> Step<E> {
     }
 }
 
-fn multiply<W: Wide>(row: &mut [W], factors: &[W]) {
-    for (value, factor) in row.iter_mut().zip(factors) {
-        *value = *value * *factor;
+fn scale<W: Wide>(row: &mut [W], factor: W) {
+    for value in row {
+        *value = *value * factor;
     }
 }
 
@@ -91,10 +114,27 @@ pub fn steps<E: Element>(
                 let rows = rows.chunks_exact(view.columns.max(1)).map(<[E::Wide]>::to_vec);
                 take(Step::Replace(indices.iter().copied().zip(rows).collect()))?;
             }
+            Change::Scale(scale) => {
+                let factors: Vec<E::Wide> = read(inputs.adapter(update.adapter)?, &scale.key)?;
+                take(if scale.rows { Step::Rows(factors) } else { columns(&factors, output, view) })?;
+            }
+            Change::Turn(turn) => {
+                let above: Vec<f64> = read(inputs.adapter(update.adapter)?, &turn.key)?;
+                take(Step::Turn(Blocks::new(turn, &above)))?;
+            }
         }
         updates = rest;
     }
     Ok(())
+}
+
+/// Factors for the inputs of each group of a convolution, each as often as the kernel has elements; a matrix is one group.
+fn columns<E: Element>(factors: &[E::Wide], output: &Output, view: View) -> Step<E> {
+    let inputs = output.shape.get(1).copied().unwrap_or(view.columns).max(1);
+    let groups = if output.shape.len() > 2 { factors.len() / inputs } else { 1 };
+    let kernel = groups * view.columns / factors.len().max(1);
+    let factors = factors.iter().flat_map(|factor| std::iter::repeat_n(*factor, kernel)).collect();
+    Step::Columns { factors, rows: view.rows / groups.max(1) }
 }
 
 /// How many of the first updates only add, the last of them perhaps with lengths to give after.
@@ -104,7 +144,7 @@ fn additive(updates: &[Update]) -> usize {
         match &update.change {
             Change::LowRank(LowRank { magnitude: Some(_), .. }) => return count + 1,
             Change::LowRank(_) | Change::Bias { .. } => count += 1,
-            Change::Tokens { .. } => break,
+            Change::Tokens { .. } | Change::Scale(_) | Change::Turn(_) => break,
         }
     }
     count
@@ -128,7 +168,7 @@ fn sum<E: Element>(inputs: Inputs, updates: &[Update], view: View) -> Result<Vec
             Change::Bias { key, scaling } => {
                 vec![Term { up: vec![Wide::from_f64(1.0)], down: read(adapter, key)?, rank: 1, scaling: *scaling }]
             }
-            Change::Tokens { .. } => Vec::new(),
+            Change::Tokens { .. } | Change::Scale(_) | Change::Turn(_) => Vec::new(),
         };
         matrices.iter_mut().zip(terms).for_each(|(matrix, term)| matrix.push(term));
     }

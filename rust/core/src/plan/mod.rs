@@ -5,7 +5,10 @@
 
 mod adapter;
 mod draft;
+mod finite;
+mod fit;
 mod homes;
+mod placed;
 mod problems;
 mod sort;
 mod support;
@@ -21,7 +24,7 @@ use crate::error::{Error, Result, show_name};
 pub use adapter::Adapter;
 use draft::{Draft, Drafts};
 use problems::Problems;
-pub use update::{Change, LowRank, Update};
+pub use update::{Change, LowRank, Scale, Turn, Update};
 
 /// Where the values of an output tensor come from, before its updates.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -119,8 +122,9 @@ impl Plan {
         let mut problems = Problems::default();
         let mut prefixed = false;
         for (index, adapter) in adapters.iter().enumerate() {
-            let lora = support::check(adapter, options.model)?;
-            let sorted = sort::Sorted::new(&adapter.checkpoint);
+            support::check(adapter, options.model)?;
+            let method = &adapter.config.method;
+            let sorted = sort::Sorted::new(&adapter.checkpoint, method);
             let homes = updates::homes(base, &sorted)?;
             notes.extend(adapter.config.warnings.iter().cloned());
             if !homes.strip.is_empty() {
@@ -136,16 +140,16 @@ impl Plan {
                 adapter: &adapter.checkpoint,
                 index,
                 weight: adapter.weight,
-                lora,
+                method,
                 targeting: &adapter.config.targeting,
-                stored_transposed: lora.fan_in_fan_out || support::stores_transposed(options.model),
+                stored_transposed: method.fan_in_fan_out() || support::stores_transposed(options.model),
                 homes: &homes,
                 tie: tie.as_ref(),
             };
             let drafts = planner.changes(&sorted, &mut problems)?;
             support::check_weight(adapter, &drafts)?;
             if !options.allow_nonfinite {
-                updates::find_nonfinite(&adapter.checkpoint, &mut problems)?;
+                finite::find_nonfinite(&adapter.checkpoint, &mut problems)?;
             }
             problems.end_of(&adapter.checkpoint, base);
             all.push(drafts);

@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use crate::checkpoint::Checkpoint;
+use crate::config::Method;
 use crate::keys;
 
-/// What a tensor is for its module, as the file spells it.
-const SLOTS: [&str; 7] = [
+/// What tensors of LoRA are for their module, as files spell it.
+const LORA: [&str; 7] = [
     "lora_A.weight",
     "lora_B.weight",
     "lora_B.bias",
@@ -16,21 +17,55 @@ const SLOTS: [&str; 7] = [
     "token_adapter.trainable_tokens_delta",
 ];
 
-/// LoRA's tensors of one module: the keys in the adapter file.
+/// The same of (IA)³.
+const IA3: [&str; 1] = ["ia3_l"];
+
+/// The same of OFT.
+const OFT: [&str; 2] = ["oft_R.weight", "oft_embedding_R.weight"];
+
+/// What changes a module's weight: keys in the adapter file.
+#[derive(Debug, Default, Clone, Copy)]
+pub enum Part<'a> {
+    /// Nothing, or not all that it takes.
+    #[default]
+    None,
+    /// `down`, of shape (rank, in), and `up`, (out, rank); an embedding's weight is (in, out).
+    Factors { down: &'a str, up: &'a str, embedding: bool },
+    /// A factor for each input or output.
+    Scale(&'a str),
+    /// The skew matrices of turns; of outputs for an embedding, else of inputs.
+    Turn { key: &'a str, embedding: bool },
+}
+
+/// The tensors of one module: the keys in the adapter file.
 #[derive(Debug, Default)]
 pub struct Module<'a> {
-    /// `down`, of shape (rank, in).
-    pub down: Option<&'a str>,
-    /// `up`, of shape (out, rank).
-    pub up: Option<&'a str>,
-    /// Whether the two are an embedding's, whose weight is (in, out).
-    pub embedding: bool,
+    /// What changes the weight.
+    pub part: Part<'a>,
     /// The bias of `up`, of shape (out).
     pub bias: Option<&'a str>,
     /// DoRA's magnitudes, (out) in all.
     pub magnitude: Option<&'a str>,
     /// The rows of an embedding that were trained whole.
     pub tokens: Option<&'a str>,
+    /// One factor of two, as long as the other is not found.
+    pub lone: Option<&'a str>,
+}
+
+impl Module<'_> {
+    /// Whether its slots are those of an embedding.
+    pub fn is_embedding(&self) -> bool {
+        matches!(self.part, Part::Factors { embedding: true, .. } | Part::Turn { embedding: true, .. })
+    }
+
+    /// The keys whose shapes tell how the weight is changed.
+    pub fn shaping(&self) -> Vec<&str> {
+        match self.part {
+            Part::None => Vec::new(),
+            Part::Factors { down, up, .. } => vec![down, up],
+            Part::Scale(key) | Part::Turn { key, .. } => vec![key],
+        }
+    }
 }
 
 /// All tensors of an adapter.
@@ -46,34 +81,63 @@ pub struct Sorted<'a> {
 
 impl<'a> Sorted<'a> {
     /// Sorts the keys of `adapter`.
-    pub fn new(adapter: &'a Checkpoint) -> Self {
+    pub fn new(adapter: &'a Checkpoint, method: &Method) -> Self {
+        let (slots, prefix): (&[&str], _) = match method {
+            Method::Ia3(_) => (&IA3, "ia3_"),
+            Method::Oft(_) => (&OFT, "oft_"),
+            _ => (&LORA, "lora_"),
+        };
         let mut sorted = Self::default();
         for key in adapter.names() {
-            if let Some(parsed) = keys::parse(key, &SLOTS) {
+            if let Some(parsed) = keys::parse(key, slots) {
                 let module = sorted.modules.entry(parsed.module).or_default();
-                let place = match parsed.slot {
-                    "lora_A.weight" => &mut module.down,
-                    "lora_B.weight" => &mut module.up,
-                    "lora_B.bias" => &mut module.bias,
-                    "lora_magnitude_vector" => &mut module.magnitude,
-                    "token_adapter.trainable_tokens_delta" => &mut module.tokens,
-                    slot => {
-                        module.embedding = true;
-                        if slot == "lora_embedding_A" { &mut module.down } else { &mut module.up }
-                    }
-                };
-                if place.replace(key).is_some() {
+                if !module.take(key, parsed.slot) {
                     sorted.unknown.push(key);
                 }
                 continue;
             }
             let name = key.strip_prefix(keys::PREFIX).unwrap_or(key);
-            if name.contains("lora_") || !name.contains('.') {
+            if name.contains(prefix) || !name.contains('.') {
                 sorted.unknown.push(key);
             } else {
                 sorted.whole.push((key, keys::without_base_layer(name)));
             }
         }
         sorted
+    }
+}
+
+impl<'a> Module<'a> {
+    /// Puts `key` where its slot belongs, unless that is taken.
+    fn take(&mut self, key: &'a str, slot: &str) -> bool {
+        let place = match slot {
+            "lora_B.bias" => &mut self.bias,
+            "lora_magnitude_vector" => &mut self.magnitude,
+            "token_adapter.trainable_tokens_delta" => &mut self.tokens,
+            _ => return self.take_part(key, slot),
+        };
+        place.replace(key).is_none()
+    }
+
+    fn take_part(&mut self, key: &'a str, slot: &str) -> bool {
+        if !matches!(self.part, Part::None) {
+            return false;
+        }
+        let embedding = slot.contains("embedding");
+        match (slot, self.lone.take()) {
+            ("ia3_l", None) => self.part = Part::Scale(key),
+            ("oft_R.weight" | "oft_embedding_R.weight", None) => self.part = Part::Turn { key, embedding },
+            (_, None) => self.lone = Some(key),
+            (_, Some(other)) => {
+                let is_down = |slot: &str| slot.ends_with("_A") || slot.ends_with("_A.weight");
+                if is_down(key) == is_down(other) || other.contains("lora_embedding") != embedding {
+                    self.lone = Some(other);
+                    return false;
+                }
+                let (down, up) = if is_down(key) { (key, other) } else { (other, key) };
+                self.part = Part::Factors { down, up, embedding };
+            }
+        }
+        true
     }
 }

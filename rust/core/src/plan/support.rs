@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::adapter::Adapter;
 use super::draft::{Draft, Drafts};
-use crate::config::{AdapterConfig, Init, LoraFields};
+use crate::config::{AdapterConfig, Init, LoraFields, Method};
 use crate::error::{Error, Result, show_name};
 
 /// Starts that are taken out of the base when training begins, so that the adapter alone is not what was trained.
@@ -17,15 +17,33 @@ const ONLINE: [&str; 3] = ["use_qalora", "alora_invocation_tokens", "arrow_confi
 
 const IN_PYTHON: &str = "merge it in Python with PeftModel.from_pretrained(...).merge_and_unload()";
 
-/// Refuses an adapter that is not a LoRA of weights as they were, and a base whose weights are packed.
-pub fn check<'a>(adapter: &'a Adapter, model: Option<&Value>) -> Result<&'a LoraFields> {
+/// Refuses an adapter whose method or variant is not merged here, and a base whose weights are packed.
+pub fn check(adapter: &Adapter, model: Option<&Value>) -> Result<()> {
     check_config(&adapter.config, model)
 }
 
-fn check_config<'a>(config: &'a AdapterConfig, model: Option<&Value>) -> Result<&'a LoraFields> {
-    let Some(lora) = config.lora() else {
-        return Err(refused(&format!("adapters of type {} are", show_name(&config.peft_type)), IN_PYTHON));
-    };
+fn check_config(config: &AdapterConfig, model: Option<&Value>) -> Result<()> {
+    match &config.method {
+        Method::Lora(lora) => check_lora(lora)?,
+        Method::Oft(oft) => {
+            if let Some(doubt) = &oft.doubt {
+                return Err(Error::Merge(format!("the OFT adapter {doubt}")));
+            }
+        }
+        Method::Ia3(_) => {}
+        Method::Other(_) => {
+            return Err(refused(&format!("adapters of type {} are", show_name(&config.peft_type)), IN_PYTHON));
+        }
+    }
+    if let Some(method) = model.and_then(|model| model.get("quantization_config")).filter(|method| method.is_object()) {
+        let name = method.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed method");
+        let way = "merge into the checkpoint that it was made from, and quantize the result";
+        return Err(refused(&format!("bases quantized by {} are", show_name(name)), way));
+    }
+    Ok(())
+}
+
+fn check_lora(lora: &LoraFields) -> Result<()> {
     let replicated = lora.layer_replication.as_ref().map(|_| "layer_replication");
     if let Some(name) = replicated.or_else(|| lora.variants.first().copied()) {
         let way =
@@ -34,16 +52,10 @@ fn check_config<'a>(config: &'a AdapterConfig, model: Option<&Value>) -> Result<
     }
     match &lora.init_lora_weights {
         Init::Named(start) if RESIDUAL.iter().any(|known| start.to_ascii_lowercase().starts_with(known)) => {
-            return Err(refused(&format!("adapters with init_lora_weights={} are", show_name(start)), CONVERT));
+            Err(refused(&format!("adapters with init_lora_weights={} are", show_name(start)), CONVERT))
         }
-        _ => {}
+        _ => Ok(()),
     }
-    if let Some(method) = model.and_then(|model| model.get("quantization_config")).filter(|method| method.is_object()) {
-        let name = method.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed method");
-        let way = "merge into the checkpoint that it was made from, and quantize the result";
-        return Err(refused(&format!("bases quantized by {} are", show_name(name)), way));
-    }
-    Ok(lora)
 }
 
 /// Refuses a weight other than 1 for an adapter that does more than add to weights.
@@ -98,7 +110,8 @@ mod tests {
     #[test]
     fn what_is_not_plain_lora_is_named_with_the_way_out() {
         for (fields, named) in [
-            (json!({"peft_type": "IA3"}), "type IA3"),
+            (json!({"peft_type": "LOHA"}), "type LOHA"),
+            (json!({"peft_type": "OFT", "peft_version": "0.20.0"}), "has no `oft_block_size`"),
             (json!({"peft_type": "LORA", "init_lora_weights": "pissa_niter_16"}), "init_lora_weights=pissa_niter_16"),
             (json!({"peft_type": "LORA", "layer_replication": [[0, 2]]}), "layer_replication"),
             (json!({"peft_type": "LORA", "use_qalora": true}), "use_qalora"),

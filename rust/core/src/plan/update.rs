@@ -28,6 +28,39 @@ pub enum Change {
         /// Which row of the embedding each of them is.
         indices: Vec<usize>,
     },
+    /// Inputs or outputs are multiplied, each by its factor: (IA)³.
+    Scale(Scale),
+    /// Inputs or outputs are turned, a block at a time: OFT.
+    Turn(Turn),
+}
+
+/// A factor for each row or column of a weight as it is stored.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scale {
+    /// The factors' key in the adapter.
+    pub key: String,
+    /// Whether a factor is for a row, else for as many columns as a kernel has elements. More factors than that are those of
+    /// one group of rows after the other.
+    pub rows: bool,
+    /// Whether the factors are for the layer's inputs.
+    pub on_input: bool,
+}
+
+/// A block-diagonal orthogonal matrix that turns the rows of a weight, or its columns.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Turn {
+    /// The key of the numbers above the diagonals of the blocks' skew matrices.
+    pub key: String,
+    /// Rows and columns of a block.
+    pub size: usize,
+    /// Whether blocks of rows are mixed, as for a weight stored as (in, out), else blocks of columns within each row.
+    pub rows: bool,
+    /// Whether the layer's inputs are turned, else its outputs, the other way round.
+    pub on_input: bool,
+    /// How many terms of its series stand for Cayley's map, or none for the map itself.
+    pub terms: Option<usize>,
+    /// How far the skew matrices may be from zero, all blocks together.
+    pub bound: Option<f64>,
 }
 
 /// An update of low rank to a weight seen as `count` matrices of shape (rows, columns).
@@ -59,6 +92,8 @@ impl Change {
     pub fn is_on_input(&self) -> bool {
         match self {
             Self::LowRank(_) | Self::Bias { .. } | Self::Tokens { .. } => false,
+            Self::Scale(scale) => scale.on_input,
+            Self::Turn(turn) => turn.on_input,
         }
     }
 
@@ -68,7 +103,7 @@ impl Change {
         match self {
             Self::LowRank(update) => update.magnitude.is_none(),
             Self::Bias { .. } => true,
-            Self::Tokens { .. } => false,
+            Self::Tokens { .. } | Self::Scale(_) | Self::Turn(_) => false,
         }
     }
 
@@ -84,6 +119,12 @@ impl Change {
             }
             Self::Bias { scaling, .. } => format!("bias, scaling {scaling}"),
             Self::Tokens { indices, .. } => format!("{} rows replaced", indices.len()),
+            Self::Scale(scale) => format!("IA3 on {}", side(scale.on_input)),
+            Self::Turn(turn) => format!("OFT on {}, blocks of {}", side(turn.on_input), turn.size),
         }
     }
+}
+
+fn side(on_input: bool) -> &'static str {
+    if on_input { "inputs" } else { "outputs" }
 }

@@ -2,28 +2,19 @@
 
 use std::collections::HashSet;
 
-use rayon::prelude::*;
-
 use super::draft::Drafts;
+use super::fit::{Fit, Votes};
 use super::homes::{Ambiguous, Homes};
-use super::problems::Problems;
-use super::sort::{Module, Sorted};
+use super::placed::Placed;
+use super::problems::{BAD_SHAPE, NO_HOME, NO_PARTNER, Problems, UNDECLARED, UNKNOWN, UNUSABLE};
+use super::sort::{Module, Part, Sorted};
 use super::tie::{Tie, is_embedding};
-use super::update::{Change, LowRank, Update};
+use super::update::{Change, LowRank, Scale, Turn, Update};
 use crate::checkpoint::{Checkpoint, Entry};
-use crate::config::{LoraFields, Targeting};
+use crate::config::{Method, Targeting};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
-use crate::kernels::values::all_finite;
 use crate::keys::without_base_layer;
-
-const NO_HOME: &str = "adapter modules have no home in the base";
-const NO_PARTNER: &str = "adapter tensors lack their partner";
-const BAD_SHAPE: &str = "adapter tensors have shapes that do not fit";
-const UNKNOWN: &str = "adapter tensors have a name that LoRA does not use";
-const UNDECLARED: &str = "adapter tensors name a weight of the base that the config does not declare";
-const UNUSABLE: &str = "tensors have a type that cannot be merged (a quantized base?)";
-const NONFINITE: &str = "adapter tensors are not finite (--allow-nonfinite merges them all the same)";
 
 /// The one way of reading the adapter's module paths.
 pub fn homes(base: &Checkpoint, sorted: &Sorted) -> Result<Homes> {
@@ -48,33 +39,12 @@ pub struct Planner<'a> {
     pub index: usize,
     /// What its change is multiplied by.
     pub weight: f64,
-    pub lora: &'a LoraFields,
+    pub method: &'a Method,
     pub targeting: &'a Targeting,
     /// Whether square weights are stored as (in, out), as far as the two configs know.
     pub stored_transposed: bool,
     pub homes: &'a Homes,
     pub tie: Option<&'a Tie>,
-}
-
-/// One way in which two factors fit a weight.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Fit {
-    count: usize,
-    rank: usize,
-    rows: usize,
-    columns: usize,
-    transposed: bool,
-}
-
-/// A pair of factors and the weight they are for.
-struct Pair<'a> {
-    path: &'a str,
-    name: String,
-    up: &'a str,
-    down: &'a str,
-    module: &'a Module<'a>,
-    fits: Vec<Fit>,
-    dimensions: usize,
 }
 
 impl Planner<'_> {
@@ -85,10 +55,10 @@ impl Planner<'_> {
         for (key, name) in &sorted.whole {
             self.whole(key, name, sorted, &mut changes, problems);
         }
-        let pairs = self.pairs(sorted, problems);
-        let votes = Votes::count(&pairs);
-        for pair in &pairs {
-            self.pair(pair, &votes, &mut changes, problems)?;
+        let placed = self.placed(sorted, problems)?;
+        let votes = Votes::count(&placed);
+        for placed in &placed {
+            self.weight(placed, &votes, &mut changes, problems)?;
         }
         for (path, module) in &sorted.modules {
             self.bias(path, module, &mut changes, problems)?;
@@ -102,7 +72,8 @@ impl Planner<'_> {
         let Some(entry) = self.adapter.entry(key) else { return };
         let (path, leaf) = name.rsplit_once('.').unwrap_or(("", name));
         let adapted = sorted.modules.keys().any(|module| without_base_layer(module) == path);
-        let bias = leaf == "bias" && (self.lora.bias == "all" || self.lora.bias == "lora_only" && adapted);
+        let trained = self.method.bias();
+        let bias = leaf == "bias" && (trained == "all" || trained.ends_with("_only") && adapted);
         if !bias && !adapted && !is_embedding(name) && !name.ends_with("lm_head.weight") && !self.targeting.saves(path)
         {
             problems.add(UNDECLARED, show_name(key));
@@ -123,119 +94,84 @@ impl Planner<'_> {
         changes.entry(home).or_default().whole = Some((self.index, key.to_owned()));
     }
 
-    /// The pairs of factors with the weights that they are for.
-    fn pairs<'a>(&self, sorted: &'a Sorted<'a>, problems: &mut Problems) -> Vec<Pair<'a>> {
-        let mut pairs = Vec::new();
-        let mut taken: HashSet<String> = HashSet::new();
-        for (path, module) in &sorted.modules {
-            let (up, down) = match (module.up, module.down) {
-                (Some(up), Some(down)) => (up, down),
-                (None, None) if module.tokens.is_some() => continue,
-                (up, down) => {
-                    let lone = up.or(down).or(module.bias).or(module.magnitude).unwrap_or(path);
-                    problems.add(NO_PARTNER, show_name(lone));
-                    continue;
+    /// The change of a module's weight, and of its bias where that follows.
+    fn weight(&self, placed: &Placed, votes: &Votes, changes: &mut Drafts, problems: &mut Problems) -> Result<()> {
+        let weight = self.base.entry(&placed.name).or_else(|| self.base.entry(&self.tie?.embedding));
+        if let Some(weight) = weight.filter(|weight| !usable(weight)) {
+            problems.add(UNUSABLE, format!("{} {}", show_name(&placed.name), weight.dtype.name()));
+        }
+        let Some(fit) = votes.choose(placed, self.stored_transposed) else { return Ok(()) };
+        let change = match placed.module.part {
+            Part::None => return Ok(()),
+            Part::Factors { down, up, .. } => self.low_rank(placed, fit, (down, up), problems)?,
+            Part::Scale(key) => {
+                let shape = self.adapter.entry(key).map(|entry| entry.shape.as_slice());
+                let on_input = placed.on_input.unwrap_or(match shape {
+                    Some([1, _]) => true,
+                    Some([1, channels, ..]) => *channels != fit.rows,
+                    _ => false,
+                });
+                if !on_input {
+                    let bias = format!("{}.bias", self.homes.path(&without_base_layer(placed.path)));
+                    if self.base.entry(&bias).is_some() {
+                        self.push(changes, bias, Change::Scale(Scale { key: key.to_owned(), rows: false, on_input }));
+                    }
                 }
-            };
-            let (Some(a), Some(b)) = (self.adapter.entry(down), self.adapter.entry(up)) else { continue };
-            let candidates = self.weights(path);
-            if candidates.is_empty() {
-                problems.add(NO_HOME, show_name(path));
-                continue;
+                Change::Scale(Scale { key: key.to_owned(), rows: on_input == fit.transposed, on_input })
             }
-            let fitting: Vec<(String, Vec<Fit>, usize)> = candidates
-                .iter()
-                .filter(|(name, _)| !taken.contains(name))
-                .map(|(name, entry)| {
-                    (name.clone(), fits(&entry.shape, &a.shape, &b.shape, module.embedding), entry.shape.len())
+            Part::Turn { key, embedding } => {
+                let Method::Oft(oft) = self.method else { return Ok(()) };
+                Change::Turn(Turn {
+                    key: key.to_owned(),
+                    size: fit.size,
+                    rows: fit.transposed,
+                    on_input: !embedding,
+                    terms: oft.use_cayley_neumann.then_some(oft.num_cayley_neumann_terms),
+                    bound: oft.coft.then_some(oft.eps),
                 })
-                .filter(|(_, fits, _)| !fits.is_empty())
-                .collect();
-            match <[_; 1]>::try_from(fitting) {
-                Ok([(name, fits, dimensions)]) => {
-                    taken.insert(name.clone());
-                    pairs.push(Pair { path, name, up, down, module, fits, dimensions });
-                }
-                Err(fitting) => {
-                    let weights: Vec<String> = candidates
-                        .iter()
-                        .map(|(name, entry)| format!("{} {:?}", show_name(name), entry.shape))
-                        .collect();
-                    let several = if fitting.is_empty() { "" } else { ", of which several fit" };
-                    let text = format!(
-                        "{} {:?} and {:?} for {}{several}",
-                        show_name(path),
-                        a.shape,
-                        b.shape,
-                        weights.join(", ")
-                    );
-                    problems.add(BAD_SHAPE, text);
-                }
             }
-        }
-        pairs
-    }
-
-    /// The parameters of the base that the factors under `path` may be for.
-    fn weights(&self, path: &str) -> Vec<(String, &Entry)> {
-        let home = self.homes.path(&without_base_layer(path));
-        let find = |leaf: &str| {
-            let name = format!("{home}.{leaf}");
-            Some((name.clone(), self.base.entry(&name)?))
         };
-        if let Some(weight) = find("weight").or_else(|| find("in_proj_weight")) {
-            return vec![weight];
-        }
-        if let Some(tie) = self.tie.filter(|tie| tie.head.strip_suffix(".weight") == Some(&home)) {
-            return self.base.entry(&tie.embedding).map(|entry| (tie.head.clone(), entry)).into_iter().collect();
-        }
-        let mut leaves: Vec<&str> =
-            self.lora.target_parameters.iter().flatten().filter_map(|target| target.rsplit('.').next()).collect();
-        leaves.sort_unstable();
-        leaves.dedup();
-        leaves.into_iter().filter_map(find).collect()
+        self.push(changes, placed.name.clone(), change);
+        Ok(())
     }
 
     /// The change that a pair of factors makes.
-    fn pair(&self, pair: &Pair, votes: &Votes, changes: &mut Drafts, problems: &mut Problems) -> Result<()> {
-        let weight = self.base.entry(&pair.name).or_else(|| self.base.entry(&self.tie?.embedding));
-        if let Some(weight) = weight.filter(|weight| !usable(weight)) {
-            problems.add(UNUSABLE, format!("{} {}", show_name(&pair.name), weight.dtype.name()));
-        }
-        let transposed = votes.transposed(pair, self.stored_transposed);
-        let Some(fit) = pair.fits.iter().find(|fit| pair.fits.len() == 1 || fit.transposed == transposed) else {
-            return Ok(());
-        };
+    fn low_rank(&self, placed: &Placed, fit: Fit, (down, up): (&str, &str), problems: &mut Problems) -> Result<Change> {
         // PEFT matches its patterns against the parameter's own name where the target is a bare parameter.
-        let plain = without_base_layer(pair.path);
-        let leaf = pair.name.rsplit('.').next().unwrap_or_default();
+        let plain = without_base_layer(placed.path);
+        let leaf = placed.name.rsplit('.').next().unwrap_or_default();
         let target = if ["weight", "in_proj_weight"].contains(&leaf) { plain } else { format!("{plain}.{leaf}") };
-        let (rank, scaling) = self.lora.rank_and_scaling(&target)?;
-        if rank != fit.rank {
-            problems.add(BAD_SHAPE, format!("{} of rank {}, {rank} by the config", show_name(pair.path), fit.rank));
+        let (rank, scaling) = self.rank_and_scaling(&target)?;
+        if rank != fit.size {
+            problems.add(BAD_SHAPE, format!("{} of rank {}, {rank} by the config", show_name(placed.path), fit.size));
         }
-        if let Some(key) = pair.module.magnitude {
+        if let Some(key) = placed.module.magnitude {
             let outputs = if fit.transposed { fit.columns } else { fit.rows };
             let found = self.adapter.entry(key).map(|entry| entry.shape.iter().product::<usize>());
             if found != Some(outputs) || fit.count > 1 {
                 problems.add(BAD_SHAPE, format!("{} for {outputs} outputs", show_name(key)));
             }
-        } else if self.lora.use_dora {
-            problems.add(NO_PARTNER, format!("{} (no DoRA magnitudes)", show_name(pair.path)));
+        } else if self.method.lora().is_some_and(|lora| lora.use_dora) {
+            problems.add(NO_PARTNER, format!("{} (no DoRA magnitudes)", show_name(placed.path)));
         }
-        let change = Change::LowRank(LowRank {
-            up: pair.up.to_owned(),
-            down: pair.down.to_owned(),
-            rank: fit.rank,
-            scaling: scaling * self.weight,
+        Ok(Change::LowRank(LowRank {
+            up: up.to_owned(),
+            down: down.to_owned(),
+            rank: fit.size,
+            scaling,
             count: fit.count,
             rows: fit.rows,
             columns: fit.columns,
             transposed: fit.transposed,
-            magnitude: pair.module.magnitude.map(str::to_owned),
-        });
-        self.push(changes, pair.name.clone(), change);
-        Ok(())
+            magnitude: placed.module.magnitude.map(str::to_owned),
+        }))
+    }
+
+    /// The rank and the scaling of a LoRA of `module`, the adapter's weight in it.
+    fn rank_and_scaling(&self, module: &str) -> Result<(usize, f64)> {
+        let Some(lora) = self.method.lora() else { return Ok((0, 0.0)) };
+        let (rank, scaling) = lora.rank_and_scaling(module)?;
+        Ok((rank, scaling * self.weight))
     }
 
     /// The change that the bias of `up` makes to the layer's own.
@@ -252,8 +188,8 @@ impl Planner<'_> {
         if found.shape != entry.shape {
             problems.add(BAD_SHAPE, format!("{} {:?}, in the base {:?}", show_name(key), entry.shape, found.shape));
         }
-        let (_, scaling) = self.lora.rank_and_scaling(&plain)?;
-        self.push(changes, name, Change::Bias { key: key.to_owned(), scaling: scaling * self.weight });
+        let (_, scaling) = self.rank_and_scaling(&plain)?;
+        self.push(changes, name, Change::Bias { key: key.to_owned(), scaling });
         Ok(())
     }
 
@@ -266,7 +202,7 @@ impl Planner<'_> {
             problems.add(NO_HOME, show_name(key));
             return;
         };
-        let indices = self.lora.token_indices(path);
+        let indices = self.method.lora().map(|lora| lora.token_indices(path)).unwrap_or_default();
         let [rows, columns] = *found.shape.as_slice() else {
             problems.add(BAD_SHAPE, format!("{} for {:?}", show_name(key), found.shape));
             return;
@@ -296,88 +232,4 @@ impl Planner<'_> {
 /// Whether values of the entry's type can be computed.
 fn usable(entry: &Entry) -> bool {
     matches!(entry.dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32)
-}
-
-/// Which way round weights are stored that tell by their shape: for matrices and for stacks of matrices.
-struct Votes([(usize, usize); 2]);
-
-impl Votes {
-    fn count(pairs: &[Pair]) -> Self {
-        let mut votes = [(0, 0); 2];
-        for pair in pairs.iter().filter(|pair| !pair.module.embedding) {
-            let [fit] = pair.fits.as_slice() else { continue };
-            let Some((straight, transposed)) = votes.get_mut(usize::from(pair.dimensions == 3)) else { continue };
-            *if fit.transposed { transposed } else { straight } += 1;
-        }
-        Self(votes)
-    }
-
-    /// Whether the square weight of `pair` is stored as (in, out): as its like are, or else as the config says.
-    fn transposed(&self, pair: &Pair, stated: bool) -> bool {
-        match self.0.get(usize::from(pair.dimensions == 3)) {
-            Some((0, 1..)) => true,
-            Some((1.., 0)) => false,
-            _ => stated && pair.dimensions == 2,
-        }
-    }
-}
-
-/// The ways in which `down` and `up` make an update of `weight`.
-fn fits(weight: &[usize], down: &[usize], up: &[usize], embedding: bool) -> Vec<Fit> {
-    let (Some(first), Some(out)) = (down.first(), up.first()) else { return Vec::new() };
-    let one = |rank: usize, rows, columns, transposed| Fit { count: 1, rank, rows, columns, transposed };
-    match (weight, down, up) {
-        (&[rows, columns], &[rank, inner], &[outer, other]) if rank == other => {
-            [(outer, inner, false), (inner, outer, true)]
-                .into_iter()
-                .filter(|(a, b, transposed)| (rows, columns) == (*a, *b) && (*transposed || !embedding))
-                .map(|(_, _, transposed)| one(rank, rows, columns, transposed))
-                .collect()
-        }
-        (&[count, rows, columns], &[stacked, inner], &[outer, other])
-            if stacked == other && count > 0 && stacked % count == 0 =>
-        {
-            [(outer, inner, false), (inner, outer, true)]
-                .into_iter()
-                .filter(|(a, b, _)| (rows, columns) == (*a, *b))
-                .map(|(_, _, transposed)| Fit { count, rank: stacked / count, rows, columns, transposed })
-                .collect()
-        }
-        ([rows, kernel @ ..], [rank, inner @ ..], [_, rest @ ..]) if kernel.len() >= 2 => {
-            let pointwise = rest.first() == Some(rank) && rest.iter().skip(1).all(|size| *size == 1);
-            let fits = rows == out && kernel == inner && pointwise && rest.len() == kernel.len();
-            fits.then(|| one(*first, *rows, kernel.iter().product(), false)).into_iter().collect()
-        }
-        _ => Vec::new(),
-    }
-}
-
-/// Values read at once when the adapter is searched for infinities and NaN.
-const SCAN_BYTES: usize = 1 << 20;
-
-/// Reports the tensors of the adapter that hold an infinity or NaN.
-pub fn find_nonfinite(adapter: &Checkpoint, problems: &mut Problems) -> Result<()> {
-    let names: Vec<&str> = adapter.names().collect();
-    let scan = |name: &&str| -> Result<bool> {
-        let Some(entry) = adapter.entry(name).filter(|entry| entry.dtype.is_adapter_float()) else { return Ok(true) };
-        let mut buffer = vec![0; SCAN_BYTES.min(entry.bytes())];
-        let mut offset = 0;
-        while offset < entry.bytes() {
-            let length = SCAN_BYTES.min(entry.bytes() - offset);
-            let Some(part) = buffer.get_mut(..length) else { break };
-            adapter.read_range(name, offset as u64, part)?;
-            if !all_finite(entry.dtype, part) {
-                return Ok(false);
-            }
-            offset += length;
-        }
-        Ok(true)
-    };
-    let finite: Vec<bool> = names.par_iter().map(scan).collect::<Result<_>>()?;
-    names
-        .iter()
-        .zip(finite)
-        .filter(|(_, finite)| !finite)
-        .for_each(|(name, _)| problems.add(NONFINITE, show_name(name)));
-    Ok(())
 }
