@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use clap::Parser;
 use clap::builder::styling::{AnsiColor, Styles};
 
-const STYLES: Styles =
+/// The colours of both tools' help.
+pub const STYLES: Styles =
     Styles::styled().header(AnsiColor::Green.on_default().bold()).literal(AnsiColor::Cyan.on_default());
 
 /// Merge adapters into a checkpoint on disk, without loading the model.

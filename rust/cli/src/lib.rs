@@ -1,8 +1,9 @@
-//! `peftrs-merge`: merges adapters into checkpoints on disk without loading a model.
+//! `peftrs-merge`: merges adapters into checkpoints on disk without loading a model; [`tool`] is `peftrs`.
 
 mod arguments;
 mod printer;
 mod report;
+pub mod tool;
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;

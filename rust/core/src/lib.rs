@@ -2,16 +2,18 @@
 //!
 //! Rooms, each importing only those above it: [`error`], [`dtype`], [`checkpoint`] (reading safetensors folders),
 //! [`writer`] (writing them), [`pattern`] (Python's regular expressions), [`config`] (adapter configs), [`keys`] (the key
-//! grammar), [`target`] (which modules an adapter is for), [`kernels`] (arithmetic on blocks of weights), [`plan`] (what a
-//! merge will do) and [`merge`].
+//! grammar), [`target`] (which modules an adapter is for), [`kernels`] (arithmetic on blocks of weights), [`inspect`] (what
+//! adapters and checkpoints hold), [`outline`] (a model's layers), [`plan`] (what a merge will do) and [`merge`].
 
 pub mod checkpoint;
 pub mod config;
 pub mod dtype;
 pub mod error;
+pub mod inspect;
 pub mod kernels;
 pub mod keys;
 pub mod merge;
+pub mod outline;
 pub mod pattern;
 pub mod plan;
 pub mod target;

@@ -173,11 +173,16 @@ impl Case {
 
     /// Runs the tool in the case's folder; its path does not appear in the output.
     pub fn run(&self, arguments: &[&str]) -> Output {
-        let output = Command::new(env!("CARGO_BIN_EXE_peftrs-merge"))
-            .args(arguments)
-            .current_dir(self.root.path())
-            .output()
-            .unwrap();
+        self.execute(env!("CARGO_BIN_EXE_peftrs-merge"), arguments)
+    }
+
+    /// Runs `peftrs` in the case's folder.
+    pub fn tool(&self, arguments: &[&str]) -> Output {
+        self.execute(env!("CARGO_BIN_EXE_peftrs"), arguments)
+    }
+
+    fn execute(&self, program: &str, arguments: &[&str]) -> Output {
+        let output = Command::new(program).args(arguments).current_dir(self.root.path()).output().unwrap();
         Output {
             code: output.status.code().unwrap_or(-1),
             stdout: String::from_utf8(output.stdout).unwrap(),

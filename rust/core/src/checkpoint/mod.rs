@@ -123,6 +123,15 @@ impl Checkpoint {
         &self.path
     }
 
+    /// The folder that it is in.
+    #[must_use]
+    pub fn folder(&self) -> &Path {
+        if self.path.is_dir() {
+            return &self.path;
+        }
+        self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+    }
+
     /// Every tensor's name, in the order of the files and of the bytes within them.
     pub fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.iter().map(|(name, _)| name.as_str())

@@ -1,0 +1,98 @@
+//! `peftrs`: what adapters and checkpoints hold, how they differ, and what an adapter is for.
+
+mod diff;
+mod inspect;
+mod table;
+mod targets;
+
+use std::path::Path;
+
+use clap::{Args, Parser, Subcommand};
+use peftrs_core::checkpoint::Links;
+use peftrs_core::error::Result;
+use peftrs_core::outline::Outline;
+use serde_json::Value;
+
+use crate::arguments::STYLES;
+use crate::printer::Printer;
+
+/// Look into adapters and checkpoints on disk, without loading a model.
+///
+/// Data goes to standard output, everything else to standard error.
+///
+/// Exit codes: 0 done, 1 refused or failed, 2 wrong usage.
+#[derive(Debug, Parser)]
+#[command(name = "peftrs", version, styles = STYLES, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Show what an adapter or a checkpoint holds, by its header alone unless norms are asked for.
+    Inspect(inspect::Arguments),
+    /// Compare two adapters, or two checkpoints.
+    Diff(diff::Arguments),
+    /// List the layers of a model that an adapter can be for, and what a config would select of them.
+    Targets(targets::Arguments),
+}
+
+/// What every command understands.
+#[derive(Debug, Args)]
+struct Shared {
+    /// Print JSON.
+    #[arg(long)]
+    json: bool,
+
+    /// Follow symbolic links that leave the folders given.
+    #[arg(long)]
+    follow_links: bool,
+}
+
+impl Shared {
+    fn links(&self) -> Links {
+        if self.follow_links { Links::Follow } else { Links::Confined }
+    }
+}
+
+/// Someone who knows a model's modules by its class: given the model's folder, the outline.
+pub type ByClass<'a> = &'a (dyn Fn(&Path) -> Result<Outline> + Sync);
+
+/// Runs the tool on `arguments`, the program's name left out, and returns its exit code. `by_class` is asked for what only
+/// a model's class knows, where there is someone to ask.
+#[must_use]
+pub fn run(arguments: &[String], by_class: Option<ByClass>) -> i32 {
+    let name = std::iter::once("peftrs");
+    let arguments = match Arguments::try_parse_from(name.chain(arguments.iter().map(String::as_str))) {
+        Ok(arguments) => arguments,
+        Err(error) => {
+            // A closed pipe is the reader's choice.
+            let _ = error.print();
+            return error.exit_code();
+        }
+    };
+    let printer = Printer::new(false);
+    let done = match &arguments.command {
+        Command::Inspect(arguments) => inspect::run(arguments, &printer),
+        Command::Diff(arguments) => diff::run(arguments, &printer),
+        Command::Targets(arguments) => targets::run(arguments, &printer, by_class),
+    };
+    match done {
+        Ok(()) => 0,
+        Err(error) => {
+            printer.error(&error.to_string());
+            1
+        }
+    }
+}
+
+/// A value as the text of a JSON document.
+fn pretty(value: &Value) -> String {
+    format!("{value:#}\n")
+}
+
+/// A path as the user gave it.
+fn shown(path: &Path) -> String {
+    peftrs_core::error::show_name(&path.to_string_lossy())
+}
