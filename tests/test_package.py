@@ -54,9 +54,10 @@ def test_a_name_that_is_not_public_is_an_attribute_error() -> None:
         _ = peftrs.no_such_name  # type: ignore[attr-defined]
 
 
-def test_the_console_script_explains_itself() -> None:
-    script = Path(sysconfig.get_path("scripts")) / "peftrs-merge"
+@pytest.mark.parametrize("name", ["peftrs-merge", "peftrs"])
+def test_the_console_scripts_explain_themselves(name: str) -> None:
+    script = Path(sysconfig.get_path("scripts")) / name
     done = subprocess.run([script, "--help"], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
-    assert "peftrs-merge" in done.stdout
+    assert f"Usage: {name} " in done.stdout
     assert not done.stderr

@@ -1,6 +1,7 @@
 """The Rust core as Python sees it: files in and out, module names to targets, arithmetic on weights in place."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from os import PathLike
 from typing import final
 
 __version__: str
@@ -122,6 +123,17 @@ def add_low_rank(weight: int, dtype: str, rows: int, columns: int, up: int, down
 
     `weight`, `up` (rows, rank) and `down` (rank, columns) are addresses of contiguous row-major memory. `dtype` is that of
     the weight: F16 and BF16 take float32 factors and accumulate in float32, F32 takes float64 factors and accumulates in float64.
+    """
+
+def tool_main(
+    arguments: Sequence[str],
+    by_class: Callable[[PathLike[str], str | None], tuple[list[str], list[tuple[str, str, list[int], int]], list[str], list[str]]],
+) -> int:
+    """Runs the `peftrs` tool and returns its exit code.
+
+    `by_class` is asked, with a model's path and an adapter's `task_type`, for what only the model's class knows: the names of all
+    modules, the layers as (name, kind, shape of the weight as stored, parameters), the full names of all parameters, and the
+    layers that "all-linear" stands for. The message of what it raises is the tool's error.
     """
 
 def merge_main(arguments: Sequence[str]) -> int:

@@ -108,7 +108,7 @@ def select(found: list[Place], config: TargetedConfig, output_layers: frozenset[
         [place.name for place in found],
         target_modules=_in_order(config.target_modules),
         exclude_modules=_in_order(config.exclude_modules),
-        linear=[place.name for place in found if _is_linear(place) and place.name not in output_layers],
+        linear=[place.name for place in found if is_linear(place) and place.name not in output_layers],
         layers_to_transform=[layers] if isinstance(layers, int) else layers,
         layers_pattern=[pattern] if isinstance(pattern, str) else pattern,
         modules_to_save=config.modules_to_save,
@@ -171,7 +171,8 @@ def _matched(selection: _native.Selection, config: TargetedConfig, index: int) -
     return matched
 
 
-def _is_linear(place: Place) -> bool:
+def is_linear(place: Place) -> bool:
+    """Whether "all-linear" may stand for the module."""
     inner = original(place.module)
     linear = isinstance(inner, nn.Linear) or dense.is_transposed_linear(inner)
     return linear and not isinstance(place.module, ReplacedModule)

@@ -8,6 +8,7 @@ mod error;
 mod kernels;
 mod merge;
 mod target;
+mod tool;
 
 use pyo3::prelude::*;
 
@@ -25,5 +26,6 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(target::shortest_suffixes, module)?)?;
     module.add_function(wrap_pyfunction!(target::parse_keys, module)?)?;
     module.add_function(wrap_pyfunction!(kernels::add_low_rank, module)?)?;
-    module.add_function(wrap_pyfunction!(merge::merge_main, module)?)
+    module.add_function(wrap_pyfunction!(merge::merge_main, module)?)?;
+    module.add_function(wrap_pyfunction!(tool::tool_main, module)?)
 }

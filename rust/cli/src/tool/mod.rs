@@ -56,8 +56,8 @@ impl Shared {
     }
 }
 
-/// Someone who knows a model's modules by its class: given the model's folder, the outline.
-pub type ByClass<'a> = &'a (dyn Fn(&Path) -> Result<Outline> + Sync);
+/// Someone who knows a model's modules by its class: given the model and the adapter's task, if it has one, the outline.
+pub type ByClass<'a> = &'a (dyn Fn(&Path, Option<&str>) -> Result<Outline> + Sync);
 
 /// Runs the tool on `arguments`, the program's name left out, and returns its exit code. `by_class` is asked for what only
 /// a model's class knows, where there is someone to ask.

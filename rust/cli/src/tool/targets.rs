@@ -40,9 +40,10 @@ pub struct Arguments {
 
 pub fn run(arguments: &Arguments, printer: &Printer, by_class: Option<ByClass>) -> Result<()> {
     let config = arguments.config.as_ref().map(|path| read_config(path, arguments)).transpose()?;
+    let (config, task) = config.unzip();
     let asks = arguments.by_class || config.as_ref().is_some_and(wants_all_linear);
     let outline = match by_class.filter(|_| asks) {
-        Some(ask) => ask(&arguments.model)?,
+        Some(ask) => ask(&arguments.model, task.flatten().as_deref())?,
         None if arguments.by_class => {
             return Err(Error::Target(
                 "this program has no Python to ask; hint: run the peftrs that `pip install peftrs[transformers]` brings"
@@ -57,14 +58,17 @@ pub fn run(arguments: &Arguments, printer: &Printer, by_class: Option<ByClass>) 
     Ok(())
 }
 
-fn read_config(path: &Path, arguments: &Arguments) -> Result<AdapterConfig> {
+/// The config, and the task that it is for.
+fn read_config(path: &Path, arguments: &Arguments) -> Result<(AdapterConfig, Option<String>)> {
     let file = if path.is_dir() { path.join(ADAPTER_CONFIG) } else { path.to_owned() };
     let folder = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(".".as_ref());
     let name = file.file_name().unwrap_or_default().to_string_lossy();
     let bytes = read_small(folder, &name, arguments.shared.links(), MAX_CONFIG)?;
     let bytes = bytes.ok_or_else(|| Error::checkpoint(&file, "is not there"))?;
     let text = String::from_utf8(bytes).map_err(|_| Error::checkpoint(&file, "is not UTF-8 text"))?;
-    AdapterConfig::parse(&text, &file.to_string_lossy())
+    let config = AdapterConfig::parse(&text, &file.to_string_lossy())?;
+    let values: Value = serde_json::from_str(&text).map_err(|error| Error::checkpoint(&file, error.to_string()))?;
+    Ok((config, values.get("task_type").and_then(Value::as_str).map(str::to_owned)))
 }
 
 struct Report<'a> {
