@@ -37,9 +37,8 @@ def vit() -> Any:
 
 
 def mixtral() -> Any:
-    return transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**SIZES, vocab_size=64, num_key_value_heads=2, num_local_experts=3)
-    )
+    config = transformers.MixtralConfig(**SIZES, vocab_size=64, num_key_value_heads=2, num_local_experts=3)
+    return transformers.MixtralForCausalLM(config)
 
 
 CASES = {
