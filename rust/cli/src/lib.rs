@@ -12,7 +12,8 @@ use std::time::Instant;
 use clap::Parser;
 use peftrs_core::checkpoint::Links;
 use peftrs_core::error::{Error, Result};
-use peftrs_core::merge::{Merge, Settings};
+use peftrs_core::merge::{Merge, Settings, Writing};
+use peftrs_core::writer::Disk;
 
 use arguments::{Arguments, weighted};
 use printer::{Printer, Progress, size};
@@ -73,8 +74,9 @@ fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize) -> Resu
             return Ok(());
         }
         let Some(output) = &arguments.output else { return Ok(()) };
+        let writing = Writing { overwrite: arguments.overwrite, sync: !arguments.no_sync };
         let progress = Progress::new(printer, merge.plan().bytes(), signal);
-        let written = merge.write(output, arguments.overwrite, !arguments.no_sync, &progress);
+        let written = merge.write(&Disk, output, writing, &progress);
         progress.finish();
         written?;
         printer.done(&format!(

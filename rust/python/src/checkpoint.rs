@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use peftrs_core::checkpoint::{Checkpoint as Core, Links};
 use peftrs_core::dtype::Dtype;
 use peftrs_core::error::{Error, show_name};
-use peftrs_core::writer::{self, Tensor};
+use peftrs_core::writer::{self, Disk, Tensor};
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
 use pyo3::types::PyByteArray;
@@ -87,7 +87,7 @@ impl Given {
 /// Writes an adapter's config alone; see [`writer::write_config`].
 #[pyfunction]
 pub fn write_config(py: Python<'_>, folder: PathBuf, config: &str) -> PyResult<()> {
-    run(py, || writer::write_config(&folder, config))
+    run(py, || writer::write_config(&Disk, &folder, config))
 }
 
 /// Writes an adapter's folder; see [`writer::write_adapter`].
@@ -105,5 +105,5 @@ pub fn write_adapter(
     let tensors: Vec<Tensor<'_>> = given.iter().map(Given::tensor).collect();
     let files = files.unwrap_or_default();
     let files: Vec<(&str, &[u8])> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
-    run(py, || writer::write_adapter(&folder, config, &tensors, &files, sync))
+    run(py, || writer::write_adapter(&Disk, &folder, config, &tensors, &files, sync))
 }

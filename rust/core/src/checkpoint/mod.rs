@@ -17,8 +17,8 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
 
 pub(crate) use find::{CONFIG_DIGEST, digest};
+pub(crate) use open::check_name;
 pub use open::{Links, read_small};
-pub(crate) use open::{check_name, open_regular};
 pub use shard::Shard;
 
 /// The name of an adapter's config.

@@ -36,7 +36,7 @@ pub fn folder_of(base: &Path) -> PathBuf {
 
 impl Merge {
     /// Copies what belongs to the model beside its weights. Beside a base given as one file, that is its config alone.
-    pub(super) fn copy_files(&self, writer: &FolderWriter) -> Result<()> {
+    pub(super) fn copy_files(&self, writer: &FolderWriter<'_>) -> Result<()> {
         let folder = folder_of(&self.base_path);
         let mut names = Vec::new();
         if self.base_path.is_file() {
@@ -59,7 +59,7 @@ impl Merge {
     }
 
     /// The index of a sharded checkpoint, with the tensors that the base lacks.
-    fn write_index(&self, writer: &FolderWriter) -> Result<()> {
+    fn write_index(&self, writer: &FolderWriter<'_>) -> Result<()> {
         let folder = folder_of(&self.base_path);
         for name in names(&folder)?.iter().filter(|name| name.ends_with(".safetensors.index.json")) {
             let Some(bytes) = read_small(&folder, name, self.links, 256 << 20)? else { continue };
@@ -86,7 +86,7 @@ impl Merge {
     }
 
     /// The README of the merged checkpoint, and the record of it that a program can read.
-    pub(super) fn write_record(&self, writer: &FolderWriter) -> Result<()> {
+    pub(super) fn write_record(&self, writer: &FolderWriter<'_>) -> Result<()> {
         let record = self.record()?;
         writer.write(README, readme(&record, &self.plan).as_bytes())?;
         writer.write(MARKER, &pretty(&record)?)

@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use super::temporary::{MadeFolders, TemporaryFile, sync_folder};
+use super::storage::{Storage, sync_folder};
+use super::temporary::{MadeFolders, TemporaryFile};
 use super::{Tensor, lay_out};
 use crate::checkpoint::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, CONFIG_DIGEST, check_name, digest};
 use crate::error::{Error, Result, show_name};
@@ -15,6 +16,7 @@ use crate::error::{Error, Result, show_name};
 /// carry the config's digest and appear before it, so that a save which is cut short between the two is noticed by
 /// [`crate::checkpoint::Checkpoint::open_adapter`]. `sync` flushes to the disk before the names appear.
 pub fn write_adapter(
+    storage: &dyn Storage,
     folder: &Path,
     config: &str,
     tensors: &[Tensor<'_>],
@@ -27,41 +29,49 @@ pub fn write_adapter(
     tensors.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then_with(|| a.name.cmp(b.name)));
     let weights = folder.join(ADAPTER_WEIGHTS);
     let header = weights_header(&tensors, config).map_err(|reason| Error::checkpoint(&weights, reason))?;
-    let made = MadeFolders::create(folder)?;
-    let mut finished = Vec::new();
-    for (name, bytes) in files {
-        finished.push(write_one(folder, name, &[bytes], sync)?);
-    }
+    let mut made = MadeFolders::create(storage, folder)?;
     let parts: Vec<&[u8]> =
         std::iter::once(header.as_slice()).chain(tensors.iter().map(|tensor| tensor.data)).collect();
-    finished.push(write_one(folder, ADAPTER_WEIGHTS, &parts, sync)?);
-    let mut config = write_one(folder, ADAPTER_CONFIG, &[config.as_bytes()], sync)?;
-    for file in finished {
-        file.publish()?;
+    let weights = write_one(storage, folder, ADAPTER_WEIGHTS, &parts, sync)?;
+    let mut config = write_one(storage, folder, ADAPTER_CONFIG, &[config.as_bytes()], sync)?;
+    let files: Vec<_> =
+        files.iter().map(|(name, bytes)| write_one(storage, folder, name, &[bytes], sync)).collect::<Result<_>>()?;
+    if sync {
+        // The temporary names too: without the new config beside them, new weights and an old config pass for a pair.
+        sync_folder(storage, folder)?;
+        made.sync()?;
     }
+    weights.publish()?;
+    made.keep();
     config.keep();
     if sync {
-        sync_folder(folder)?;
+        sync_folder(storage, folder)?;
     }
     config.publish()?;
-    if sync {
-        sync_folder(folder)?;
-    }
-    made.keep(sync)
+    files.into_iter().try_for_each(TemporaryFile::publish)?;
+    if sync { sync_folder(storage, folder) } else { Ok(()) }
 }
 
 /// Writes an adapter's config alone into `folder`, which is made if missing, atomically and synced.
-pub fn write_config(folder: &Path, config: &str) -> Result<()> {
-    let made = MadeFolders::create(folder)?;
-    write_one(folder, ADAPTER_CONFIG, &[config.as_bytes()], true)?.publish()?;
-    sync_folder(folder)?;
-    made.keep(true)
+pub fn write_config(storage: &dyn Storage, folder: &Path, config: &str) -> Result<()> {
+    let mut made = MadeFolders::create(storage, folder)?;
+    let config = write_one(storage, folder, ADAPTER_CONFIG, &[config.as_bytes()], true)?;
+    made.sync()?;
+    config.publish()?;
+    made.keep();
+    sync_folder(storage, folder)
 }
 
 /// Writes the parts of one file under a temporary name.
-fn write_one(folder: &Path, name: &str, parts: &[&[u8]], sync: bool) -> Result<TemporaryFile> {
+fn write_one<'a>(
+    storage: &'a dyn Storage,
+    folder: &Path,
+    name: &str,
+    parts: &[&[u8]],
+    sync: bool,
+) -> Result<TemporaryFile<'a>> {
     let length = parts.iter().map(|part| part.len() as u64).sum();
-    let mut file = TemporaryFile::create(&folder.join(name), length)?;
+    let mut file = TemporaryFile::create(storage, &folder.join(name), length)?;
     parts.iter().try_for_each(|part| file.write(part))?;
     if sync {
         file.sync()?;

@@ -1,18 +1,22 @@
 //! Writing safetensors files and folders, so that a crash, a full disk or a second writer never leaves a mixture.
 //!
-//! Files appear by renaming a finished, synced temporary sibling. The header is laid out here and not by the
-//! `safetensors` crate, since a merge writes tensors in an order and at positions it has planned beforehand, and the
-//! same adapter has to give the same bytes (the crate's metadata is a hash map).
+//! Files appear by renaming a finished, synced temporary sibling; every call goes through a [`Storage`]. The header is
+//! laid out here and not by the `safetensors` crate, since a merge writes tensors in an order and at positions it has
+//! planned beforehand, and the same adapter has to give the same bytes (the crate's metadata is a hash map).
 
 mod adapter;
+mod disk;
 mod folder;
+mod storage;
 mod temporary;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 pub use adapter::{write_adapter, write_config};
+pub use disk::Disk;
 pub use folder::{FolderWriter, MARKER, PositionedFile};
+pub use storage::{Kind, Storage, StoredFile};
 pub(crate) use temporary::TEMPORARY;
 
 use crate::checkpoint::header::{MAX_LENGTH, METADATA, size};

@@ -5,7 +5,7 @@ use std::path::Path;
 use peftrs_core::checkpoint::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, Links};
 use peftrs_core::dtype::Dtype;
 use peftrs_core::error::Error;
-use peftrs_core::writer::{Tensor, write_adapter};
+use peftrs_core::writer::{Disk, Tensor, write_adapter};
 use tempfile::tempdir;
 
 use crate::support::{assert_says, raw, refusal, tensors, write};
@@ -86,8 +86,8 @@ fn a_save_cut_short_between_its_renames_is_noticed() {
     let folder = tempdir().unwrap();
     let (old, new) = (folder.path().join("old"), folder.path().join("new"));
     let tensor = |data| Tensor { name: "a", dtype: Dtype::F16, shape: &[1], data };
-    write_adapter(&old, "{\"r\": 1}", &[tensor(b"11")], &[], false).unwrap();
-    write_adapter(&new, "{\"r\": 2}", &[tensor(b"22")], &[], false).unwrap();
+    write_adapter(&Disk, &old, "{\"r\": 1}", &[tensor(b"11")], &[], false).unwrap();
+    write_adapter(&Disk, &new, "{\"r\": 2}", &[tensor(b"22")], &[], false).unwrap();
     std::fs::copy(new.join(ADAPTER_WEIGHTS), old.join(ADAPTER_WEIGHTS)).unwrap();
     let left = old.join(format!("{ADAPTER_CONFIG}.tmp-0123456789abcdef"));
     std::fs::copy(new.join(ADAPTER_CONFIG), &left).unwrap();

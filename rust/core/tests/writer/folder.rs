@@ -3,13 +3,13 @@
 use std::path::Path;
 
 use peftrs_core::error::{Error, Result};
-use peftrs_core::writer::{FolderWriter, MARKER};
+use peftrs_core::writer::{Disk, FolderWriter, MARKER};
 use tempfile::tempdir;
 
 use crate::support::names;
 
 fn merge(out: &Path, text: &str, overwrite: bool) -> Result<()> {
-    let writer = FolderWriter::create(out, overwrite)?;
+    let writer = FolderWriter::create(&Disk, out, overwrite)?;
     writer.write("config.json", text.as_bytes())?;
     writer.finish(true)
 }
@@ -30,28 +30,23 @@ fn refusal(result: Result<()>, wanted: &str) {
 fn everything_appears_at_the_end() {
     let folder = tempdir().unwrap();
     let out = folder.path().join("new/out");
-    let source = folder.path().join("tokenizer.json");
-    std::fs::write(&source, "tokens").unwrap();
-    let writer = FolderWriter::create(&out, false).unwrap();
+    let writer = FolderWriter::create(&Disk, &out, false).unwrap();
     writer.write("config.json", b"{}").unwrap();
     writer.write("1_Pooling/config.json", b"[]").unwrap();
-    writer.copy(&source, "tokenizer.json").unwrap();
     let file = writer.create_file("model.safetensors", 10).unwrap();
     file.write_at(b"world", 5).unwrap();
     file.write_at(b"hello", 0).unwrap();
-    file.finish().unwrap();
     assert!(!out.exists() && writer.path().parent() == out.parent());
     writer.finish(true).unwrap();
-    assert_eq!(names(&out), ["1_Pooling", "config.json", "model.safetensors", MARKER, "tokenizer.json"]);
+    assert_eq!(names(&out), ["1_Pooling", "config.json", "model.safetensors", MARKER]);
     assert_eq!(std::fs::read(out.join("model.safetensors")).unwrap(), b"helloworld");
-    assert_eq!(std::fs::read(out.join("tokenizer.json")).unwrap(), b"tokens");
     assert_eq!(names(&folder.path().join("new")), ["out"]);
 }
 
 #[test]
 fn what_is_not_finished_leaves_nothing() {
     let folder = tempdir().unwrap();
-    let writer = FolderWriter::create(&folder.path().join("new/out"), false).unwrap();
+    let writer = FolderWriter::create(&Disk, &folder.path().join("new/out"), false).unwrap();
     writer.write("deep/config.json", b"{}").unwrap();
     drop(writer);
     assert_eq!(names(folder.path()), Vec::<String>::new());
@@ -81,7 +76,7 @@ fn only_what_a_merge_wrote_is_overwritten() {
 fn what_appears_meanwhile_is_not_replaced() {
     let folder = tempdir().unwrap();
     let out = folder.path().join("out");
-    let writer = FolderWriter::create(&out, false).unwrap();
+    let writer = FolderWriter::create(&Disk, &out, false).unwrap();
     std::fs::create_dir(&out).unwrap();
     std::fs::write(out.join("mine"), "").unwrap();
     refusal(writer.finish(false), "exists and is not empty");
@@ -92,7 +87,7 @@ fn what_appears_meanwhile_is_not_replaced() {
 fn a_file_that_does_not_fit_the_disk_is_refused_when_it_is_made() {
     let folder = tempdir().unwrap();
     let out = folder.path().join("out");
-    let writer = FolderWriter::create(&out, false).unwrap();
+    let writer = FolderWriter::create(&Disk, &out, false).unwrap();
     let error = writer.create_file("model.safetensors", 1 << 62).unwrap_err().to_string();
     assert!(error.starts_with(&format!("{}: cannot write: ", out.join("model.safetensors").display())), "{error}");
 }
@@ -100,29 +95,11 @@ fn a_file_that_does_not_fit_the_disk_is_refused_when_it_is_made() {
 #[test]
 fn names_stay_within_the_folder_and_are_not_taken_twice() {
     let folder = tempdir().unwrap();
-    let writer = FolderWriter::create(&folder.path().join("out"), false).unwrap();
+    let writer = FolderWriter::create(&Disk, &folder.path().join("out"), false).unwrap();
     for name in ["", "..", "../x", "a/../../x", "/x", "a//b", "a/", "a\\b"] {
         refusal(writer.write(name, b""), "which is not a plain file name");
     }
     writer.write("a", b"").unwrap();
     assert!(matches!(writer.write("a", b""), Err(Error::Storage { .. })));
-    refusal(FolderWriter::create(Path::new("/"), false).map(drop), "it has no name of its own");
-}
-
-#[cfg(unix)]
-#[test]
-fn a_copy_is_a_new_file_of_ours() {
-    use std::os::unix::fs::PermissionsExt;
-    let folder = tempdir().unwrap();
-    let source = folder.path().join("source");
-    std::fs::write(&source, "x").unwrap();
-    let plain = std::fs::metadata(&source).unwrap().permissions().mode();
-    std::fs::set_permissions(&source, std::fs::Permissions::from_mode(0o400)).unwrap();
-    let out = folder.path().join("out");
-    let writer = FolderWriter::create(&out, false).unwrap();
-    writer.copy(&source, "copy").unwrap();
-    writer.finish(true).unwrap();
-    assert_eq!(std::fs::metadata(out.join("copy")).unwrap().permissions().mode(), plain);
-    let gone = FolderWriter::create(&folder.path().join("two"), false).unwrap();
-    assert!(gone.copy(folder.path(), "folder").unwrap_err().to_string().contains("is a folder, not a file"));
+    refusal(FolderWriter::create(&Disk, Path::new("/"), false).map(drop), "it has no name of its own");
 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use peftrs_core::checkpoint::{ADAPTER_CONFIG, Checkpoint, Links};
 use peftrs_core::dtype::Dtype;
 use peftrs_core::error::Result;
-use peftrs_core::writer::{Tensor, write_adapter};
+use peftrs_core::writer::{Disk, Tensor, write_adapter};
 
 /// Elements of the tensor: enough that a write takes several system calls' worth of time.
 const ELEMENTS: usize = 100_000;
@@ -17,7 +17,7 @@ pub fn config(version: u8) -> String {
 pub fn save(folder: &Path, version: u8, sync: bool) -> Result<()> {
     let data = vec![version; ELEMENTS * 2];
     let tensor = Tensor { name: "t", dtype: Dtype::BF16, shape: &[ELEMENTS], data: &data };
-    write_adapter(folder, &config(version), &[tensor], &[("README.md", b"text")], sync)
+    write_adapter(&Disk, folder, &config(version), &[tensor], &[("README.md", b"text")], sync)
 }
 
 /// The version of the weights in `folder`, which have to be whole.
