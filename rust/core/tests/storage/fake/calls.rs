@@ -78,7 +78,9 @@ impl Storage for Fake {
         let touches = |names: &Names| names.iter().any(|(folder, ..)| *folder == synced);
         let (now, later): (Vec<Names>, Vec<Names>) = std::mem::take(&mut state.unsynced).into_iter().partition(touches);
         state.unsynced = later;
-        now.iter().for_each(|names| state.to_disk(names));
+        for names in &now {
+            state.keep(names);
+        }
         Ok(())
     }
 }

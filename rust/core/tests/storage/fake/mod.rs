@@ -249,7 +249,7 @@ impl State {
         Ok(made)
     }
 
-    fn to_disk(&mut self, names: &Names) {
+    fn keep(&mut self, names: &Names) {
         for (folder, name, node) in names {
             set(self.folder(*folder).1, name, *node);
         }
@@ -277,7 +277,9 @@ impl State {
         if random.below(2) == 0 {
             random.shuffle(&mut names);
         }
-        names.iter().for_each(|names| self.to_disk(names));
+        for names in &names {
+            self.keep(names);
+        }
         for node in &mut self.nodes {
             match node {
                 Node::Folder { live, durable } => live.clone_from(durable),
