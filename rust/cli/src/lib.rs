@@ -74,7 +74,7 @@ fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize) -> Resu
             return Ok(());
         }
         let Some(output) = &arguments.output else { return Ok(()) };
-        let writing = Writing { overwrite: arguments.overwrite, sync: !arguments.no_sync };
+        let writing = Writing { overwrite: arguments.overwrite, sync: !arguments.no_sync, resume: None };
         let progress = Progress::new(printer, merge.plan().bytes(), signal);
         let written = merge.write(&Disk, output, writing, &progress);
         progress.finish();

@@ -205,6 +205,12 @@ impl Checkpoint {
         self.shards.get(file).ok_or_else(missing)?.read_header()
     }
 
+    /// The files' names, sizes, times of change and headers' digests: a checkpoint with other bytes has another state.
+    pub(crate) fn state(&self) -> Result<String> {
+        let one = |shard: &Shard| Ok(format!("{} {:?} {}\n", shard.name, shard.stamp(), digest(&shard.read_header()?)));
+        self.shards.iter().map(one).collect()
+    }
+
     /// Fails if a file was changed since it was opened.
     pub fn check_unchanged(&self) -> Result<()> {
         self.shards.iter().try_for_each(Shard::check_unchanged)

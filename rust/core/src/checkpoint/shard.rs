@@ -27,7 +27,7 @@ pub struct Shard {
 
 /// What changes when someone writes to a file. The file stays open, so it cannot become another one.
 #[derive(Debug, PartialEq, Eq)]
-struct Stamp {
+pub(super) struct Stamp {
     length: u64,
     modified: Option<SystemTime>,
 }
@@ -94,6 +94,11 @@ impl Shard {
     #[must_use]
     pub fn length(&self) -> u64 {
         self.stamp.length
+    }
+
+    /// What it was when it was opened.
+    pub(super) fn stamp(&self) -> &Stamp {
+        &self.stamp
     }
 
     /// Where the file is.

@@ -15,7 +15,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-pub use write::Writing;
+pub use write::{Writing, Written};
 
 use crate::checkpoint::{Checkpoint, Links, read_small};
 use crate::error::{Error, Result};

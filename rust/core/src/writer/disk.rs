@@ -122,6 +122,20 @@ impl StoredFile for File {
         std::os::windows::fs::FileExt::seek_read(self, bytes, offset)
     }
 
+    #[cfg(unix)]
+    fn lock(&self) -> io::Result<bool> {
+        use rustix::fs::{FlockOperation, flock};
+        match flock(self, FlockOperation::NonBlockingLockExclusive) {
+            Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
+            done => done.map(|()| true).map_err(Into::into),
+        }
+    }
+
+    #[cfg(not(unix))]
+    fn lock(&self) -> io::Result<bool> {
+        Err(io::ErrorKind::Unsupported.into())
+    }
+
     fn sync(&self) -> io::Result<()> {
         self.sync_all()
     }

@@ -1,17 +1,20 @@
 //! Writing a whole folder that appears at once.
 
+use std::collections::BTreeSet;
 use std::io::{self, ErrorKind};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use super::storage::{Kind, Storage, StoredFile, remove_tree, sync_folder, sync_tree, write_all_at};
-use super::temporary::{MadeFolders, parent, sibling};
+use super::progress::{PROGRESS, Progress};
+use super::storage::{Kind, Storage, StoredFile, clear, remove_tree, sync_folder, sync_tree, write_all_at};
+use super::temporary::{MadeFolders, named_sibling, parent, sibling};
 use crate::checkpoint::check_name;
 use crate::error::{Error, Result, show_name};
 
 /// The file that tells a folder of ours, the only kind that is ever replaced.
 pub const MARKER: &str = "peftrs-merge.json";
 
-/// A folder under a temporary name beside its own, removed again unless finished.
+/// A folder under a temporary name beside its own, removed again unless finished or kept to be gone on with.
 #[derive(Debug)]
 pub struct FolderWriter<'a> {
     storage: &'a dyn Storage,
@@ -20,13 +23,45 @@ pub struct FolderWriter<'a> {
     overwrite: bool,
     /// The folders above it that were made for it.
     above: MadeFolders<'a>,
-    finished: bool,
+    progress: Option<Mutex<Progress>>,
+    /// Whether the temporary folder stays.
+    kept: bool,
 }
 
 impl<'a> FolderWriter<'a> {
     /// Makes the temporary folder. An `out` that exists has to be an empty folder or, with `overwrite`, one that holds
     /// [`MARKER`].
     pub fn create(storage: &'a dyn Storage, out: &Path, overwrite: bool) -> Result<Self> {
+        Self::new(storage, out, overwrite, |out| {
+            let path = sibling(out)?;
+            storage.create_folder(&path).map(|()| path).map_err(|error| Error::storage(out, "make the folder", error))
+        })
+    }
+
+    /// The same for a folder that is kept, if anything was told to [`FolderWriter::record`], when its writing stops, and
+    /// gone on with by the next call for the same `out` and `subject`: one line that says what is written. Another subject
+    /// starts anew.
+    pub fn resume(storage: &'a dyn Storage, out: &Path, overwrite: bool, subject: &str) -> Result<Self> {
+        let mut progress = None;
+        let mut writer = Self::new(storage, out, overwrite, |out| {
+            let path = named_sibling(out, "resume");
+            match storage.create_folder(&path) {
+                Err(error) if error.kind() == ErrorKind::AlreadyExists => {}
+                made => made.map_err(|error| Error::storage(out, "make the folder", error))?,
+            }
+            progress = Some(Progress::open(storage, &path, subject)?);
+            Ok(path)
+        })?;
+        writer.progress = progress.map(Mutex::new);
+        Ok(writer)
+    }
+
+    fn new(
+        storage: &'a dyn Storage,
+        out: &Path,
+        overwrite: bool,
+        make: impl FnOnce(&Path) -> Result<PathBuf>,
+    ) -> Result<Self> {
         // An existing folder may be named through links or as `.`; its real path has a sibling and can be renamed.
         let out = storage.resolve(out).unwrap_or_else(|_| out.to_owned());
         if out.file_name().is_none() {
@@ -34,9 +69,8 @@ impl<'a> FolderWriter<'a> {
         }
         check_out(storage, &out, overwrite)?;
         let above = MadeFolders::create(storage, &parent(&out))?;
-        let path = sibling(&out)?;
-        storage.create_folder(&path).map_err(|error| Error::storage(&out, "make the folder", error))?;
-        Ok(Self { storage, out, path, overwrite, above, finished: false })
+        let path = make(&out)?;
+        Ok(Self { storage, out, path, overwrite, above, progress: None, kept: false })
     }
 
     /// The temporary folder.
@@ -52,9 +86,27 @@ impl<'a> FolderWriter<'a> {
 
     /// Makes a file of `length` bytes to be written in any order; a full disk is noticed here.
     pub fn create_file(&self, name: &str, length: u64) -> Result<PositionedFile> {
-        let file = self.make(name)?;
+        let done = self.progress().and_then(|progress| progress.before.get(name).copied());
+        let file = match done {
+            None => self.make(name)?,
+            Some(_) => {
+                self.storage.open_file(&self.path.join(name)).map_err(|error| self.refused(name, "write", error))?
+            }
+        };
         file.reserve(length).map_err(|error| self.refused(name, "write", error))?;
-        Ok(PositionedFile { path: self.out.join(name), file })
+        Ok(PositionedFile { name: name.to_owned(), path: self.out.join(name), file, done: done.unwrap_or(0) })
+    }
+
+    /// Syncs a file whose first `bytes` bytes are written and notes it, where the folder is kept to be gone on with.
+    pub fn record(&self, file: &PositionedFile, bytes: u64) -> Result<()> {
+        let Some(mut progress) = self.progress() else { return Ok(()) };
+        let noted = file.file.sync().and_then(|()| self.storage.sync_folder(&self.path));
+        let noted = noted.and_then(|()| progress.record(&file.name, bytes));
+        noted.map_err(|error| self.refused(&file.name, "sync", error))
+    }
+
+    fn progress(&self) -> Option<MutexGuard<'_, Progress>> {
+        self.progress.as_ref().map(|progress| progress.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// Gives the folder its own name, with everything in it on the disk before if `sync`.
@@ -65,6 +117,11 @@ impl<'a> FolderWriter<'a> {
         if sync {
             sync_tree(self.storage, &self.path)?;
             self.above.sync()?;
+        }
+        if self.progress.is_some() {
+            let removed = self.storage.remove_file(&self.path.join(PROGRESS));
+            removed.map_err(|error| self.refused(PROGRESS, "remove", error))?;
+            sync_folder(self.storage, &self.path)?;
         }
         // Someone else may have put something there while the merge ran.
         let replaces = check_out(self.storage, &self.out, self.overwrite)?;
@@ -77,15 +134,16 @@ impl<'a> FolderWriter<'a> {
             if let Err(error) = sync_folder(self.storage, &parent(&self.out)) {
                 let back = if replaces { self.exchange() } else { self.rename(&self.out, &self.path) };
                 // What cannot be taken back is left: the old folder may be the one with the temporary name.
-                self.finished = back.is_err();
+                self.kept = back.is_err();
                 return Err(error);
             }
         }
-        self.finished = true;
+        self.kept = true;
         self.above.keep();
         if replaces {
             // Only now: were the exchange lost with the power, what goes here would be gone from the old folder.
-            remove_tree(self.storage, &self.path).map_err(|error| Error::storage(&self.path, "remove", error))?;
+            remove_ours(self.storage, &self.path, MARKER)
+                .map_err(|error| Error::storage(&self.path, "remove", error))?;
         }
         Ok(())
     }
@@ -127,21 +185,39 @@ impl<'a> FolderWriter<'a> {
 
 impl Drop for FolderWriter<'_> {
     fn drop(&mut self) {
-        if !self.finished {
+        let worth = self.progress().is_some_and(|progress| progress.is_any());
+        if !self.kept && !worth {
             // Whatever led here is the error worth reporting.
-            let _ = remove_tree(self.storage, &self.path);
+            let _ = remove_ours(self.storage, &self.path, PROGRESS);
         }
     }
+}
+
+/// Removes a folder of ours; what tells that it is ours goes last, so that a folder that is only half gone still is.
+fn remove_ours(storage: &dyn Storage, folder: &Path, last: &str) -> io::Result<()> {
+    if storage.kind(&folder.join(last)).is_ok() {
+        clear(storage, folder, &BTreeSet::from([last]))?;
+        storage.sync_folder(folder)?;
+    }
+    remove_tree(storage, folder)
 }
 
 /// A file of a [`FolderWriter`] that is written in any order.
 #[derive(Debug)]
 pub struct PositionedFile {
+    name: String,
     path: PathBuf,
     file: Box<dyn StoredFile>,
+    done: u64,
 }
 
 impl PositionedFile {
+    /// How many bytes from the start on an earlier run has written, which are as they should be.
+    #[must_use]
+    pub fn done(&self) -> u64 {
+        self.done
+    }
+
     /// Writes all of `bytes` at `offset`.
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         write_all_at(&*self.file, bytes, offset).map_err(|error| Error::storage(&self.path, "write", error))

@@ -7,6 +7,7 @@
 mod adapter;
 mod disk;
 mod folder;
+mod progress;
 mod storage;
 mod temporary;
 

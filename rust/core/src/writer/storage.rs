@@ -1,5 +1,6 @@
 //! The calls through which everything is written, so that tests can put a file system that fails in the place of the disk.
 
+use std::collections::BTreeSet;
 use std::ffi::OsString;
 use std::fmt::Debug;
 use std::io;
@@ -54,6 +55,8 @@ pub trait StoredFile: Debug + Send + Sync {
     fn write_at(&self, bytes: &[u8], offset: u64) -> io::Result<usize>;
     /// Reads as many bytes from `offset` on as the system gives at once; none at the end of the file.
     fn read_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<usize>;
+    /// Locks the file against other processes until it is closed; not if one of them has locked it.
+    fn lock(&self) -> io::Result<bool>;
     /// Waits until the file's bytes are on the disk.
     fn sync(&self) -> io::Result<()>;
 }
@@ -74,10 +77,30 @@ pub(super) fn write_all_at(file: &dyn StoredFile, mut bytes: &[u8], mut offset: 
     Ok(())
 }
 
-/// Removes a folder and all in it. What cannot be removed does not keep the rest; the first error is told.
+/// The bytes of a small file.
+pub(super) fn read_all(file: &dyn StoredFile) -> io::Result<Vec<u8>> {
+    let (mut bytes, mut block) = (Vec::new(), [0; 4096]);
+    loop {
+        match file.read_at(&mut block, bytes.len() as u64) {
+            Ok(0) => return Ok(bytes),
+            Ok(count) => bytes.extend_from_slice(block.get(..count).unwrap_or_default()),
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// Removes a folder and all in it.
 pub(super) fn remove_tree(storage: &dyn Storage, folder: &Path) -> io::Result<()> {
+    clear(storage, folder, &BTreeSet::new())?;
+    storage.remove_folder(folder)
+}
+
+/// Removes all in a folder but what is called `kept`. What cannot be removed does not keep the rest; the first error is told.
+pub(super) fn clear(storage: &dyn Storage, folder: &Path, kept: &BTreeSet<&str>) -> io::Result<()> {
     let mut first = Ok(());
-    for name in storage.list(folder)? {
+    let names = storage.list(folder)?;
+    for name in names.iter().filter(|name| !name.to_str().is_some_and(|name| kept.contains(name))) {
         let path = folder.join(name);
         let removed = match storage.kind(&path) {
             Ok(Kind::Folder) => remove_tree(storage, &path),
@@ -86,7 +109,7 @@ pub(super) fn remove_tree(storage: &dyn Storage, folder: &Path) -> io::Result<()
         };
         first = first.and(removed);
     }
-    first.and_then(|()| storage.remove_folder(folder))
+    first
 }
 
 /// Syncs every file below `folder`, and the folders themselves.

@@ -6,15 +6,20 @@ use std::path::{Path, PathBuf};
 use super::storage::{Kind, Storage, StoredFile, sync_folder, write_all_at};
 use crate::error::{Error, Result};
 
-/// What follows the name in a temporary name; random digits come after it.
+/// What follows the name in a temporary name; random digits or a word come after it.
 pub(crate) const TEMPORARY: &str = ".tmp-";
 
 /// A name beside `path` that nothing has yet, most likely.
 pub(super) fn sibling(path: &Path) -> Result<PathBuf> {
     let refused = |error: getrandom::Error| Error::storage(path, "name a temporary sibling of", error.into());
+    Ok(named_sibling(path, &format!("{:016x}", getrandom::u64().map_err(refused)?)))
+}
+
+/// The temporary name beside `path` that ends in `end`.
+pub(super) fn named_sibling(path: &Path, end: &str) -> PathBuf {
     let mut name = path.file_name().unwrap_or_default().to_owned();
-    name.push(format!("{TEMPORARY}{:016x}", getrandom::u64().map_err(refused)?));
-    Ok(path.with_file_name(name))
+    name.push(format!("{TEMPORARY}{end}"));
+    path.with_file_name(name)
 }
 
 /// A file that has its final name only after [`TemporaryFile::publish`].

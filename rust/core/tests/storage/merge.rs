@@ -6,7 +6,7 @@ use std::path::Path;
 use peftrs_core::checkpoint::Links;
 use peftrs_core::dtype::Dtype;
 use peftrs_core::error::Result;
-use peftrs_core::merge::{Merge, Settings, Watch, Writing};
+use peftrs_core::merge::{Merge, Settings, Watch, Writing, Written};
 use peftrs_core::writer::{Disk, FolderWriter, Storage, Tensor, header, write_adapter};
 
 use crate::fake::{Fake, Fault, Random, Tree};
@@ -65,6 +65,14 @@ fn inputs() -> tempfile::TempDir {
     folder
 }
 
+/// How it is written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum How {
+    NoSync,
+    Sync,
+    Resume,
+}
+
 /// A merge ready to be written, and what there is to be written over.
 struct Case {
     merge: Merge,
@@ -90,14 +98,17 @@ impl Case {
         writer.finish(true).unwrap();
         let mut case = Self { merge, old: old.tree(OUT), new: Tree::new(), starts: [empty, old], _inputs: inputs };
         let whole = case.starts[0].with(Fault::None, 0);
-        case.write(&whole, true).unwrap();
+        case.write(&whole, How::Sync).unwrap();
         case.new = whole.tree(OUT);
         assert_eq!(case.new.len(), 8, "{:?}", case.new.keys());
         case
     }
 
-    fn write(&self, storage: &dyn Storage, sync: bool) -> Result<()> {
-        self.merge.write(storage, Path::new(OUT), Writing { overwrite: true, sync }, &NoOne)
+    fn write(&self, storage: &dyn Storage, how: How) -> Result<Written> {
+        // A note for each tensor.
+        let resume = (how == How::Resume).then_some(64);
+        let writing = Writing { overwrite: true, sync: how != How::NoSync, resume };
+        self.merge.write(storage, Path::new(OUT), writing, &NoOne)
     }
 
     /// Whether the output is the new one; panics unless it is that or as before.
@@ -119,22 +130,35 @@ fn alone(test: impl FnOnce() + Send) {
 fn after_a_kill_or_a_loss_of_power_the_output_is_as_before_or_whole() {
     alone(|| {
         let case = Case::new();
+        let (mut lost, mut resumed) = (0, 0);
         for seed in 0..SEEDS {
             let mut random = Random::new(seed);
             let old = random.below(2) == 1;
             let power = random.below(4) > 0;
-            let sync = power || random.below(2) == 1;
-            // Short writes make some more calls in one run than in another.
-            let at = 1 + random.below(130);
-            let fake = case.starts[usize::from(old)].with(Fault::End(at), seed);
-            let written = case.write(&fake, sync).is_ok();
-            let found = if power { fake.after_power_loss(random.next()) } else { fake.with(Fault::None, seed) };
-            let new = case.is_new(&found, old, &format!("seed {seed}, call {at}"));
-            assert!(!written || new, "seed {seed}: a merge that had returned is lost");
-            case.write(&found, true).unwrap();
-            assert!(case.is_new(&found, old, "the merge after it"));
+            let how = [How::Sync, How::Resume, if power { How::Sync } else { How::NoSync }][random.below(3)];
+            let mut found = case.starts[usize::from(old)].with(Fault::None, seed);
+            // A merge that is gone on with may be cut short again.
+            for _ in 0..=random.below(if how == How::Resume { 3 } else { 1 }) {
+                // Short writes make some more calls in one run than in another.
+                let fake = found.with(Fault::End(1 + random.below(150)), random.next());
+                let written = case.write(&fake, how).is_ok();
+                found = if power { fake.after_power_loss(random.next()) } else { fake.with(Fault::None, seed) };
+                let new = case.is_new(&found, old, &format!("seed {seed}"));
+                assert!(!written || new, "seed {seed}: a merge that had returned is lost");
+                lost += usize::from(!new);
+            }
+            let written = case.write(&found, if how == How::Resume { how } else { How::Sync }).unwrap();
+            resumed += usize::from(written.resumed > 0);
+            assert!(case.is_new(&found, old, "the merge after it"), "seed {seed}");
+            assert_eq!(fake_names(&found, "resume"), Vec::<String>::new(), "seed {seed}");
         }
+        assert!(lost > 3000 && resumed > 500, "{lost} were cut short, {resumed} gone on with");
     });
+}
+
+/// The temporary names that are left, with that end.
+fn fake_names(fake: &Fake, end: &str) -> Vec<String> {
+    fake.tree("/fake").into_keys().filter(|path| path.contains(".tmp-") && path.ends_with(end)).collect()
 }
 
 #[test]
@@ -142,38 +166,38 @@ fn whichever_call_fails_the_output_is_as_before_and_nothing_else_is_left() {
     alone(|| {
         let case = Case::new();
         let mut struck = 0;
-        for old in [false, true] {
+        for (old, how) in [(false, How::Sync), (true, How::Sync), (false, How::Resume), (true, How::Resume)] {
             for (number, lasting) in ERRORS.into_iter().flat_map(|number| [(number, false), (number, true)]) {
                 for at in 1.. {
                     let fault = if lasting { Fault::From(at, number) } else { Fault::Once(at, number) };
                     let fake = case.starts[usize::from(old)].with(fault, 1);
-                    let written = case.write(&fake, true);
+                    let written = case.write(&fake, how);
                     let Some(call) = fake.struck() else {
                         assert!(written.is_ok());
                         break;
                     };
                     struck += 1;
-                    let context = format!("call {at}, {call:?}, error {number}, {written:?}");
+                    let context = format!("{how:?}, call {at}, {call:?}, error {number}, {written:?}");
                     let new = case.is_new(&fake, old, &context);
-                    let left: Vec<String> =
-                        fake.tree("/fake").into_keys().filter(|path| path.contains(".tmp-")).collect();
                     match written {
                         // The new output stays where the way back fails too; then the old one is beside it, and told.
                         Err(error) if new => {
-                            let end = if lasting { "cannot sync: " } else { "cannot remove: " };
-                            assert!((lasting || old) && error.to_string().contains(end), "{context}");
+                            let told = ["cannot sync: ", "cannot remove: "].map(|end| error.to_string().contains(end));
+                            assert!(told[0] && lasting || told[1] && old, "{context}");
                         }
+                        Err(_) if how == How::Resume => {}
                         _ => {
-                            assert!(left.is_empty(), "{context}: {left:?}");
+                            assert_eq!(fake_names(&fake, ""), Vec::<String>::new(), "{context}");
                             assert!(new || old || !fake.tree("/fake").contains_key("new"), "{context}");
                         }
                     }
                     let fake = fake.with(Fault::None, 1);
-                    case.write(&fake, true).unwrap();
+                    case.write(&fake, how).unwrap();
                     assert!(case.is_new(&fake, old, "the merge after it"));
+                    assert_eq!(fake_names(&fake, "resume"), Vec::<String>::new(), "{context}");
                 }
             }
         }
-        assert!(struck > 300, "{struck} calls failed");
+        assert!(struck > 600, "{struck} calls failed");
     });
 }

@@ -117,6 +117,10 @@ impl StoredFile for Open {
         Ok(count)
     }
 
+    fn lock(&self) -> Result<bool> {
+        State::call(&self.state, Call::Look).map(|_| true)
+    }
+
     fn sync(&self) -> Result<()> {
         let mut state = State::call(&self.state, Call::Change)?;
         let (live, durable, unsynced) = state.open(self.node);

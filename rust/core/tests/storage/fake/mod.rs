@@ -1,8 +1,9 @@
 //! A file system in memory that fails, is killed or loses power at a chosen call.
 //!
 //! What a loss of power does is what POSIX allows, which is more than most kernels do: bytes that were not synced are
-//! kept, dropped or torn, each write for itself and in any order; names that were not synced are too, but for a rename or
-//! an exchange being one step. A synced file may still have lost its name. Writes are short or interrupted at random.
+//! kept, dropped or torn, each write for itself and in any order; so are names that were not synced, but for a rename or
+//! an exchange being one step, and changes of the same name or thing keeping their order. A synced file may still have
+//! lost its name. Writes are short or interrupted at random.
 
 mod calls;
 
@@ -249,8 +250,14 @@ impl State {
         Ok(made)
     }
 
+    /// Puts a change of names on the disk. Nothing has two names there, even if what took the first away is lost.
     fn keep(&mut self, names: &Names) {
         for (folder, name, node) in names {
+            for other in &mut self.nodes {
+                if let Node::Folder { durable, .. } = other {
+                    durable.retain(|_, named| Some(*named) != *node);
+                }
+            }
             set(self.folder(*folder).1, name, *node);
         }
     }
@@ -275,7 +282,7 @@ impl State {
         let mut names = std::mem::take(&mut self.unsynced);
         names.retain(|_| random.below(2) < share);
         if random.below(2) == 0 {
-            random.shuffle(&mut names);
+            reorder(&mut names, random);
         }
         for names in &names {
             self.keep(names);
@@ -338,6 +345,23 @@ impl State {
         let (live, _, unsynced) = self.open(node);
         write.apply(live);
         unsynced.push(write);
+    }
+}
+
+/// Exchanges neighbours at random that have neither a name nor what is named in common; no disk exchanges others.
+fn reorder(changes: &mut [Names], random: &mut Random) {
+    let alike = |a: &Names, b: &Names| {
+        a.iter().any(|(folder, name, node)| {
+            b.iter().any(|other| (folder, name) == (&other.0, &other.1) || node.is_some() && *node == other.2)
+        })
+    };
+    for _ in 0..changes.len() {
+        for second in 1..changes.len() {
+            let (first, rest) = changes.split_at_mut(second);
+            if random.below(2) == 0 && !alike(&first[second - 1], &rest[0]) {
+                std::mem::swap(&mut first[second - 1], &mut rest[0]);
+            }
+        }
     }
 }
 
