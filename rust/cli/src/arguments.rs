@@ -55,6 +55,11 @@ pub struct Arguments {
     #[arg(long)]
     pub follow_links: bool,
 
+    /// Keep what is written if the merge stops, beside the output, and go on with what an earlier stop kept of the same
+    /// merge into the same output.
+    #[arg(long, conflicts_with = "no_sync")]
+    pub resume: bool,
+
     /// Do not wait until the output is on the disk: faster, but a power failure may lose it.
     #[arg(long)]
     pub no_sync: bool,

@@ -18,6 +18,9 @@ use peftrs_core::writer::Disk;
 use arguments::{Arguments, weighted};
 use printer::{Printer, Progress, size};
 
+/// Bytes after which a merge that can be resumed notes how far it is.
+const EVERY: u64 = 1 << 30;
+
 /// Runs the tool on `arguments`, the program's name left out, and returns its exit code. SIGINT and SIGTERM end it
 /// cleanly, from then on.
 #[must_use]
@@ -47,7 +50,8 @@ pub fn run_until(arguments: &[String], signal: &AtomicUsize) -> i32 {
     match merge(&arguments, &printer, signal) {
         Ok(()) => 0,
         Err(Error::Interrupted(signal)) => {
-            printer.error("interrupted, nothing was written");
+            let kept = "interrupted; hint: the same command goes on where it stopped";
+            printer.error(if arguments.resume { kept } else { "interrupted, nothing was written" });
             128 + signal
         }
         Err(error) => {
@@ -74,11 +78,18 @@ fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize) -> Resu
             return Ok(());
         }
         let Some(output) = &arguments.output else { return Ok(()) };
-        let writing = Writing { overwrite: arguments.overwrite, sync: !arguments.no_sync, resume: None };
+        let writing = Writing {
+            overwrite: arguments.overwrite,
+            sync: !arguments.no_sync,
+            resume: arguments.resume.then_some(EVERY),
+        };
         let progress = Progress::new(printer, merge.plan().bytes(), signal);
         let written = merge.write(&Disk, output, writing, &progress);
         progress.finish();
-        written?;
+        let written = written?;
+        if written.resumed > 0 {
+            printer.note(&format!("{} were there from an earlier run", size(written.resumed)));
+        }
         printer.done(&format!(
             "merged into {}: {}, {} in {:.2} s",
             output.display(),
