@@ -1,7 +1,7 @@
 //! The tool killed, interrupted, out of room, in a race or with its inputs cut off: what is there afterwards.
 
 #![cfg(unix)]
-#![allow(clippy::unwrap_used, clippy::indexing_slicing, clippy::cast_possible_truncation, reason = "tests")]
+#![allow(clippy::unwrap_used, clippy::indexing_slicing, reason = "tests")]
 
 mod common;
 
@@ -113,7 +113,7 @@ fn kill(moments: u64) {
         }
         let mut merge = start(&case, &arguments);
         // The golden ratio spreads any number of moments evenly over the run and a little beyond it.
-        let share = (moment as f64 * 0.618_033_988_75).fract() * 1.1;
+        let share = (f64::from(u32::try_from(moment).unwrap()) * 0.618_033_988_75).fract() * 1.1;
         std::thread::sleep(spans[way].mul_f64(share));
         merge.kill().unwrap();
         killed += u64::from(merge.wait().unwrap().signal().is_some());

@@ -18,7 +18,7 @@ use serde_json::Value;
 pub use write::{Writing, Written};
 
 use crate::checkpoint::{Checkpoint, Links, read_small};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::plan::{Adapter, Options, Plan};
 
 /// The longest `config.json` that is read, in bytes.

@@ -87,7 +87,8 @@ impl Case {
     fn new() -> Self {
         let inputs = inputs();
         let settings = Settings { links: Links::Confined, allow_nonfinite: false };
-        let merge = Merge::open(&inputs.path().join("base"), &inputs.path().join("adapter"), settings).unwrap();
+        let merge =
+            Merge::open(&inputs.path().join("base"), &[(inputs.path().join("adapter"), 1.0)], settings).unwrap();
         let empty = Fake::new(0);
         empty.create_folder(Path::new("/fake/stranger")).unwrap();
         let old = empty.with(Fault::None, 0);
