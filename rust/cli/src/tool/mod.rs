@@ -1,9 +1,10 @@
-//! `peftrs`: what adapters and checkpoints hold, how they differ, and what an adapter is for.
+//! `peftrs`: what adapters and checkpoints hold, how they differ, what an adapter is for, and whether a merge is right.
 
 mod diff;
 mod inspect;
 mod table;
 mod targets;
+mod verify;
 
 use std::path::Path;
 
@@ -36,6 +37,8 @@ enum Command {
     Diff(diff::Arguments),
     /// List the layers of a model that an adapter can be for, and what a config would select of them.
     Targets(targets::Arguments),
+    /// Check that a checkpoint is a base with adapters merged in, whatever tool merged them, and say what went wrong.
+    Verify(verify::Arguments),
 }
 
 /// What every command understands.
@@ -77,6 +80,7 @@ pub fn run(arguments: &[String], by_class: Option<ByClass>) -> i32 {
         Command::Inspect(arguments) => inspect::run(arguments, &printer),
         Command::Diff(arguments) => diff::run(arguments, &printer),
         Command::Targets(arguments) => targets::run(arguments, &printer, by_class),
+        Command::Verify(arguments) => verify::run(arguments, &printer),
     };
     match done {
         Ok(()) => 0,

@@ -23,7 +23,9 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
 pub use adapter::Adapter;
 use draft::{Draft, Drafts};
+pub(crate) use homes::Homes;
 use problems::Problems;
+pub(crate) use tie::is_embedding;
 pub use update::{Change, LowRank, Scale, Turn, Update};
 
 /// Where the values of an output tensor come from, before its updates.
