@@ -95,9 +95,12 @@ impl Comparison {
             adapters.iter().map(|(path, weight)| Adapter::open(path, *weight, links)).collect::<Result<_>>()?;
         let options = Options { model: base.config.as_ref(), allow_nonfinite: true };
         let plan = Plan::new(&base.weights, &adapters, options)?;
-        // A checkpoint that another tool saved may have or lack one prefix.
-        let modules: HashSet<&str> = merged.weights.names().filter_map(|name| Some(name.rsplit_once('.')?.0)).collect();
-        let paths: Vec<&str> = base.weights.names().filter_map(|name| Some(name.rsplit_once('.')?.0)).collect();
+        // A checkpoint that another tool saved may have or lack one prefix. A head beside the rest does not tell.
+        let module = |name: &'_ str| name.rsplit_once('.').map(|(module, _)| module.to_owned());
+        let modules: Vec<String> = merged.weights.names().filter_map(module).collect();
+        let paths: Vec<String> = base.weights.names().filter_map(module).filter(|path| path.contains('.')).collect();
+        let (paths, modules): (Vec<&str>, HashSet<&str>) =
+            (paths.iter().map(String::as_str).collect(), modules.iter().map(String::as_str).collect());
         let homes = Homes::find(&paths, &modules).unwrap_or_default();
         Ok(Self { base, adapters, merged, plan, homes })
     }
