@@ -42,7 +42,7 @@ CASES: dict[str, tuple[Callable[[], Model], dict[str, Any]]] = {
     "llama-tied": (lambda: tiny.llama(tied=True), {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 2}),
     "llama-rslora": (
         tiny.llama,
-        {"target_modules": ["v_proj"], "use_rslora": True, "rank_pattern": {"layers.1.self_attn.v_proj": 3}},
+        {"target_modules": ["v_proj"], "use_rslora": True, "rank_pattern": {"1.self_attn.v_proj": 3}},
     ),
     "llama-dora": (tiny.llama, {"target_modules": ["v_proj"], "use_dora": True}),
     "llama-embedding": (tiny.llama, {"target_modules": ["embed_tokens"]}),
