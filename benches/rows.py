@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from run import Row
+from run import Row, both_agree
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -28,13 +28,6 @@ def skeleton(quick: bool) -> nn.Module:
 
 def config(library: Any, **extra: Any) -> Any:
     return library.LoraConfig(r=8, target_modules=ALL, init_lora_weights=False, **extra)
-
-
-def both_agree(run: Callable[[Any, bool], torch.Tensor], quick: bool, tolerance: float) -> None:
-    ours, theirs = (run(import_module(name), quick) for name in ("peftrs", "peft"))
-    distance = ((ours - theirs).norm() / theirs.norm()).item()
-    if not distance <= tolerance:
-        raise SystemExit(f"results differ by {distance:.1e}: nothing is timed")
 
 
 def inject(name: str, quick: bool) -> Callable[[], object]:

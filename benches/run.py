@@ -1,6 +1,6 @@
 """Runs the benches: each row does the same work with peftrs and with others, checks that the results agree, then times all.
 
-    python benches/run.py [--quick] [--only NAME] [--output FILE]
+    python benches/run.py [--rows MODULE ...] [--quick] [--only NAME] [--output FILE]
 
 Runs are interleaved (ours, theirs, ours, ...), the median and the range are printed with the ratio of each side's median to the
 first side's; the JSON has every reading, with device, versions and date. A ratio above 1 means that the first side is faster.
@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,14 @@ class Row:
     make: Callable[[str, bool], Callable[[], object]]
     check: Callable[[bool], None]
     sides: tuple[str, ...] = ("peftrs", "peft")
+
+
+def both_agree(run: Callable[[Any, bool], torch.Tensor], quick: bool, tolerance: float) -> None:
+    """Ends the program where the two libraries' results lie further apart than this, as ‖difference‖ / ‖theirs‖."""
+    ours, theirs = (run(import_module(name), quick) for name in ("peftrs", "peft"))
+    distance = ((ours - theirs).norm() / theirs.norm()).item()
+    if not distance <= tolerance:
+        raise SystemExit(f"results differ by {distance:.1e}: nothing is timed")
 
 
 def measure(row: Row, quick: bool, runs: int) -> dict[str, Any]:
@@ -110,10 +119,11 @@ def run(rows: Sequence[Row], arguments: argparse.Namespace, threads: int = 1) ->
 
 
 def main() -> None:
-    from rows import ROWS
-
+    parser = options(__doc__)
+    parser.add_argument("--rows", nargs="+", default=["rows"], help="the modules beside this one that have the rows")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    run(ROWS, options(__doc__).parse_args())
+    run([row for module in arguments.rows for row in import_module(module).ROWS], arguments)
 
 
 if __name__ == "__main__":

@@ -70,6 +70,33 @@ def test_names_and_version_are_ours(tmp_path: Path) -> None:
     )
 
 
+def test_combining_adapters_has_pefts_names_and_its_linear(tmp_path: Path) -> None:
+    process(
+        """
+        import warnings
+        from peft import LoraConfig, get_peft_model
+        from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, prune, task_arithmetic, ties
+        tensors, weights = [torch.ones(2), -3 * torch.ones(2)], torch.tensor([0.5, 1.0])
+        assert torch.equal(task_arithmetic(tensors, weights), torch.full((2,), -2.5))
+        assert torch.equal(magnitude_prune(tensors, weights, 0.5).abs().sort().values, torch.tensor([0.0, 2.5]))
+        model = get_peft_model(tiny(), LoraConfig(target_modules=["query"], init_lora_weights=False), "a")
+        model.add_adapter("b", LoraConfig(target_modules=["query"], init_lora_weights=False))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for name in ("one", "two"):
+                model.add_weighted_adapter(["a", "b"], [0.25, 0.25], name, combination_type="linear")
+        assert [str(one.message).startswith("combination_type='linear' adds up factors") for one in told] == [True]
+        layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
+        for slot in (layer.lora_A, layer.lora_B):
+            assert torch.allclose(slot["one"].weight, 0.5 * (slot["a"].weight + slot["b"].weight))
+        peftrs.compat.uninstall()
+        model.add_weighted_adapter(["a", "b"], [0.25, 0.25], "sum", combination_type="linear")
+        assert layer.r["sum"] == 16 and layer.r["one"] == 8
+        """,
+        tmp_path,
+    )
+
+
 def test_trainer_trains_saves_and_resumes(tmp_path: Path) -> None:
     process(
         """

@@ -33,6 +33,14 @@ TUNERS = {
     **{name: f"{FUNCTIONAL}:{name}" for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")},
 }
 
+MERGING = {
+    name: f"peftrs.methods.task_vectors:{name}"
+    for name in (
+        "calculate_majority_sign_mask", "dare_linear", "dare_ties", "disjoint_merge", "magnitude_based_pruning", "magnitude_prune",
+        "prune", "random_pruning", "reshape_weight_task_tensors", "task_arithmetic", "ties",
+    )
+}  # fmt: skip
+
 MODULES: dict[str, dict[str, str]] = {
     "peft": ROOT,
     "peft.auto": ROOT,
@@ -45,6 +53,7 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.utils": {**ROOT, **WRAPPERS, **STATE, **CONSTANTS},
     "peft.utils.other": {**WRAPPERS, **CONSTANTS},
     "peft.utils.constants": CONSTANTS,
+    "peft.utils.merge_utils": MERGING,
     "peft.utils.save_and_load": STATE,
     "peft.utils.transformers_weight_conversion": {"build_peft_weight_mapping": f"{CONVERSION}:build_peft_weight_mapping"},
     "peft.tuners": {**ROOT, **LORA},

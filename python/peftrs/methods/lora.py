@@ -189,13 +189,20 @@ class Lora(Additive):
             return up.view(-1, rank, experts).permute(2, 0, 1), down.view(experts, rank, -1)
         return up.flatten(1), down.flatten(1)
 
+    def arranged(self, adapter: Adapter, up: Tensor, down: Tensor) -> dict[str, Tensor]:
+        """The values of the slots that have these factors, as `factors` gives them; views where they can be."""
+        if adapter.spec.stacked:
+            up = up.permute(1, 2, 0)
+        shapes = self.slots(adapter.config, adapter.spec, adapter.values)
+        return {slot: value.reshape(shapes[slot]) for slot, value in zip(_names(adapter), (down, up), strict=True)}
+
     def shift(self, adapter: Adapter) -> Tensor | None:
         return adapter.get("lora_B.bias")
 
     def unmergeable(self, adapter: Adapter) -> str | None:
         if adapter.spec.groups > 1:
             return f"a LoRA on {adapter.spec.groups} groups of channels reaches across groups, which the layer's weight cannot"
-        if "lora_B.bias" in adapter and not adapter.spec.bias:
+        if "lora_B.bias" in adapter and not adapter.spec.bias and bool(adapter["lora_B.bias"].any()):
             return "it has a bias (`lora_bias`) and the layer has none to merge it into"
         return None
 

@@ -129,15 +129,32 @@ class Tuner(nn.Module):
         density: float | None = None,
         majority_sign_method: str = "total",
     ) -> None:
-        """Adds a frozen adapter whose change is the weighted sum of others'.
+        """Adds a frozen adapter made of others of one kind, with a weight each, which may be negative.
 
-        For LoRA exactly ("cat", and "linear", which is the same here), or in the best approximation of rank `svd_rank` ("svd";
-        by default the largest rank among the sources); for IA3 the sum of the vectors.
+        For LoRA, of what each changes in a layer:
 
-        PEFT's "linear" adds up the factors instead, whose product is another change. Raises `AdapterError` for what has no sum.
+        - "exact", "linear": the weighted sum itself. "cat": the same, of the sum of the ranks even where the layer has less.
+        - "svd": the best approximation of the sum of rank `svd_rank` (by default the largest among the sources), from the factors.
+        - "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd": the same of changes of which only the part
+          `density` of the entries is kept (see `peftrs.methods.task_vectors`).
+        - "ties", "dare_linear", "dare_ties", "magnitude_prune": both factors so, one by one; the sources need the same rank.
+
+        Biases of LoRAs are put together likewise; layers keep ranks of their own. `svd_clamp` cuts off entries of the factors
+        beyond that quantile, `svd_driver` is torch's choice of solver on CUDA, `svd_full_matrices` has no effect: none are formed.
+        For IA3 the result is the weighted sum of the vectors. Under `peftrs.compat.install()` "linear" adds up the factors as PEFT
+        does, whose product is another change. Raises `AdapterError`, with nothing changed, for what cannot be combined (DoRA).
         """
         add_weighted(
-            self.model, adapter_name, adapters, weights, kind=combination_type, rank=svd_rank, clamp=svd_clamp, driver=svd_driver
+            self.model,
+            adapter_name,
+            adapters,
+            weights,
+            kind=combination_type,
+            rank=svd_rank,
+            clamp=svd_clamp,
+            driver=svd_driver,
+            density=density,
+            sign=majority_sign_method,
         )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
