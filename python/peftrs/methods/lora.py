@@ -146,9 +146,11 @@ class Lora(Additive):
     def init(self, adapter: Adapter, base: Affine) -> None:
         down, up = _names(adapter)
         if adapter.values["start"]:
-            kept = {slot: adapter.get(slot.replace("lora_", "origin_")) for slot in (down, up)}
-            start = kept if kept[down] is not None else adapter.values["start"](adapter, base)
-            for slot, value in start.items():
+            if "origin_A.weight" in adapter:
+                first = {down: adapter["origin_A.weight"], up: adapter["origin_B.weight"]}
+            else:
+                first = adapter.values["start"](adapter, base)
+            for slot, value in first.items():
                 adapter[slot].copy_(value)
         elif adapter.config.init_lora_weights is False:
             embedding = adapter.spec.kind is LayerKind.EMBEDDING
