@@ -152,7 +152,13 @@ class PeftConfig:
         origin = os.path.join(folder, CONFIG_NAME)
         for note in notes:
             warnings.warn(f"{origin}: {note}", PeftrsWarning, stacklevel=2)
-        return cls.from_values(json.loads(text), origin, **options)
+        values = json.loads(text)
+        config = cls.from_values(values, origin, **options)
+        config.check_file(values, origin)
+        return config
+
+    def check_file(self, values: dict[str, Any], origin: str) -> None:
+        """Raises `ConfigError` if a file with these values stands for tensors whose meaning nobody can tell; most kinds: never."""
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:

@@ -1,9 +1,14 @@
 """What is particular to OFT: its blocks, their bounds, and what may be left out of a training step."""
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
+from peftrs.config import PeftConfig
 from peftrs.errors import ConfigError, PeftrsWarning
 from peftrs.methods.oft import OFTConfig
 from tests.laws.cases import add, distance, fitted, stir
@@ -81,6 +86,28 @@ def test_sizes_that_do_not_divide_give_way_to_the_nearest_that_does() -> None:
 def test_a_config_tells_all_its_faults_at_once() -> None:
     with pytest.raises(ConfigError, match=r"`r` is 4 and `oft_block_size` 32.*`module_dropout` is 2.*`bias` is \"some\""):
         OFTConfig(r=4, bias="some", module_dropout=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"oft_block_size": None}, "has no `oft_block_size`"),
+        ({"use_cayley_neumann": None}, "has no `use_cayley_neumann`"),
+        ({"peft_version": "0.17.1"}, "`peft_version` is 0.17.1 and not 0.18"),
+        ({"peft_version": None}, "`peft_version` is None and not 0.18"),
+        ({"peft_version": "0.17.1", "use_cayley_neumann": False}, None),
+        ({"peft_version": "0.18.0.dev0@abc"}, None),
+    ],
+)
+def test_files_whose_turn_nobody_can_tell_are_refused(tmp_path: Path, change: dict[str, Any], fault: str | None) -> None:
+    values = json.loads(OFTConfig(target_modules=["0"]).to_json()) | change
+    text = json.dumps({name: value for name, value in values.items() if value is not None or name == "layers_pattern"})
+    (tmp_path / "adapter_config.json").write_text(text)
+    if fault is None:
+        assert OFTConfig.from_pretrained(tmp_path).oft_block_size == 32
+    else:
+        with pytest.raises(ConfigError, match=fault):
+            PeftConfig.from_pretrained(tmp_path)
 
 
 def test_grouped_convolutions_are_refused_before_anything_changes() -> None:

@@ -10,6 +10,7 @@ blocks lie along the patch, `in * kernel` features: only its weight can be turne
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,11 @@ from peftrs.config import LayeredConfig, PeftType
 from peftrs.core.method import Adapter, Below, Rotation
 from peftrs.errors import ConfigError, PeftrsWarning
 from peftrs.registry import register
+
+SERIES_SINCE = (0, 18)
+"""The first version of PEFT whose series ends as it does now, which is also the first that writes its version."""
+
+EARLY = "an early version of PEFT wrote it, whose numbers mean another turn; train it again, or use it with that version"
 
 
 @dataclass
@@ -47,6 +53,15 @@ class OFTConfig(LayeredConfig):
     def __post_init__(self) -> None:
         self.peft_type = PeftType.OFT
         super().__post_init__()
+
+    def check_file(self, values: dict[str, Any], origin: str) -> None:
+        for name in ("oft_block_size", "use_cayley_neumann"):
+            if name not in values:
+                raise ConfigError(f"{origin}: has no `{name}`: {EARLY}")
+        version = str(values.get("peft_version"))
+        numbers = re.match(r"(\d+)\.(\d+)", version)
+        if self.use_cayley_neumann and (numbers is None or (int(numbers[1]), int(numbers[2])) < SERIES_SINCE):
+            raise ConfigError(f"{origin}: `peft_version` is {version} and not 0.18 or later, when the series changed: {EARLY}")
 
 
 @register
@@ -99,12 +114,12 @@ class Oft(Rotation):
     def blocks(self, adapter: Adapter, dtype: torch.dtype, training: bool = False) -> Tensor:
         """The blocks of `R`, `(r, size, size)`, or the one that all share, `(1, size, size)`."""
         config, size = adapter.config, adapter.values["oft_block_size"]
-        above = adapter[_slot(adapter.spec)]
+        above = adapter[_slot(adapter.spec)].to(dtype)
         if config.coft:
             above = above * self.within_bounds(adapter, above)
         rows, columns = torch.triu_indices(size, size, 1, device=above.device)
         upper = above.new_zeros(size * size, len(above), dtype=dtype)
-        upper = upper.index_copy(0, rows * size + columns, above.to(dtype).mT).mT.reshape(-1, size, size)
+        upper = upper.index_copy(0, rows * size + columns, above.mT).mT.reshape(-1, size, size)
         skew = upper - upper.mT
         blocks = _series(skew, config.num_cayley_neumann_terms) if config.use_cayley_neumann else _cayley(skew)
         dropped = int(config.module_dropout * len(blocks)) if training and len(blocks) > 1 else 0

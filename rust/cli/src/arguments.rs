@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::Parser;
 use clap::builder::styling::{AnsiColor, Styles};
+use peftrs_core::dtype::Dtype;
 
 /// The colours of both tools' help.
 pub const STYLES: Styles =
@@ -43,6 +44,23 @@ pub struct Arguments {
     #[arg(long, requires = "dry_run")]
     pub json: bool,
 
+    /// Merge only what is in this module or tensor, and leave all else as it is; may be given several times. A name, or its
+    /// end after a dot, in the syntax of Python's `re`.
+    #[arg(long, value_name = "PATTERN")]
+    pub only: Vec<String>,
+
+    /// Leave this module or tensor as it is; may be given several times, and goes before `--only`.
+    #[arg(long, value_name = "PATTERN")]
+    pub skip: Vec<String>,
+
+    /// Convert all floats of the output.
+    #[arg(long, value_name = "TYPE", value_parser = dtype)]
+    pub dtype: Option<Dtype>,
+
+    /// Make new files of at most this size, such as 5GB or 500MiB, instead of the base's.
+    #[arg(long, value_name = "SIZE", value_parser = bytes)]
+    pub max_shard_size: Option<u64>,
+
     /// How many threads to use [default: one a core]; the result is the same for any number.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub threads: Option<u16>,
@@ -69,6 +87,33 @@ pub struct Arguments {
     pub quiet: bool,
 }
 
+/// The type that `name` stands for.
+fn dtype(name: &str) -> Result<Dtype, String> {
+    match name {
+        "bf16" => Ok(Dtype::BF16),
+        "f16" => Ok(Dtype::F16),
+        "f32" => Ok(Dtype::F32),
+        _ => Err("it is one of bf16, f16, f32".to_owned()),
+    }
+}
+
+/// A number of bytes: digits and a unit of powers of 1000, or of 1024 with an `i`.
+fn bytes(size: &str) -> Result<u64, String> {
+    let wrong = || "it is a number with one of KB, MB, GB, TB, KiB, MiB, GiB, TiB".to_owned();
+    let unit = size.trim_start_matches(|character: char| character.is_ascii_digit());
+    let number: u64 = size.strip_suffix(unit).unwrap_or(size).parse().map_err(|_| wrong())?;
+    let (letter, base) = match unit.trim().strip_suffix('B').ok_or_else(wrong)? {
+        prefix if prefix.ends_with('i') => (prefix.trim_end_matches('i'), 1024_u64),
+        prefix => (prefix, 1000),
+    };
+    let power = [if base == 1000 { "" } else { "-" }, "K", "M", "G", "T"]
+        .iter()
+        .position(|known| *known == letter)
+        .ok_or_else(wrong)?;
+    let bytes = u32::try_from(power).ok().and_then(|power| base.checked_pow(power)?.checked_mul(number));
+    bytes.filter(|bytes| *bytes > 0).ok_or_else(wrong)
+}
+
 /// The folder and the weight that an argument names: what follows the last `@` if that is a number and the folder is not
 /// called so, else 1.
 pub fn weighted(argument: &str) -> (PathBuf, f64) {
@@ -84,6 +129,24 @@ pub fn weighted(argument: &str) -> (PathBuf, f64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn sizes_have_units() {
+        for (text, found) in [
+            ("5GB", Some(5_000_000_000)),
+            ("500 MiB", Some(500 << 20)),
+            ("7B", Some(7)),
+            ("1KiB", Some(1024)),
+            ("0GB", None),
+            ("5", None),
+            ("GB", None),
+            ("5iB", None),
+            ("1.5GB", None),
+            ("99999999999TB", None),
+        ] {
+            assert_eq!(bytes(text).ok(), found, "{text}");
+        }
+    }
 
     #[test]
     fn a_weight_is_a_finite_number_after_the_last_at() {

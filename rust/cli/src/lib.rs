@@ -13,6 +13,7 @@ use clap::Parser;
 use peftrs_core::checkpoint::Links;
 use peftrs_core::error::{Error, Result};
 use peftrs_core::merge::{Merge, Settings, Writing};
+use peftrs_core::plan::Options;
 use peftrs_core::writer::Disk;
 
 use arguments::{Arguments, weighted};
@@ -66,7 +67,14 @@ fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize) -> Resu
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
     let pool = pool.map_err(|error| Error::Merge(format!("cannot start {threads} threads: {error}")))?;
     let links = if arguments.follow_links { Links::Follow } else { Links::Confined };
-    let settings = Settings { links, allow_nonfinite: arguments.allow_nonfinite };
+    let options = Options {
+        allow_nonfinite: arguments.allow_nonfinite,
+        only: arguments.only.clone(),
+        skip: arguments.skip.clone(),
+        dtype: arguments.dtype,
+        max_shard_bytes: arguments.max_shard_size,
+    };
+    let settings = Settings { links, options };
     pool.install(|| {
         let started = Instant::now();
         let adapters: Vec<_> = arguments.adapters.iter().map(|argument| weighted(argument)).collect();

@@ -54,6 +54,6 @@ pub fn json(plan: &Plan) -> String {
             json!({ "name": file.name, "tensors": file.outputs.len(), "changed": changed })
         })
         .collect();
-    let plan = json!({ "files": files, "bytes": plan.bytes(), "untie": plan.untie, "notes": plan.notes });
+    let plan = json!({ "files": files, "bytes": plan.bytes(), "config": plan.config, "notes": plan.notes });
     format!("{plan:#}\n")
 }

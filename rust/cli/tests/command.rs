@@ -51,7 +51,7 @@ fn the_plan_as_a_table_and_as_json() {
                 ],
             }],
             "bytes": 60,
-            "untie": false,
+            "config": null,
             "notes": [],
         })
     );

@@ -166,6 +166,32 @@ fn dora_of_a_linear_a_transposed_one_and_an_embedding() {
 }
 
 #[test]
+fn the_projection_of_an_adapted_attention_counts_twice_and_has_its_patterns() {
+    let case = Case::new()
+        .set("alpha_pattern", json!({"mha": 6, "out_proj": 100}))
+        .base("mha.in_proj_weight", Tensor::new(F32, &[24, 8], 1))
+        .base("mha.out_proj.weight", Tensor::new(F32, &[8, 8], 2))
+        .base("alone.out_proj.weight", Tensor::new(F32, &[8, 8], 3))
+        .with("mha.lora_A.weight", Tensor::new(F32, &[2, 8], 4))
+        .with("mha.lora_B.weight", Tensor::new(F32, &[24, 2], 5))
+        .with("mha.base_layer.out_proj.lora_A.weight", Tensor::new(F32, &[2, 8], 6))
+        .with("mha.base_layer.out_proj.lora_B.weight", Tensor::new(F32, &[8, 2], 7))
+        .with("alone.out_proj.lora_A.weight", Tensor::new(F32, &[2, 8], 8))
+        .with("alone.out_proj.lora_B.weight", Tensor::new(F32, &[8, 2], 9));
+    let merged = case.merged();
+    for (name, module, scaling) in [
+        ("mha.in_proj_weight", "mha", 3.0),
+        ("mha.out_proj.weight", "mha.base_layer.out_proj", 6.0),
+        ("alone.out_proj.weight", "alone.out_proj", 50.0),
+    ] {
+        let (up, down) = (format!("{module}.lora_B.weight"), format!("{module}.lora_A.weight"));
+        assert_close(&merged[name], |index| {
+            case.tensors[name].values[index] + scaling * case.product(&up, &down, index / 8, index % 8)
+        });
+    }
+}
+
+#[test]
 fn experts_in_one_parameter() {
     // Two parameters of one module: PEFT nests them, and only the shapes tell which factors are whose.
     let case = Case::new()

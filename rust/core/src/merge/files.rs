@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::Merge;
@@ -21,6 +21,9 @@ const DEEPEST: usize = 3;
 pub const MODEL_CONFIG: &str = "config.json";
 
 const README: &str = "README.md";
+
+/// The name of the index of files that are made anew.
+const INDEX: &str = "model.safetensors.index.json";
 
 /// Endings of files that hold weights in one form or another, which a merge makes stale.
 const WEIGHTS: [&str; 12] =
@@ -45,26 +48,31 @@ impl Merge {
             list(&folder, "", 0, &mut names)?;
         }
         for (folder, name, inside) in names {
-            if inside.ends_with(".safetensors.index.json") || inside == MODEL_CONFIG && self.plan.untie {
+            if inside.ends_with(".safetensors.index.json") || inside == MODEL_CONFIG && self.plan.config.is_some() {
                 continue;
             }
             if let Some(bytes) = read_small(&folder, &name, self.links, LARGEST)? {
                 writer.write(&inside, &bytes)?;
             }
         }
-        if let Some(config) = self.model.clone().filter(|_| self.plan.untie) {
-            writer.write(MODEL_CONFIG, &untied(config)?)?;
+        if let Some(config) = &self.plan.config {
+            writer.write(MODEL_CONFIG, &pretty(config)?)?;
         }
         self.write_index(writer)
     }
 
     /// The index of a sharded checkpoint, with the tensors that the base lacks.
     fn write_index(&self, writer: &FolderWriter<'_>) -> Result<()> {
+        if self.plan.resharded {
+            let mut index = json!({"metadata": {"total_size": self.plan.bytes()}, "weight_map": {}});
+            self.fill(&mut index);
+            return if self.plan.files.len() > 1 { writer.write(INDEX, &pretty(&index)?) } else { Ok(()) };
+        }
         let folder = folder_of(&self.base_path);
         for name in names(&folder)?.iter().filter(|name| name.ends_with(".safetensors.index.json")) {
             let Some(bytes) = read_small(&folder, name, self.links, 256 << 20)? else { continue };
             let mut index: Value = parse(&folder.join(name), &bytes)?;
-            let Some(map) = index.get_mut("weight_map").and_then(Value::as_object_mut) else { continue };
+            let Some(map) = index.get("weight_map").and_then(Value::as_object) else { continue };
             if !self.plan.files.iter().any(|file| map.values().any(|value| *value == file.name)) {
                 continue;
             }
@@ -72,17 +80,23 @@ impl Merge {
                 writer.write(name, &bytes)?;
                 continue;
             }
-            for file in &self.plan.files {
-                for output in &file.outputs {
-                    map.insert(output.name.clone(), Value::from(file.name.clone()));
-                }
-            }
+            self.fill(&mut index);
             if let Some(size) = index.pointer_mut("/metadata/total_size") {
                 *size = Value::from(self.plan.bytes());
             }
             writer.write(name, &pretty(&index)?)?;
         }
         Ok(())
+    }
+
+    /// Says in an index which file each tensor is in.
+    fn fill(&self, index: &mut Value) {
+        let outputs = self.plan.files.iter().flat_map(|file| file.outputs.iter().map(move |output| (output, file)));
+        let map: Map<String, Value> =
+            outputs.map(|(output, file)| (output.name.clone(), Value::from(file.name.clone()))).collect();
+        if let Some(place) = index.get_mut("weight_map") {
+            *place = Value::Object(map);
+        }
     }
 
     /// The README of the merged checkpoint, and the record of it that a program can read.
@@ -174,14 +188,6 @@ fn names(folder: &Path) -> Result<Vec<String>> {
     }
     names.sort_unstable();
     Ok(names)
-}
-
-/// The model's config, saying that the head stands for itself.
-fn untied(mut config: Value) -> Result<Vec<u8>> {
-    if let Some(fields) = config.as_object_mut() {
-        fields.insert("tie_word_embeddings".to_owned(), Value::Bool(false));
-    }
-    pretty(&config)
 }
 
 pub fn parse(path: &Path, bytes: &[u8]) -> Result<Value> {

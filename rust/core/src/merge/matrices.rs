@@ -102,16 +102,21 @@ impl<'a, E: Element> Matrices<'a, E> {
     fn sums<'s>(&self, tile: &Range<usize>, scratch: &'s mut Scratch) -> Result<(&'s mut [E], &'s mut [E::Wide])> {
         let count = tile.len() / size_of::<E>();
         let values = room::<E>(&mut scratch.values, count)?;
-        self.values.read(tile.start / size_of::<E>(), values)?;
+        let first = tile.start / size_of::<E>();
         let sums = room::<E::Wide>(&mut scratch.sums, count)?;
         let mut steps = self.steps.iter().peekable();
-        match steps.next_if(|step| matches!(step, Step::Add(_))) {
-            Some(Step::Add(factors)) => {
-                if let Some((factors, row)) = self.place(factors, tile) {
-                    factors.sum(row, values, sums);
+        if self.values.are::<E>() {
+            self.values.read(first, values)?;
+            match steps.next_if(|step| matches!(step, Step::Add(_))) {
+                Some(Step::Add(factors)) => {
+                    if let Some((factors, row)) = self.place(factors, tile) {
+                        factors.sum(row, values, sums);
+                    }
                 }
+                _ => E::widen(values, sums),
             }
-            _ => E::widen(values, sums),
+        } else {
+            self.values.read_wide(first, sums)?;
         }
         for step in steps {
             if let Step::Add(factors) = step {
@@ -137,6 +142,11 @@ impl<'a, E: Element> Matrices<'a, E> {
     fn updated<'s>(&self, tile: &Range<usize>, scratch: &'s mut Scratch) -> Result<&'s mut [E]> {
         let rows = self.row(tile)..self.row(tile) + tile.len() / size_of::<E>() / self.view.columns.max(1);
         let factors = match self.steps.as_slice() {
+            _ if !self.values.are::<E>() => {
+                let (values, sums) = self.sums(tile, scratch)?;
+                E::round(sums, values);
+                return Ok(values);
+            }
             steps if !steps.iter().any(|step| step.touches(&rows)) => &[],
             [Step::Add(factors)] => factors.as_slice(),
             _ => {

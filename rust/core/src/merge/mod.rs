@@ -32,13 +32,13 @@ pub trait Watch: Sync {
     fn interrupted(&self) -> Option<i32>;
 }
 
-/// What is accepted of the inputs.
-#[derive(Debug, Clone, Copy)]
+/// What is accepted of the inputs and asked of the output.
+#[derive(Debug, Clone)]
 pub struct Settings {
     /// Which links in their folders are followed.
     pub links: Links,
-    /// Whether weights may be infinite or NaN.
-    pub allow_nonfinite: bool,
+    /// What is asked for beside the inputs.
+    pub options: Options,
 }
 
 /// A merge that has been planned and checked in full.
@@ -47,7 +47,6 @@ pub struct Merge {
     base_path: PathBuf,
     base: Checkpoint,
     adapters: Vec<Adapter>,
-    model: Option<Value>,
     plan: Plan,
     links: Links,
     allow_nonfinite: bool,
@@ -57,16 +56,17 @@ impl Merge {
     /// Opens the model at `base` (a folder, an index or one safetensors file) and the adapters' folders, each with what its
     /// change is multiplied by, and plans.
     pub fn open(base: &Path, adapters: &[(PathBuf, f64)], settings: Settings) -> Result<Self> {
-        let Settings { links, allow_nonfinite } = settings;
+        let Settings { links, options } = settings;
         let base_path = base.to_owned();
         let adapters: Vec<Adapter> =
             adapters.iter().map(|(path, weight)| Adapter::open(path, *weight, links)).collect::<Result<_>>()?;
         let base = Checkpoint::open_model(base, links)?;
         let folder = files::folder_of(&base_path);
         let model = read_small(&folder, files::MODEL_CONFIG, links, MAX_CONFIG)?;
-        let model = model.map(|bytes| files::parse(&folder.join(files::MODEL_CONFIG), &bytes)).transpose()?;
-        let plan = Plan::new(&base, &adapters, Options { model: model.as_ref(), allow_nonfinite })?;
-        Ok(Self { base_path, base, adapters, model, plan, links, allow_nonfinite })
+        let model: Option<Value> =
+            model.map(|bytes| files::parse(&folder.join(files::MODEL_CONFIG), &bytes)).transpose()?;
+        let plan = Plan::new(&base, &adapters, model.as_ref(), &options)?;
+        Ok(Self { base_path, base, adapters, plan, links, allow_nonfinite: options.allow_nonfinite })
     }
 
     /// What it will do.

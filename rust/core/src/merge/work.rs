@@ -9,8 +9,8 @@ use super::matrices::Matrices;
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
-use crate::kernels::Element;
 use crate::kernels::values::widen;
+use crate::kernels::{Element, Wide};
 use crate::plan::{Adapter, Output, Source};
 
 /// Bytes of a tile that is only copied.
@@ -97,15 +97,22 @@ impl<'a> Values<'a> {
         Ok(Self { checkpoint, name, dtype })
     }
 
-    /// Fills `values` from the tensor's element number `first` on, converting if it has another type.
+    /// Whether they are stored in the type in which they are written.
+    pub fn are<E: Element>(&self) -> bool {
+        self.dtype == E::DTYPE
+    }
+
+    /// Fills `values` from the tensor's element number `first` on; they have the same type.
     pub fn read<E: Element>(&self, first: usize, values: &mut [E]) -> Result<()> {
         let offset = (first * self.dtype.size()) as u64;
-        if self.dtype == E::DTYPE {
-            return self.checkpoint.read_range(self.name, offset, bytemuck::cast_slice_mut(values));
-        }
-        let mut bytes = vec![0; values.len() * self.dtype.size()];
-        self.checkpoint.read_range(self.name, offset, &mut bytes)?;
-        E::round(&widen::<E::Wide>(self.dtype, &bytes)?, values);
+        self.checkpoint.read_range(self.name, offset, bytemuck::cast_slice_mut(values))
+    }
+
+    /// Fills `sums` from element number `first` on, whatever the type.
+    pub fn read_wide<W: Wide>(&self, first: usize, sums: &mut [W]) -> Result<()> {
+        let mut bytes = vec![0; sums.len() * self.dtype.size()];
+        self.checkpoint.read_range(self.name, (first * self.dtype.size()) as u64, &mut bytes)?;
+        sums.copy_from_slice(&widen::<W>(self.dtype, &bytes)?);
         Ok(())
     }
 }

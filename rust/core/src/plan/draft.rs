@@ -82,7 +82,7 @@ fn rows(draft: &Draft) -> impl Iterator<Item = usize> + '_ {
 }
 
 /// Whether two tensors of adapters have the same type, shape and bytes.
-fn same(one: &(usize, String), other: &(usize, String), adapters: &[Adapter]) -> Result<bool> {
+pub fn same(one: &(usize, String), other: &(usize, String), adapters: &[Adapter]) -> Result<bool> {
     let find = |(index, key): &(usize, String)| {
         let checkpoint = &adapters.get(*index)?.checkpoint;
         Some((checkpoint, checkpoint.entry(key)?))

@@ -4,27 +4,32 @@
 //! What has no home, the wrong shape or values that are not finite is reported together, and refused.
 
 mod adapter;
+mod base;
 mod draft;
 mod finite;
 mod fit;
+mod gather;
 mod homes;
+mod layout;
+mod model;
 mod placed;
 mod problems;
+mod select;
 mod sort;
 mod support;
 mod tie;
 mod update;
 mod updates;
+mod vocabulary;
 
-use std::collections::HashMap;
+use serde_json::Value;
 
-use crate::checkpoint::{Checkpoint, Entry};
+use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
 pub use adapter::Adapter;
-use draft::{Draft, Drafts};
+use base::Base;
 pub(crate) use homes::Homes;
-use problems::Problems;
 pub(crate) use tie::is_embedding;
 pub use update::{Change, LowRank, Scale, Turn, Update};
 
@@ -42,8 +47,10 @@ pub enum Source {
 pub struct Output {
     /// Its name.
     pub name: String,
-    /// Its type, that of the base's tensor.
+    /// Its type, that of the base's tensor unless it is converted.
     pub dtype: Dtype,
+    /// Whether its type is another than the base's.
+    pub converted: bool,
     /// Its shape.
     pub shape: Vec<usize>,
     /// Where its values come from.
@@ -62,7 +69,7 @@ impl Output {
     /// Whether it is the base's tensor, byte for byte.
     #[must_use]
     pub fn is_copy(&self) -> bool {
-        self.updates.is_empty() && matches!(&self.source, Source::Base(name) if *name == self.name)
+        self.updates.is_empty() && !self.converted && matches!(&self.source, Source::Base(name) if *name == self.name)
     }
 
     /// What happens to it, in a few words.
@@ -71,14 +78,12 @@ impl Output {
         let source = match &self.source {
             Source::Adapter(..) => Some("taken from the adapter".to_owned()),
             Source::Base(name) if *name != self.name => Some(format!("copy of {}", show_name(name))),
-            Source::Base(_) if self.updates.is_empty() => Some("unchanged".to_owned()),
+            Source::Base(_) if self.is_copy() => Some("unchanged".to_owned()),
             Source::Base(_) => None,
         };
-        source
-            .into_iter()
-            .chain(self.updates.iter().map(|update| update.change.what()))
-            .collect::<Vec<_>>()
-            .join(", then ")
+        let converted = self.converted.then(|| format!("converted to {}", self.dtype.name()));
+        let updates = self.updates.iter().map(|update| update.change.what());
+        source.into_iter().chain(updates).chain(converted).collect::<Vec<_>>().join(", then ")
     }
 }
 
@@ -98,79 +103,75 @@ pub struct File {
 pub struct Plan {
     /// The files of the merged checkpoint that hold tensors.
     pub files: Vec<File>,
-    /// Whether `config.json` must say that the output head is no longer tied to the embedding.
+    /// Whether those files are others than the base's.
+    pub resharded: bool,
+    /// Whether the output head is no longer tied to the embedding.
     pub untie: bool,
+    /// The model's config, where it has to say something else than the base's.
+    pub config: Option<Value>,
     /// What the user should know of: warnings and decisions.
     pub notes: Vec<String>,
 }
 
-/// What the planner is told beside the adapters' configs.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct Options<'a> {
-    /// The base's `config.json`, if it has one.
-    pub model: Option<&'a serde_json::Value>,
+/// What is asked of a merge beside its inputs.
+#[derive(Debug, Clone, Default)]
+pub struct Options {
     /// Accept weights that are infinite or NaN.
     pub allow_nonfinite: bool,
+    /// Patterns of tensors or modules, of which all others stay as they are in the base; none if empty.
+    pub only: Vec<String>,
+    /// Patterns of tensors or modules that stay as they are in the base.
+    pub skip: Vec<String>,
+    /// The type that all floats get.
+    pub dtype: Option<Dtype>,
+    /// How many bytes of tensors a file may have, if the base's files are to be made anew.
+    pub max_shard_bytes: Option<u64>,
 }
 
 impl Plan {
-    /// Plans the merge of `adapters` into `base`, or says everything that stands against it.
+    /// Plans the merge of `adapters` into the base in `checkpoint`, or says everything that stands against it; `model` is the
+    /// base's `config.json`, if it has one.
     ///
     /// Each adapter is for the base as it stands. Those that act on a layer's output apply in the order given; of those that
     /// act on its input, the first is the outermost, as when all of them are active in a model.
-    pub fn new(base: &Checkpoint, adapters: &[Adapter], options: Options) -> Result<Self> {
-        let mut all = Vec::new();
+    pub fn new(
+        checkpoint: &Checkpoint,
+        adapters: &[Adapter],
+        model: Option<&Value>,
+        options: &Options,
+    ) -> Result<Self> {
+        adapters.iter().try_for_each(|adapter| support::check(adapter, model))?;
+        let base = Base::new(checkpoint, adapters)?;
         let mut notes: Vec<String> = Vec::new();
-        let mut problems = Problems::default();
-        let mut prefixed = false;
-        for (index, adapter) in adapters.iter().enumerate() {
-            support::check(adapter, options.model)?;
-            let method = &adapter.config.method;
-            let sorted = sort::Sorted::new(&adapter.checkpoint, method);
-            let homes = updates::homes(base, &sorted)?;
-            notes.extend(adapter.config.warnings.iter().cloned());
-            if !homes.strip.is_empty() {
-                notes.push(format!("the base lacks the adapter's prefix {}", show_name(&homes.strip)));
-            }
-            if !homes.add.is_empty() {
-                notes.push(format!("the adapter lacks the base's prefix {}", show_name(&homes.add)));
-            }
-            prefixed |= !homes.add.is_empty();
-            let tie = tie::Tie::find(base, options.model, prefixed);
-            let planner = updates::Planner {
-                base,
-                adapter: &adapter.checkpoint,
-                index,
-                weight: adapter.weight,
-                method,
-                targeting: &adapter.config.targeting,
-                stored_transposed: method.fan_in_fan_out() || support::stores_transposed(options.model),
-                homes: &homes,
-                tie: tie.as_ref(),
-            };
-            let drafts = planner.changes(&sorted, &mut problems)?;
-            support::check_weight(adapter, &drafts)?;
-            if !options.allow_nonfinite {
-                finite::find_nonfinite(&adapter.checkpoint, &mut problems)?;
-            }
-            problems.end_of(&adapter.checkpoint, base);
-            all.push(drafts);
+        let (mut drafts, prefixed) = gather::gather(&base, adapters, model, options, &mut notes)?;
+        select::select(&mut drafts, &base, &options.only, &options.skip)?;
+        let mut config = model.cloned().unwrap_or(Value::Null);
+        model::replicate(&mut config, &base)?;
+        let vocabulary = vocabulary::Vocabulary::find(&base, adapters, &drafts)?;
+        if let Some(vocabulary) = &vocabulary {
+            vocabulary.tell(&mut config, &mut notes)?;
         }
-        problems.refuse()?;
-        let mut drafts = draft::combine(all, adapters)?;
-        let tie = tie::Tie::find(base, options.model, prefixed);
-        if let Some(tie) = tie.as_ref().filter(|tie| !tie.known && tie.is_cut(&drafts)) {
-            return Err(tie.refused());
+        let tie = tie::Tie::find(&base, model, prefixed);
+        let cut =
+            tie.map(|tie| tie.cut(&mut drafts, adapters, vocabulary.is_some(), &mut notes)).transpose()?.flatten();
+        if cut.is_some() {
+            model::untie(&mut config);
         }
-        let untie = tie.as_ref().is_some_and(|tie| tie.cut(&mut drafts, &mut notes));
-        let head = tie.filter(|_| untie).map(|tie| (tie.head, tie.embedding));
-        let files = files(base, adapters, drafts, head);
-        let plan = Self { files, untie, notes };
-        if plan.changed().next().is_none() {
+        let untie = cut.is_some();
+        let mut files = layout::files(&base, adapters, drafts, cut.as_ref());
+        if files.iter().flat_map(|file| &file.outputs).all(Output::is_copy) {
             let reason = "the adapter changes no tensor of the base; hint: it holds no weights, train or save it again";
             return Err(Error::Merge(reason.to_owned()));
         }
-        Ok(plan)
+        if let Some(dtype) = options.dtype {
+            layout::convert(&mut files, dtype);
+            model::set_dtype(&mut config, dtype);
+        }
+        if let Some(most) = options.max_shard_bytes {
+            files = layout::reshard(files, most);
+        }
+        let config = Some(config).filter(|config| model.is_some_and(|model| config != model));
+        Ok(Self { files, resharded: options.max_shard_bytes.is_some(), untie, config, notes })
     }
 
     /// The tensors that are not the base's, byte for byte.
@@ -182,52 +183,5 @@ impl Plan {
     #[must_use]
     pub fn bytes(&self) -> u64 {
         self.files.iter().flat_map(|file| &file.outputs).map(|output| output.bytes() as u64).sum()
-    }
-}
-
-/// The base's files with `drafts` in their places; what the base lacks goes at the end of the last one.
-fn files(base: &Checkpoint, adapters: &[Adapter], mut drafts: Drafts, head: Option<(String, String)>) -> Vec<File> {
-    let mut files: Vec<File> = base
-        .files()
-        .iter()
-        .map(|shard| File { name: shard.name.clone(), outputs: Vec::new(), same_header: true })
-        .collect();
-    let mut starts: HashMap<String, u64> = HashMap::new();
-    for (name, entry) in base.entries() {
-        let Some(file) = files.get_mut(entry.file()) else { continue };
-        starts.insert(name.to_owned(), entry.start());
-        file.outputs.push(output(name, entry, Source::Base(name.to_owned()), drafts.remove(name)));
-    }
-    for file in &mut files {
-        file.outputs.sort_by_key(|output| starts.get(&output.name).copied());
-    }
-    if let Some(last) = files.last_mut() {
-        if let Some((name, embedding)) = head {
-            if let Some(entry) = base.entry(&embedding) {
-                last.same_header = false;
-                last.outputs.push(output(&name, entry, Source::Base(embedding), drafts.remove(&name)));
-            }
-        }
-        for (name, draft) in drafts {
-            let whole = draft.whole.as_ref();
-            let Some(entry) = whole.and_then(|(index, key)| adapters.get(*index)?.checkpoint.entry(key)) else {
-                continue;
-            };
-            last.same_header = false;
-            last.outputs.push(output(&name, entry, Source::Base(name.clone()), Some(draft)));
-        }
-    }
-    files
-}
-
-/// The output called `name` with the type and shape of `entry`.
-fn output(name: &str, entry: &Entry, source: Source, draft: Option<Draft>) -> Output {
-    let draft = draft.unwrap_or_default();
-    Output {
-        name: name.to_owned(),
-        dtype: entry.dtype,
-        shape: entry.shape.clone(),
-        source: draft.whole.map_or(source, |(index, key)| Source::Adapter(index, key)),
-        updates: draft.updates,
     }
 }

@@ -2,6 +2,7 @@
 
 use std::collections::HashSet;
 
+use super::draft::Drafts;
 use super::fit::{Fit, fits};
 use super::problems::{BAD_SHAPE, NO_HOME, NO_PARTNER, Problems};
 use super::sort::{Module, Part, Sorted};
@@ -25,7 +26,12 @@ pub struct Placed<'a> {
 
 impl Planner<'_> {
     /// The modules whose weight changes, each with that weight.
-    pub fn placed<'a>(&self, sorted: &'a Sorted<'a>, problems: &mut Problems) -> Result<Vec<Placed<'a>>> {
+    pub fn placed<'a>(
+        &self,
+        sorted: &'a Sorted<'a>,
+        changes: &Drafts,
+        problems: &mut Problems,
+    ) -> Result<Vec<Placed<'a>>> {
         let mut found = Vec::new();
         let mut taken: HashSet<String> = HashSet::new();
         let inputs = self.on_input(sorted)?;
@@ -47,7 +53,10 @@ impl Planner<'_> {
             let fitting: Vec<(&String, Vec<Fit>, usize)> = candidates
                 .iter()
                 .filter(|(name, _)| !taken.contains(name))
-                .map(|(name, entry)| (name, fits(&entry.shape, module, &shapes, on_input), entry.shape.len()))
+                .map(|(name, entry)| {
+                    let shape = self.shape(changes, name, entry);
+                    (name, fits(shape, module, &shapes, on_input), shape.len())
+                })
                 .filter(|(_, fits, _)| !fits.is_empty())
                 .collect();
             match <[_; 1]>::try_from(fitting) {

@@ -44,8 +44,7 @@ fn check_config(config: &AdapterConfig, model: Option<&Value>) -> Result<()> {
 }
 
 fn check_lora(lora: &LoraFields) -> Result<()> {
-    let replicated = lora.layer_replication.as_ref().map(|_| "layer_replication");
-    if let Some(name) = replicated.or_else(|| lora.variants.first().copied()) {
+    if let Some(name) = lora.variants.first().copied() {
         let way =
             if ONLINE.contains(&name) { "its update depends on the input, load it as an adapter" } else { IN_PYTHON };
         return Err(refused(&format!("adapters with {name} are"), way));
@@ -113,7 +112,7 @@ mod tests {
             (json!({"peft_type": "LOHA"}), "type LOHA"),
             (json!({"peft_type": "OFT", "peft_version": "0.20.0"}), "has no `oft_block_size`"),
             (json!({"peft_type": "LORA", "init_lora_weights": "pissa_niter_16"}), "init_lora_weights=pissa_niter_16"),
-            (json!({"peft_type": "LORA", "layer_replication": [[0, 2]]}), "layer_replication"),
+            (json!({"peft_type": "LORA", "kasa_config": {}}), "kasa_config"),
             (json!({"peft_type": "LORA", "use_qalora": true}), "use_qalora"),
         ] {
             let message = check_config(&config(&fields), None).unwrap_err().to_string();

@@ -5,13 +5,17 @@
 
 use serde_json::Value;
 
-use super::draft::Drafts;
+use super::adapter::Adapter;
+use super::base::Base;
+use super::draft::{Draft, Drafts, same};
 use super::update::Change;
-use crate::checkpoint::Checkpoint;
-use crate::error::{Error, show_name};
+use crate::error::{Error, Result, show_name};
 
 /// The last parts of the names under which models keep their input embedding.
 const EMBEDDINGS: [&str; 6] = ["embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared"];
+
+/// The last parts of the names under which models keep their output head.
+const HEADS: [&str; 3] = ["lm_head.weight", "embed_out.weight", "decoder.weight"];
 
 /// A head tied to an embedding.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -28,7 +32,7 @@ pub struct Tie {
 impl Tie {
     /// The tie of `base`, if its config allows one and it lacks a head; `prefixed` if modules have a prefix in it that an
     /// adapter lacks.
-    pub fn find(base: &Checkpoint, model: Option<&Value>, prefixed: bool) -> Option<Self> {
+    pub fn find(base: &Base, model: Option<&Value>, prefixed: bool) -> Option<Self> {
         let model = model?;
         if model.get("tie_word_embeddings").and_then(Value::as_bool) == Some(false) {
             return None;
@@ -39,8 +43,6 @@ impl Tie {
             || ["ForConditionalGeneration", "ForMaskedLM", "ForPreTraining"]
                 .iter()
                 .any(|end| architecture.ends_with(end));
-        let is_head =
-            |name: &str| ["lm_head.weight", "embed_out.weight", "decoder.weight"].iter().any(|end| name.ends_with(end));
         if !generates || base.names().any(is_head) {
             return None;
         }
@@ -52,38 +54,57 @@ impl Tie {
         Some(Self { head: "lm_head.weight".to_owned(), embedding: embedding.to_owned(), known, bytes })
     }
 
+    /// Unties the two where `drafts` set them apart, and says so; where they stay one, leaves the embedding's changes. `grown`
+    /// if the embedding gets more rows, with which a tied head grows.
+    pub fn cut(
+        self,
+        drafts: &mut Drafts,
+        adapters: &[Adapter],
+        grown: bool,
+        notes: &mut Vec<String>,
+    ) -> Result<Option<Self>> {
+        if !self.is_cut(drafts, adapters, grown)? {
+            drafts.remove(&self.head);
+            return Ok(None);
+        }
+        if !self.known {
+            return Err(self.refused());
+        }
+        if let Some(whole) = drafts.get(&self.embedding).filter(|_| grown).and_then(|draft| draft.whole.clone()) {
+            drafts.entry(self.head.clone()).or_default().whole.get_or_insert(whole);
+        }
+        notes.push(format!(
+            "{} is no longer tied to {}: {} bytes more, and tie_word_embeddings is false",
+            show_name(&self.head),
+            show_name(&self.embedding),
+            self.bytes
+        ));
+        Ok(Some(self))
+    }
+
     /// Whether `drafts` set the head and the embedding apart.
-    pub fn is_cut(&self, drafts: &Drafts) -> bool {
+    fn is_cut(&self, drafts: &Drafts, adapters: &[Adapter], grown: bool) -> Result<bool> {
         let tokens = |change: &Change| matches!(change, Change::Tokens { .. });
-        [&self.head, &self.embedding]
-            .into_iter()
-            .filter_map(|name| drafts.get(name))
-            .any(|draft| draft.whole.is_some() || !draft.updates.iter().all(|update| tokens(&update.change)))
+        let changed = |draft: &&Draft| !draft.updates.iter().all(|update| tokens(&update.change));
+        let (head, embedding) = (drafts.get(&self.head), drafts.get(&self.embedding));
+        if head.iter().chain(&embedding).any(changed) {
+            return Ok(true);
+        }
+        match (head.and_then(|draft| draft.whole.as_ref()), embedding.and_then(|draft| draft.whole.as_ref())) {
+            (None, None) => Ok(false),
+            (Some(head), Some(embedding)) => Ok(!same(head, embedding, adapters)?),
+            (None, Some(_)) => Ok(!grown),
+            (Some(_), None) => Ok(true),
+        }
     }
 
     /// The refusal of a tie that this tool does not know how to undo.
-    pub fn refused(&self) -> Error {
+    fn refused(&self) -> Error {
         Error::Merge(format!(
             "the adapter changes {}, which the base ties to other weights that it leaves out; hint: save the base with \
              tie_word_embeddings false and the weights told apart, then merge into that",
             show_name(&self.embedding)
         ))
-    }
-
-    /// Unties the two where `drafts` set them apart, and says so; where they stay one, leaves the embedding's changes.
-    pub fn cut(&self, drafts: &mut Drafts, notes: &mut Vec<String>) -> bool {
-        let cut = self.is_cut(drafts);
-        if cut {
-            notes.push(format!(
-                "{} is no longer tied to {}: {} bytes more, and tie_word_embeddings is false",
-                show_name(&self.head),
-                show_name(&self.embedding),
-                self.bytes
-            ));
-        } else {
-            drafts.remove(&self.head);
-        }
-        cut
     }
 }
 
@@ -91,4 +112,9 @@ impl Tie {
 pub fn is_embedding(name: &str) -> bool {
     let module = name.strip_suffix(".weight").unwrap_or_default();
     EMBEDDINGS.contains(&module.rsplit('.').next().unwrap_or_default())
+}
+
+/// Whether `name` is that of a model's output head.
+pub fn is_head(name: &str) -> bool {
+    HEADS.iter().any(|end| name.ends_with(end))
 }

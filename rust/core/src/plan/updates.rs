@@ -2,13 +2,14 @@
 
 use std::collections::HashSet;
 
+use super::base::Base;
 use super::draft::Drafts;
 use super::fit::{Fit, Votes};
 use super::homes::{Ambiguous, Homes};
 use super::placed::Placed;
 use super::problems::{BAD_SHAPE, NO_HOME, NO_PARTNER, Problems, UNDECLARED, UNKNOWN, UNUSABLE};
 use super::sort::{Module, Part, Sorted};
-use super::tie::{Tie, is_embedding};
+use super::tie::{Tie, is_embedding, is_head};
 use super::update::{Change, LowRank, Scale, Turn, Update};
 use crate::checkpoint::{Checkpoint, Entry};
 use crate::config::{Method, Targeting};
@@ -16,8 +17,12 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
 use crate::keys::without_base_layer;
 
+/// PEFT adds the change of an attention's output projection twice where the attention is the target, so that this is what
+/// such adapters were trained for.
+const PROJECTION: f64 = 2.0;
+
 /// The one way of reading the adapter's module paths.
-pub fn homes(base: &Checkpoint, sorted: &Sorted) -> Result<Homes> {
+pub fn homes(base: &Base, sorted: &Sorted) -> Result<Homes> {
     let modules: HashSet<&str> = base.names().filter_map(|name| Some(name.rsplit_once('.')?.0)).collect();
     let paths: Vec<String> = sorted.modules.keys().map(|path| without_base_layer(path)).collect();
     // A head may be tied or new: it does not tell where the rest lives.
@@ -33,7 +38,7 @@ pub fn homes(base: &Checkpoint, sorted: &Sorted) -> Result<Homes> {
 
 /// What decides about the changes.
 pub struct Planner<'a> {
-    pub base: &'a Checkpoint,
+    pub base: &'a Base<'a>,
     pub adapter: &'a Checkpoint,
     /// Which adapter of the merge it is.
     pub index: usize,
@@ -55,7 +60,7 @@ impl Planner<'_> {
         for (key, name) in &sorted.whole {
             self.whole(key, name, sorted, &mut changes, problems);
         }
-        let placed = self.placed(sorted, problems)?;
+        let placed = self.placed(sorted, &changes, problems)?;
         let votes = Votes::count(&placed);
         for placed in &placed {
             self.weight(placed, &votes, &mut changes, problems)?;
@@ -81,7 +86,7 @@ impl Planner<'_> {
         }
         let home = format!("{}.{leaf}", self.homes.path(path));
         if let Some(found) = self.base.entry(&home) {
-            if found.shape != entry.shape {
+            if found.shape != entry.shape && !grows(&home, &found.shape, &entry.shape) {
                 let text = format!("{} {:?}, in the base {:?}", show_name(key), entry.shape, found.shape);
                 problems.add(BAD_SHAPE, text);
             }
@@ -138,10 +143,12 @@ impl Planner<'_> {
     /// The change that a pair of factors makes.
     fn low_rank(&self, placed: &Placed, fit: Fit, (down, up): (&str, &str), problems: &mut Problems) -> Result<Change> {
         // PEFT matches its patterns against the parameter's own name where the target is a bare parameter.
-        let plain = without_base_layer(placed.path);
+        let attention = self.attention_of(placed.path);
+        let plain = without_base_layer(attention.unwrap_or(placed.path));
         let leaf = placed.name.rsplit('.').next().unwrap_or_default();
         let target = if ["weight", "in_proj_weight"].contains(&leaf) { plain } else { format!("{plain}.{leaf}") };
         let (rank, scaling) = self.rank_and_scaling(&target)?;
+        let scaling = scaling * if attention.is_some() { PROJECTION } else { 1.0 };
         if rank != fit.size {
             problems.add(BAD_SHAPE, format!("{} of rank {}, {rank} by the config", show_name(placed.path), fit.size));
         }
@@ -165,6 +172,13 @@ impl Planner<'_> {
             transposed: fit.transposed,
             magnitude: placed.module.magnitude.map(str::to_owned),
         }))
+    }
+
+    /// The attention whose output projection `path` is, if the attention as a whole is what was adapted.
+    fn attention_of<'p>(&self, path: &'p str) -> Option<&'p str> {
+        let attention = path.strip_suffix(".base_layer.out_proj")?;
+        let joint = format!("{}.in_proj_weight", self.homes.path(&without_base_layer(attention)));
+        self.base.entry(&joint).map(|_| attention)
     }
 
     /// The rank and the scaling of a LoRA of `module`, the adapter's weight in it.
@@ -203,18 +217,14 @@ impl Planner<'_> {
             return;
         };
         let indices = self.method.lora().map(|lora| lora.token_indices(path)).unwrap_or_default();
-        let [rows, columns] = *found.shape.as_slice() else {
-            problems.add(BAD_SHAPE, format!("{} for {:?}", show_name(key), found.shape));
+        let shape = self.shape(changes, &name, found);
+        let &[rows, columns] = shape else {
+            problems.add(BAD_SHAPE, format!("{} for {shape:?}", show_name(key)));
             return;
         };
         if entry.shape != [indices.len(), columns] || indices.iter().any(|index| *index >= rows) {
-            let text = format!(
-                "{} {:?} for {} token indices in {:?}",
-                show_name(key),
-                entry.shape,
-                indices.len(),
-                found.shape
-            );
+            let text =
+                format!("{} {:?} for {} token indices in {:?}", show_name(key), entry.shape, indices.len(), shape);
             problems.add(BAD_SHAPE, text);
             return;
         }
@@ -224,9 +234,21 @@ impl Planner<'_> {
         self.push(changes, name, Change::Tokens { key: key.to_owned(), indices });
     }
 
+    /// The shape of the tensor called `name`, that of `entry` unless the adapter holds it in full.
+    pub fn shape<'s>(&'s self, changes: &Drafts, name: &str, entry: &'s Entry) -> &'s [usize] {
+        let whole = changes.get(name).and_then(|draft| draft.whole.as_ref());
+        whole.and_then(|(_, key)| self.adapter.entry(key)).map_or(&entry.shape, |whole| &whole.shape)
+    }
+
     fn push(&self, changes: &mut Drafts, name: String, change: Change) {
         changes.entry(name).or_default().updates.push(Update { adapter: self.index, change });
     }
+}
+
+/// Whether `shape` is that of the table called `name` with rows for new tokens.
+fn grows(name: &str, before: &[usize], shape: &[usize]) -> bool {
+    let more = matches!((before, shape), ([rows, columns], [after, width]) if after > rows && width == columns);
+    more && (is_embedding(name) || is_head(name))
 }
 
 /// Whether values of the entry's type can be computed.

@@ -79,6 +79,12 @@ pub struct Selection {
     pub report: Vec<Row>,
 }
 
+/// The end of one of `names` that the writer of `entry`, which matches none, may have meant.
+#[must_use]
+pub fn nearest_end(names: &[String], entry: &str) -> Option<String> {
+    Nearest::new(names).end(entry, 0)
+}
+
 /// One field that names modules.
 enum Matcher<'a> {
     Nothing,

@@ -93,8 +93,8 @@ impl Comparison {
         let merged = Model::open(merged, links)?;
         let adapters: Vec<Adapter> =
             adapters.iter().map(|(path, weight)| Adapter::open(path, *weight, links)).collect::<Result<_>>()?;
-        let options = Options { model: base.config.as_ref(), allow_nonfinite: true };
-        let plan = Plan::new(&base.weights, &adapters, options)?;
+        let options = Options { allow_nonfinite: true, ..Options::default() };
+        let plan = Plan::new(&base.weights, &adapters, base.config.as_ref(), &options)?;
         // A checkpoint that another tool saved may have or lack one prefix. A head beside the rest does not tell.
         let module = |name: &'_ str| name.rsplit_once('.').map(|(module, _)| module.to_owned());
         let modules: Vec<String> = merged.weights.names().filter_map(module).collect();

@@ -7,6 +7,7 @@ use peftrs_core::checkpoint::Links;
 use peftrs_core::dtype::Dtype;
 use peftrs_core::error::Result;
 use peftrs_core::merge::{Merge, Settings, Watch, Writing, Written};
+use peftrs_core::plan::Options;
 use peftrs_core::writer::{Disk, FolderWriter, Storage, Tensor, header, write_adapter};
 
 use crate::fake::{Fake, Fault, Random, Tree};
@@ -86,7 +87,7 @@ struct Case {
 impl Case {
     fn new() -> Self {
         let inputs = inputs();
-        let settings = Settings { links: Links::Confined, allow_nonfinite: false };
+        let settings = Settings { links: Links::Confined, options: Options::default() };
         let merge =
             Merge::open(&inputs.path().join("base"), &[(inputs.path().join("adapter"), 1.0)], settings).unwrap();
         let empty = Fake::new(0);

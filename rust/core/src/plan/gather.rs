@@ -1,0 +1,60 @@
+//! The drafts of all adapters of a merge.
+
+use serde_json::Value;
+
+use super::adapter::Adapter;
+use super::base::Base;
+use super::draft::{Drafts, combine};
+use super::problems::Problems;
+use super::sort::Sorted;
+use super::tie::Tie;
+use super::updates::{Planner, homes};
+use super::{Options, finite, support};
+use crate::error::{Result, show_name};
+
+/// What the adapters do to the base, and whether modules have a prefix there that an adapter lacks.
+pub fn gather(
+    base: &Base,
+    adapters: &[Adapter],
+    model: Option<&Value>,
+    options: &Options,
+    notes: &mut Vec<String>,
+) -> Result<(Drafts, bool)> {
+    let mut all = Vec::new();
+    let mut problems = Problems::default();
+    let mut prefixed = false;
+    for (index, adapter) in adapters.iter().enumerate() {
+        let method = &adapter.config.method;
+        let sorted = Sorted::new(&adapter.checkpoint, method);
+        let homes = homes(base, &sorted)?;
+        notes.extend(adapter.config.warnings.iter().cloned());
+        if !homes.strip.is_empty() {
+            notes.push(format!("the base lacks the adapter's prefix {}", show_name(&homes.strip)));
+        }
+        if !homes.add.is_empty() {
+            notes.push(format!("the adapter lacks the base's prefix {}", show_name(&homes.add)));
+            prefixed = true;
+        }
+        let tie = Tie::find(base, model, prefixed);
+        let planner = Planner {
+            base,
+            adapter: &adapter.checkpoint,
+            index,
+            weight: adapter.weight,
+            method,
+            targeting: &adapter.config.targeting,
+            stored_transposed: method.fan_in_fan_out() || support::stores_transposed(model),
+            homes: &homes,
+            tie: tie.as_ref(),
+        };
+        let drafts = planner.changes(&sorted, &mut problems)?;
+        support::check_weight(adapter, &drafts)?;
+        if !options.allow_nonfinite {
+            finite::find_nonfinite(&adapter.checkpoint, &mut problems)?;
+        }
+        problems.end_of(&adapter.checkpoint, base.checkpoint);
+        all.push(drafts);
+    }
+    problems.refuse()?;
+    Ok((combine(all, adapters)?, prefixed))
+}
