@@ -7,6 +7,7 @@ mod files;
 mod matrices;
 mod place;
 mod steps;
+mod terms;
 mod turn;
 pub mod work;
 mod write;

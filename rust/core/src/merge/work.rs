@@ -28,10 +28,9 @@ pub struct Inputs<'a> {
 }
 
 impl<'a> Inputs<'a> {
-    /// The tensors of an adapter.
-    pub(super) fn adapter(self, index: usize) -> Result<&'a Checkpoint> {
-        let found = self.adapters.get(index).map(|adapter| &adapter.checkpoint);
-        found.ok_or_else(|| Error::Merge(format!("there is no adapter number {index}")))
+    /// One of the adapters.
+    pub(super) fn adapter(self, index: usize) -> Result<&'a Adapter> {
+        self.adapters.get(index).ok_or_else(|| Error::Merge(format!("there is no adapter number {index}")))
     }
 }
 
@@ -91,7 +90,7 @@ impl<'a> Values<'a> {
     fn new(inputs: Inputs<'a>, output: &'a Output) -> Result<Self> {
         let (checkpoint, name) = match &output.source {
             Source::Base(name) => (inputs.base, name),
-            Source::Adapter(index, key) => (inputs.adapter(*index)?, key),
+            Source::Adapter(index, key) => (&inputs.adapter(*index)?.checkpoint, key),
         };
         let dtype = checkpoint.entry(name).map_or(output.dtype, |entry| entry.dtype);
         Ok(Self { checkpoint, name, dtype })

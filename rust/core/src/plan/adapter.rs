@@ -1,6 +1,8 @@
 //! An adapter that is to be merged.
 
+use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use crate::checkpoint::{ADAPTER_CONFIG, Checkpoint, Links, read_small};
 use crate::config::AdapterConfig;
@@ -22,7 +24,11 @@ pub struct Adapter {
     pub config_text: String,
     /// Its tensors.
     pub checkpoint: Checkpoint,
+    held: Mutex<VecDeque<(String, Arc<Vec<u8>>)>>,
 }
+
+/// How many tensors are kept that are needed again and again, a part each time.
+const HELD: usize = 4;
 
 impl Adapter {
     /// Opens the adapter in the folder `path`.
@@ -33,7 +39,19 @@ impl Adapter {
         let config_text = String::from_utf8(text).map_err(|_| Error::checkpoint(&origin, "is not UTF-8"))?;
         let config = AdapterConfig::parse(&config_text, &origin.to_string_lossy())?;
         let checkpoint = Checkpoint::open_adapter(path, links)?;
-        Ok(Self { path: path.to_owned(), weight, config, config_text, checkpoint })
+        Ok(Self { path: path.to_owned(), weight, config, config_text, checkpoint, held: Mutex::default() })
+    }
+
+    /// The bytes of a tensor of which many outputs need a part, such as one expert's; the last few of them are kept.
+    pub(crate) fn read_shared(&self, key: &str) -> Result<Arc<Vec<u8>>> {
+        let mut held = self.held.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, bytes)) = held.iter().find(|(known, _)| known == key) {
+            return Ok(Arc::clone(bytes));
+        }
+        let bytes = Arc::new(self.checkpoint.read(key)?);
+        held.truncate(HELD - 1);
+        held.push_front((key.to_owned(), Arc::clone(&bytes)));
+        Ok(bytes)
     }
 
     /// Its folder as messages name it.

@@ -120,7 +120,9 @@ impl Votes {
         let mut votes = [(0, 0); 2];
         for placed in placed.iter().filter(|placed| !placed.module.is_embedding()) {
             let [fit] = placed.fits.as_slice() else { continue };
-            let Some((straight, transposed)) = votes.get_mut(usize::from(placed.dimensions == 3)) else { continue };
+            let Some((straight, transposed)) = votes.get_mut(usize::from(placed.home.shape.len() == 3)) else {
+                continue;
+            };
             *if fit.transposed { transposed } else { straight } += 1;
         }
         Self(votes)
@@ -128,10 +130,10 @@ impl Votes {
 
     /// The one way in which `placed` fits, or of two the one in which its like are stored, or else as the config says.
     pub fn choose(&self, placed: &Placed, stated: bool) -> Option<Fit> {
-        let transposed = match self.0.get(usize::from(placed.dimensions == 3)) {
+        let transposed = match self.0.get(usize::from(placed.home.shape.len() == 3)) {
             Some((0, 1..)) => true,
             Some((1.., 0)) => false,
-            _ => stated && placed.dimensions == 2,
+            _ => stated && placed.home.shape.len() == 2,
         };
         let fits = &placed.fits;
         fits.iter().find(|fit| fits.len() == 1 || fit.transposed == transposed).copied()

@@ -6,6 +6,7 @@
 mod adapter;
 mod base;
 mod draft;
+mod experts;
 mod finite;
 mod fit;
 mod gather;
@@ -31,7 +32,7 @@ pub use adapter::Adapter;
 use base::Base;
 pub(crate) use homes::Homes;
 pub(crate) use tie::is_embedding;
-pub use update::{Change, LowRank, Scale, Turn, Update};
+pub use update::{Change, LowRank, Part, Scale, Turn, Update};
 
 /// Where the values of an output tensor come from, before its updates.
 #[derive(Debug, Clone, PartialEq, Eq)]

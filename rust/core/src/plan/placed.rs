@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use super::draft::Drafts;
+use super::experts::{Home, spellings, stacked, unstacked};
 use super::fit::{Fit, fits};
 use super::problems::{BAD_SHAPE, NO_HOME, NO_PARTNER, Problems};
 use super::sort::{Module, Part, Sorted};
@@ -15,13 +16,12 @@ use crate::target::{Request, select};
 /// A module and the weight that it changes.
 pub struct Placed<'a> {
     pub path: &'a str,
-    /// The weight's name in the base.
-    pub name: String,
+    /// The weight that changes.
+    pub home: Home,
     pub module: &'a Module<'a>,
     /// Whether it acts on the layer's input; for what tells by its config alone, none if the config does not say.
     pub on_input: Option<bool>,
     pub fits: Vec<Fit>,
-    pub dimensions: usize,
 }
 
 impl Planner<'_> {
@@ -45,32 +45,33 @@ impl Planner<'_> {
             }
             let entries: Vec<&Entry> = module.shaping().into_iter().filter_map(|key| self.adapter.entry(key)).collect();
             let shapes: Vec<&[usize]> = entries.iter().map(|entry| entry.shape.as_slice()).collect();
-            let candidates = self.weights(path);
+            let candidates = self.weights(path, changes);
             if candidates.is_empty() {
                 problems.add(NO_HOME, show_name(path));
                 continue;
             }
-            let fitting: Vec<(&String, Vec<Fit>, usize)> = candidates
-                .iter()
-                .filter(|(name, _)| !taken.contains(name))
-                .map(|(name, entry)| {
-                    let shape = self.shape(changes, name, entry);
-                    (name, fits(shape, module, &shapes, on_input), shape.len())
+            let told: Vec<String> =
+                candidates.iter().map(|home| format!("{} {:?}", show_name(&home.name), home.shape)).collect();
+            let fitting: Vec<(Home, Vec<Fit>)> = candidates
+                .into_iter()
+                .filter(|home| !taken.contains(&home.name))
+                .map(|home| (fits(&home.shape, module, &shapes, on_input), home))
+                // Pieces are put together as they are stored, outputs first.
+                .map(|(fits, home)| {
+                    (fits.into_iter().filter(|fit| home.pieces.is_empty() || !fit.transposed).collect(), home)
                 })
-                .filter(|(_, fits, _)| !fits.is_empty())
+                .map(|(fits, home): (Vec<Fit>, Home)| (home, fits))
+                .filter(|(_, fits)| !fits.is_empty())
                 .collect();
             match <[_; 1]>::try_from(fitting) {
-                Ok([(name, fits, dimensions)]) => {
-                    taken.insert(name.clone());
-                    found.push(Placed { path, name: name.clone(), module, on_input, fits, dimensions });
+                Ok([(home, fits)]) => {
+                    taken.insert(home.name.clone());
+                    found.push(Placed { path, home, module, on_input, fits });
                 }
                 Err(fitting) => {
                     let several = if fitting.is_empty() { "" } else { ", of which several fit" };
                     let shapes: Vec<String> = shapes.iter().map(|shape| format!("{shape:?}")).collect();
-                    let weights =
-                        candidates.iter().map(|(name, entry)| format!("{} {:?}", show_name(name), entry.shape));
-                    let weights = weights.collect::<Vec<_>>().join(", ");
-                    let text = format!("{} {} for {weights}{several}", show_name(path), shapes.join(" and "));
+                    let text = format!("{} {} for {}{several}", show_name(path), shapes.join(" and "), told.join(", "));
                     problems.add(BAD_SHAPE, text);
                 }
             }
@@ -92,24 +93,39 @@ impl Planner<'_> {
         Ok(select(&request)?.feedforward.into_iter().map(Some).collect())
     }
 
-    /// The parameters of the base that the tensors under `path` may be for.
-    fn weights(&self, path: &str) -> Vec<(String, &Entry)> {
-        let home = self.homes.path(&without_base_layer(path));
-        let find = |leaf: &str| {
-            let name = format!("{home}.{leaf}");
-            Some((name.clone(), self.base.entry(&name)?))
+    /// The weights of the base that the tensors under `path` may be for.
+    fn weights(&self, path: &str, changes: &Drafts) -> Vec<Home> {
+        let path = self.homes.path(&without_base_layer(path));
+        let plain = |name: String, entry: &Entry| {
+            let shape = self.shape(changes, &name, entry).to_vec();
+            Home { name, dtype: entry.dtype, shape, pieces: Vec::new() }
         };
-        if let Some(weight) = find("weight").or_else(|| find("in_proj_weight")) {
-            return vec![weight];
+        let mut leaves: Vec<&str> = Vec::new();
+        if let Some(lora) = self.method.lora() {
+            leaves.extend(lora.target_parameters.iter().flatten().filter_map(|target| target.rsplit('.').next()));
         }
-        if let Some(tie) = self.tie.filter(|tie| tie.head.strip_suffix(".weight") == Some(&home)) {
-            return self.base.entry(&tie.embedding).map(|entry| (tie.head.clone(), entry)).into_iter().collect();
-        }
-        let Some(lora) = self.method.lora() else { return Vec::new() };
-        let mut leaves: Vec<&str> =
-            lora.target_parameters.iter().flatten().filter_map(|target| target.rsplit('.').next()).collect();
         leaves.sort_unstable();
         leaves.dedup();
-        leaves.into_iter().filter_map(find).collect()
+        for home in spellings(&path) {
+            let find = |leaf: &str| {
+                let name = format!("{home}.{leaf}");
+                self.base.entry(&name).map(|entry| plain(name, entry))
+            };
+            if let Some(weight) = find("weight").or_else(|| find("in_proj_weight")) {
+                return vec![weight];
+            }
+            let mut found: Vec<Home> = leaves.iter().copied().filter_map(find).collect();
+            if found.is_empty() && self.method.lora().is_some() {
+                found.extend(leaves.iter().filter_map(|leaf| stacked(self.base, &home, leaf)));
+                found.extend(unstacked(self.base, &home));
+            }
+            if !found.is_empty() {
+                return found;
+            }
+        }
+        if let Some(tie) = self.tie.filter(|tie| tie.head.strip_suffix(".weight") == Some(&path)) {
+            return self.base.entry(&tie.embedding).map(|entry| plain(tie.head.clone(), entry)).into_iter().collect();
+        }
+        Vec::new()
     }
 }

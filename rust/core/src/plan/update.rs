@@ -84,6 +84,23 @@ pub struct LowRank {
     pub transposed: bool,
     /// The key of DoRA's magnitudes, one for each output.
     pub magnitude: Option<String>,
+    /// What of the factors' product it is and where it goes, if not all of it to all of the weight.
+    pub part: Option<Part>,
+}
+
+/// Some rows of the matrices that a pair of factors makes, and their place in a weight.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Part {
+    /// How many matrices the factors make.
+    pub experts: usize,
+    /// Rows of each of them.
+    pub outputs: usize,
+    /// The matrix that is meant, and its first row that is.
+    pub from: (usize, usize),
+    /// The weight's matrix that it goes to, and the row there that the first one goes to.
+    pub to: (usize, usize),
+    /// How many rows.
+    pub rows: usize,
 }
 
 impl Change {
@@ -114,8 +131,16 @@ impl Change {
             Self::LowRank(update) => {
                 let kind = if update.magnitude.is_some() { "DoRA" } else { "LoRA" };
                 let layout = if update.transposed { ", stored (in, out)" } else { "" };
-                let experts = if update.count > 1 { format!(", {} experts", update.count) } else { String::new() };
-                format!("{kind} rank {}, scaling {}{layout}{experts}", update.rank, update.scaling)
+                let experts = if update.count > 1 && update.part.is_none() {
+                    format!(", {} experts", update.count)
+                } else {
+                    String::new()
+                };
+                let part = update.part.map_or(String::new(), |part| match part {
+                    Part { experts: 1, to: (expert, _), .. } => format!(", into expert {expert}"),
+                    Part { from: (expert, _), .. } => format!(", of expert {expert}"),
+                });
+                format!("{kind} rank {}, scaling {}{layout}{experts}{part}", update.rank, update.scaling)
             }
             Self::Bias { scaling, .. } => format!("bias, scaling {scaling}"),
             Self::Tokens { indices, .. } => format!("{} rows replaced", indices.len()),

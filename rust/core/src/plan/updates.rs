@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use super::base::Base;
 use super::draft::Drafts;
+use super::experts::Piece;
 use super::fit::{Fit, Votes};
 use super::homes::{Ambiguous, Homes};
 use super::placed::Placed;
@@ -90,7 +91,7 @@ impl Planner<'_> {
                 let text = format!("{} {:?}, in the base {:?}", show_name(key), entry.shape, found.shape);
                 problems.add(BAD_SHAPE, text);
             }
-            let floats = usable(found) && entry.dtype.is_adapter_float();
+            let floats = usable(found.dtype) && entry.dtype.is_adapter_float();
             if found.dtype != entry.dtype && !floats {
                 let text = format!("{} {}, in the base {}", show_name(key), entry.dtype.name(), found.dtype.name());
                 problems.add(UNUSABLE, text);
@@ -101,14 +102,23 @@ impl Planner<'_> {
 
     /// The change of a module's weight, and of its bias where that follows.
     fn weight(&self, placed: &Placed, votes: &Votes, changes: &mut Drafts, problems: &mut Problems) -> Result<()> {
-        let weight = self.base.entry(&placed.name).or_else(|| self.base.entry(&self.tie?.embedding));
-        if let Some(weight) = weight.filter(|weight| !usable(weight)) {
-            problems.add(UNUSABLE, format!("{} {}", show_name(&placed.name), weight.dtype.name()));
+        if !usable(placed.home.dtype) {
+            problems.add(UNUSABLE, format!("{} {}", show_name(&placed.home.name), placed.home.dtype.name()));
         }
         let Some(fit) = votes.choose(placed, self.stored_transposed) else { return Ok(()) };
         let change = match placed.module.part {
             Part::None => return Ok(()),
-            Part::Factors { down, up, .. } => self.low_rank(placed, fit, (down, up), problems)?,
+            Part::Factors { down, up, .. } => {
+                let update = self.low_rank(placed, fit, (down, up), problems)?;
+                for Piece { name, stored: (count, rows), part } in &placed.home.pieces {
+                    let update = LowRank { count: *count, rows: *rows, part: Some(*part), ..update.clone() };
+                    self.push(changes, name.clone(), Change::LowRank(update));
+                }
+                if !placed.home.pieces.is_empty() {
+                    return Ok(());
+                }
+                Change::LowRank(update)
+            }
             Part::Scale(key) => {
                 let shape = self.adapter.entry(key).map(|entry| entry.shape.as_slice());
                 let on_input = placed.on_input.unwrap_or(match shape {
@@ -136,16 +146,22 @@ impl Planner<'_> {
                 })
             }
         };
-        self.push(changes, placed.name.clone(), change);
+        self.push(changes, placed.home.name.clone(), change);
         Ok(())
     }
 
     /// The change that a pair of factors makes.
-    fn low_rank(&self, placed: &Placed, fit: Fit, (down, up): (&str, &str), problems: &mut Problems) -> Result<Change> {
+    fn low_rank(
+        &self,
+        placed: &Placed,
+        fit: Fit,
+        (down, up): (&str, &str),
+        problems: &mut Problems,
+    ) -> Result<LowRank> {
         // PEFT matches its patterns against the parameter's own name where the target is a bare parameter.
         let attention = self.attention_of(placed.path);
         let plain = without_base_layer(attention.unwrap_or(placed.path));
-        let leaf = placed.name.rsplit('.').next().unwrap_or_default();
+        let leaf = placed.home.name.rsplit('.').next().unwrap_or_default();
         let target = if ["weight", "in_proj_weight"].contains(&leaf) { plain } else { format!("{plain}.{leaf}") };
         let (rank, scaling) = self.rank_and_scaling(&target)?;
         let scaling = scaling * if attention.is_some() { PROJECTION } else { 1.0 };
@@ -155,13 +171,13 @@ impl Planner<'_> {
         if let Some(key) = placed.module.magnitude {
             let outputs = if fit.transposed { fit.columns } else { fit.rows };
             let found = self.adapter.entry(key).map(|entry| entry.shape.iter().product::<usize>());
-            if found != Some(outputs) || fit.count > 1 {
+            if found != Some(outputs) || fit.count > 1 || !placed.home.pieces.is_empty() {
                 problems.add(BAD_SHAPE, format!("{} for {outputs} outputs", show_name(key)));
             }
         } else if self.method.lora().is_some_and(|lora| lora.use_dora) {
             problems.add(NO_PARTNER, format!("{} (no DoRA magnitudes)", show_name(placed.path)));
         }
-        Ok(Change::LowRank(LowRank {
+        Ok(LowRank {
             up: up.to_owned(),
             down: down.to_owned(),
             rank: fit.size,
@@ -171,7 +187,8 @@ impl Planner<'_> {
             columns: fit.columns,
             transposed: fit.transposed,
             magnitude: placed.module.magnitude.map(str::to_owned),
-        }))
+            part: None,
+        })
     }
 
     /// The attention whose output projection `path` is, if the attention as a whole is what was adapted.
@@ -251,7 +268,7 @@ fn grows(name: &str, before: &[usize], shape: &[usize]) -> bool {
     more && (is_embedding(name) || is_head(name))
 }
 
-/// Whether values of the entry's type can be computed.
-fn usable(entry: &Entry) -> bool {
-    matches!(entry.dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32)
+/// Whether values of the type can be computed.
+fn usable(dtype: Dtype) -> bool {
+    matches!(dtype, Dtype::F16 | Dtype::BF16 | Dtype::F32)
 }
