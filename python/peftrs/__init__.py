@@ -21,10 +21,12 @@ _MODULES = {
     "methods.ia3": ("IA3Config",),
     "methods.lora": ("LoraConfig", "LoraRuntimeConfig"),
     "methods.oft": ("OFTConfig",),
+    "model.as_lora": ("convert_to_lora", "save_as_lora"),
     "model.auto": (
         "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction", "AutoPeftModelForQuestionAnswering",
         "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
     ),
+    "model.extract": ("extract_lora",),
     "model.mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "get_peft_config", "get_peft_model", "inject_adapter_in_model"),
     "model.peft_model": ("PeftModel",),
     "model.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),

@@ -21,6 +21,8 @@ from peftrs.methods.ia3 import IA3Config as IA3Config
 from peftrs.methods.lora import LoraConfig as LoraConfig
 from peftrs.methods.lora import LoraRuntimeConfig as LoraRuntimeConfig
 from peftrs.methods.oft import OFTConfig as OFTConfig
+from peftrs.model.as_lora import convert_to_lora as convert_to_lora
+from peftrs.model.as_lora import save_as_lora as save_as_lora
 from peftrs.model.auto import AutoPeftModel as AutoPeftModel
 from peftrs.model.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM
 from peftrs.model.auto import AutoPeftModelForFeatureExtraction as AutoPeftModelForFeatureExtraction
@@ -28,6 +30,7 @@ from peftrs.model.auto import AutoPeftModelForQuestionAnswering as AutoPeftModel
 from peftrs.model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2SeqLM
 from peftrs.model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from peftrs.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
+from peftrs.model.extract import extract_lora as extract_lora
 from peftrs.model.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
 from peftrs.model.mapping import get_peft_config as get_peft_config
 from peftrs.model.mapping import get_peft_model as get_peft_model

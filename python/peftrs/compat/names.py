@@ -61,6 +61,7 @@ MODULES: dict[str, dict[str, str]] = {
     "peft.tuners.lora": {**ROOT, **LORA},
     "peft.tuners.lora.layer": LORA,
     "peft.tuners.lora.config": ROOT,
+    "peft.tuners.lora.conversion": ROOT,
     "peft.tuners.lora.model": ROOT,
     "peft.tuners.ia3": ROOT,
     "peft.tuners.oft": ROOT,

@@ -41,11 +41,11 @@ class Source(Protocol):
 
 
 class FileSource:
-    """The weights in an adapter's folder. Opening it checks the whole header; see `_native.Checkpoint`."""
+    """The weights in an adapter's folder, or with `model` a model's. Opening it checks all headers; see `_native.Checkpoint`."""
 
-    def __init__(self, folder: str) -> None:
-        self.origin = os.path.join(folder, WEIGHTS_NAME)
-        self._file = _native.Checkpoint.adapter(folder)
+    def __init__(self, folder: str, *, model: bool = False) -> None:
+        self.origin = folder if model else os.path.join(folder, WEIGHTS_NAME)
+        self._file = _native.Checkpoint.model(folder, follow_links=True) if model else _native.Checkpoint.adapter(folder)
         self._entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
         unknown = []
         for name, dtype, shape in self._file.entries():

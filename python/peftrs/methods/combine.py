@@ -79,17 +79,17 @@ def leading(matrix: Tensor, rank: int) -> Triplets:
     return thin((space, space.mT @ matrix), rank)
 
 
-def approximated(change: Tensor | Term, rank: int, energy: float | None = None) -> tuple[Term, float]:
+def approximated(change: Tensor | Term, rank: int | None, energy: float | None = None) -> tuple[Term, float]:
     """The best term of this rank for a change, or with `energy` of the smallest rank up to it that keeps this part of `‖change‖²`.
 
-    Returns the term and the part that it keeps, from 0 to 1. A stack's matrices share one rank.
+    Without `rank` any is allowed. Returns the term and the part that it keeps, from 0 to 1. A stack's matrices share one rank.
     """
     if isinstance(change, Tensor):
         whole, most = float(change.double().square().sum()), min(change.shape[-2:])
     else:
         every = thin(change, min(limit(change), change[0].shape[-1]))
         whole, most = float(every[1].double().square().sum()), every[1].shape[-1]
-    rank = min(rank, most)
+    rank = most if rank is None else min(rank, most)
     width = rank if energy is None else min(rank, FIRST)
     while True:
         u, s, v = leading(change, width) if isinstance(change, Tensor) else every

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from peftrs import _native
-from peftrs.bases.kinds import LayerKind
+from peftrs.bases.kinds import LayerKind, LayerSpec
 from peftrs.config import PeftConfig
-from peftrs.core.layer import AdaptedLayer
 from peftrs.core.manage import set_requires_grad
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
@@ -35,6 +34,7 @@ KEPT = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "mod
 class Change:
     """What an adapter adds to one layer, scaling included: factors of the weight's change, and the bias's `(out,)` if any."""
 
+    spec: LayerSpec
     term: Term
     bias: Tensor | None = None
 
@@ -77,26 +77,24 @@ def _keys(ranks: Mapping[str, int], rank: int) -> list[str]:
     return [re.escape(end) for end in ends]
 
 
-def add(
-    model: nn.Module, name: str, config: LoraConfig, changes: Mapping[AdaptedLayer, Change], sources: Sequence[str] = ()
-) -> None:
+def add(model: nn.Module, name: str, config: LoraConfig, changes: Sequence[Change], sources: Sequence[str] = ()) -> None:
     """Puts a new adapter, frozen, into the model that changes these layers so; `config` says all but which they are.
 
     Modules that it replaces are copies of those of the `sources`. Raises `AdapterError`, `ConfigError` or `TargetError`, with the
     model left as it was.
     """
     modules = [place.name for place in places(model)]
-    config.lora_bias = any(change.bias is not None for change in changes.values())
-    bare = [layer.spec.name for layer in changes if layer.spec.kind is LayerKind.PARAMETER]
+    config.lora_bias = any(change.bias is not None for change in changes)
+    bare = [change.spec.name for change in changes if change.spec.kind is LayerKind.PARAMETER]
     settle(config, _ranks(changes), bare, modules)
     with torch.no_grad(), whole_or_not(model):
         attach(model, config, name, low_cpu_mem_usage=True)
-        fitted = [layer.adapters[name] for layer in adapted_layers(model) if name in layer.adapters]
-        extra = [one.spec.name for one in fitted if one.leader is None and one.layer not in changes]
-        if extra:
+        held = [layer.adapters[name] for layer in adapted_layers(model) if name in layer.adapters]
+        fitted = {one.spec.name: one for one in held if one.leader is None}
+        if extra := sorted(fitted.keys() - {change.spec.name for change in changes}):
             raise AdapterError(f"no config of a LoRA has these layers alone: {listed(extra, 4)} would be targets too")
-        for layer, change in changes.items():
-            fill(layer.adapters[name], change)
+        for change in changes:
+            fill(fitted[change.spec.name], change)
         finish(model, name, sources)
 
 
@@ -110,12 +108,12 @@ def finish(model: nn.Module, name: str, sources: Sequence[str]) -> None:
     set_requires_grad(model, name, False)
 
 
-def _ranks(changes: Mapping[AdaptedLayer, Change]) -> dict[str, int]:
+def _ranks(changes: Sequence[Change]) -> dict[str, int]:
     """The rank of each layer by name. An attention, which stands for its output projection too, has the larger one of both."""
-    ranks = {layer.spec.name: change.rank for layer, change in changes.items()}
-    for layer in changes:
-        if layer.spec.kind is LayerKind.ATTENTION:
-            name = layer.spec.name
+    ranks = {change.spec.name: change.rank for change in changes}
+    for change in changes:
+        if change.spec.kind is LayerKind.ATTENTION:
+            name = change.spec.name
             ranks[name] = max(ranks[name], ranks.pop(f"{name}.out_proj", 0))
     return ranks
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -180,18 +181,19 @@ class Tuner(nn.Module):
 
     def _unloaded(self, *, merged: bool, names: list[str] | None = None, progressbar: bool = False) -> nn.Module:
         model = self.model
-        manage.unload(model, merged=merged, names=names, track=_shown if progressbar else iter)
+        manage.unload(model, merged=merged, names=names, track=partial(shown, doing="Merging") if progressbar else iter)
         model.__dict__.pop("peft_config", None)
         untie(model)
         return model
 
 
-def _shown(layers: list[AdaptedLayer]) -> Iterable[AdaptedLayer]:
+def shown(layers: list[AdaptedLayer], doing: str) -> Iterable[AdaptedLayer]:
+    """The layers, with a bar that shows how many went by where tqdm is installed."""
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:
         return layers
-    return cast(Iterable[AdaptedLayer], tqdm(layers, desc="Merging", unit="layer"))
+    return cast(Iterable[AdaptedLayer], tqdm(layers, desc=doing, unit="layer"))
 
 
 def untie(model: nn.Module) -> None:

@@ -103,11 +103,11 @@ def _add_low_rank(model: nn.Module, name: str, recipe: Recipe, configs: dict[str
     with torch.no_grad():
         rank = recipe.rank or max(_factors(fitted)[0].shape[-1] for found in held.values() for fitted in found)
         if mixes:
-            changes = {layer: _mixed(found, recipe) for layer, found in held.items()}
+            changes = [_mixed(found, recipe) for found in held.values()]
         elif recipe.dense:
-            changes = {layer: _merged(layer, found, recipe, rank) for layer, found in held.items()}
+            changes = [_merged(found, recipe, rank) for found in held.values()]
         else:
-            changes = {layer: _summed(found, recipe, rank) for layer, found in held.items()}
+            changes = [_summed(found, recipe, rank) for found in held.values()]
         config = low_rank.config_like(configs[next(iter(recipe.sources))])
         others = [configs[each] for each in recipe.sources]
         named = [each for other in others for each in getattr(other, "modules_to_save", None) or ()]
@@ -214,7 +214,7 @@ def _summed(found: list[FittedAdapter], recipe: Recipe, rank: int) -> Change:
         term = combine.truncated(term, rank, recipe.clamp, recipe.driver)
     elif recipe.kind != "cat":
         term = combine.truncated(term, term[0].shape[-1])
-    return Change(term, _bias(found, recipe))
+    return Change(found[0].spec, term, _bias(found, recipe))
 
 
 def _mixed(found: list[FittedAdapter], recipe: Recipe) -> Change:
@@ -223,19 +223,19 @@ def _mixed(found: list[FittedAdapter], recipe: Recipe) -> Change:
     weights = _weights(found, recipe, ups[0], scaled=True)
     roots = weights.abs().sqrt()
     down = recipe.merge(downs, torch.where(weights < 0, -roots, roots))
-    return Change((recipe.merge(ups, roots), down), _bias(found, recipe))
+    return Change(found[0].spec, (recipe.merge(ups, roots), down), _bias(found, recipe))
 
 
-def _merged(layer: AdaptedLayer, found: list[FittedAdapter], recipe: Recipe, rank: int) -> Change:
+def _merged(found: list[FittedAdapter], recipe: Recipe, rank: int) -> Change:
     """The changes merged as they are in the layer's own layout, then the best approximation of a small rank."""
-    deltas = []
+    deltas, transposed = [], found[0].layer.base.transposed
     for fitted in found:
         up, down = _factors(fitted)
         delta = (up @ down) * fitted.scaling
-        deltas.append(delta.mT.contiguous() if layer.base.transposed else delta)
+        deltas.append(delta.mT.contiguous() if transposed else delta)
     delta = recipe.merge(deltas, _weights(found, recipe, deltas[0], scaled=False))
-    term = combine.scaled(combine.leading(delta.mT if layer.base.transposed else delta, rank))
-    return Change(combine.clamped(term, recipe.clamp), _bias(found, recipe))
+    term = combine.scaled(combine.leading(delta.mT if transposed else delta, rank))
+    return Change(found[0].spec, combine.clamped(term, recipe.clamp), _bias(found, recipe))
 
 
 def _bias(found: list[FittedAdapter], recipe: Recipe) -> Tensor | None:
