@@ -36,6 +36,8 @@ class Checkpoint:
         """Opens a model folder (one file, or shards with an index) or one safetensors file."""
     def entries(self) -> list[tuple[str, str, list[int]]]:
         """Every tensor as (name, dtype as safetensors spells it, shape), in the order of the file."""
+    def layers(self) -> list[tuple[str, str]]:
+        """Every layer, or bare parameter, and its kind as its name and shape suggest (`linear`, `embedding`, `conv1d`, `other`)."""
     def metadata(self) -> dict[str, str]:
         """The header's `__metadata__` (that of the first file of a sharded checkpoint)."""
     def read(self, name: str) -> bytearray:

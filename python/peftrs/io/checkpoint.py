@@ -59,6 +59,10 @@ class FileSource:
     def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return self._entries
 
+    def kinds(self) -> dict[str, str]:
+        """What each layer seems to be, by its name and the shape of its weight."""
+        return dict(self._file.layers())
+
     def read(self, name: str) -> Tensor:
         dtype, shape = self._entries[name]
         data = self._file.read(name)

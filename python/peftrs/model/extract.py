@@ -122,7 +122,7 @@ def extract(
         modules_to_save=None if modules_to_save is None else list(modules_to_save),
         base_model_name_or_path=os.fspath(base),
     )
-    model = skeleton.of_checkpoint(before.described(), settings, fan_in_fan_out)
+    model = skeleton.of_checkpoint(before, settings, fan_in_fan_out)
     with warnings.catch_warnings():
         # The config is ours: that its orientation is set to the layers' is no news.
         warnings.filterwarnings("ignore", "fan_in_fan_out is set", PeftrsWarning)

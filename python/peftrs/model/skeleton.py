@@ -5,20 +5,17 @@ from __future__ import annotations
 import copy
 import json
 import os
-import re
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftrs.bases.dense import CONVOLUTION
+from peftrs.io.checkpoint import FileSource
 
-EMBEDDING = re.compile(r"(^|[._])(word_|tok_|position_|token_type_)?embed|^w[tp]e$")
-"""How the last parts of embeddings' names look, which a checkpoint does not tell from linear layers."""
 OUTPUTS = ("lm_head", "embed_out", "output_projection")
 """The last parts of output embeddings' names."""
-TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
+TRANSPOSED = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 """Model types whose linear layers are transformers' `Conv1D`, all but the output embedding."""
 
 
@@ -44,47 +41,47 @@ def _empty(tensor: Tensor) -> Tensor:
     return nn.Parameter(empty, requires_grad=False) if isinstance(tensor, nn.Parameter) else empty
 
 
-def of_checkpoint(
-    described: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], settings: dict[str, Any], transposed: bool | None
-) -> Skeleton:
+def of_checkpoint(source: FileSource, settings: dict[str, Any], transposed: bool | None) -> Skeleton:
     """Modules with the names and shapes of a checkpoint's tensors, of the kinds that those suggest.
 
-    A `weight` of two dimensions is a linear layer's (stored `(in, out)` if `transposed`, by default as the config's model type
-    has it) or by its name an embedding's; of more, a convolution's. All else are bare parameters.
+    Linear weights are stored `(in, out)` if `transposed`, by default as the model type in the config has it.
     """
     root = Skeleton()
     root.config = settings
     if transposed is None:
         transposed = settings.get("model_type") in TRANSPOSED
-    leaves: dict[str, dict[str, tuple[torch.dtype, tuple[int, ...]]]] = {}
-    for name, (dtype, shape) in described.items():
+    kinds = source.kinds()
+    leaves: dict[str, dict[str, nn.Parameter]] = {}
+    for name, (dtype, shape) in source.described().items():
         path, _, leaf = name.rpartition(".")
-        leaves.setdefault(path, {})[leaf] = (dtype, shape)
+        empty = torch.empty(shape, dtype=dtype, device="meta")
+        leaves.setdefault(path, {})[leaf] = nn.Parameter(empty, requires_grad=False)
     for path, its in sorted(leaves.items()):
-        module = _module(path.rpartition(".")[2], its, transposed)
-        for leaf, (dtype, shape) in its.items():
-            module.register_parameter(leaf, nn.Parameter(torch.empty(shape, dtype=dtype, device="meta"), requires_grad=False))
+        fits = "weight" in its and its.keys() <= {"weight", "bias"}
+        module = _module(path, kinds.get(path) if fits else None, its, transposed)
+        for leaf, parameter in its.items():
+            module.register_parameter(leaf, parameter)
         _hang(root, path, module)
     return root
 
 
-def _module(name: str, its: Mapping[str, tuple[torch.dtype, tuple[int, ...]]], transposed: bool) -> nn.Module:
-    shape = its["weight"][1] if its.keys() <= {"weight", "bias"} and "weight" in its else ()
-    bias = "bias" in its
+def _module(path: str, kind: str | None, its: dict[str, nn.Parameter], transposed: bool) -> nn.Module:
     with torch.device("meta"):
-        if len(shape) == 2 and EMBEDDING.search(name):
-            return nn.Embedding(*shape)
-        if len(shape) == 2 and transposed and name not in OUTPUTS:
+        if kind == "embedding":
+            return nn.Embedding(*its["weight"].shape)
+        if kind == "linear" and transposed and path.rpartition(".")[2] not in OUTPUTS:
             from transformers.pytorch_utils import Conv1D
 
-            layer: nn.Module = Conv1D(shape[1], shape[0])
+            layer: nn.Module = Conv1D(*reversed(its["weight"].shape))
             return layer
-        if len(shape) == 2:
-            return nn.Linear(shape[1], shape[0], bias)
-        if 2 < len(shape) < 6:
-            kind: Any = list(CONVOLUTION)[len(shape) - 3]
-            convolution: nn.Module = kind(shape[1], shape[0], shape[2:], bias=bias)
-            return convolution
+        if kind == "linear":
+            outputs, inputs = its["weight"].shape
+            return nn.Linear(inputs, outputs, "bias" in its)
+        convolution: Any = next((one for one, base in CONVOLUTION.items() if base.kind == kind), None)
+        if convolution is not None:
+            outputs, inputs, *window = its["weight"].shape
+            convolved: nn.Module = convolution(inputs, outputs, tuple(window), bias="bias" in its)
+            return convolved
     return nn.Module()
 
 

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use peftrs_core::checkpoint::{Checkpoint as Core, Links};
 use peftrs_core::dtype::Dtype;
 use peftrs_core::error::{Error, show_name};
+use peftrs_core::outline::Outline;
 use peftrs_core::writer::{self, Disk, Tensor};
 use pyo3::buffer::PyUntypedBuffer;
 use pyo3::prelude::*;
@@ -33,6 +34,10 @@ impl Checkpoint {
 
     fn entries(&self) -> Vec<(&str, &'static str, &[usize])> {
         self.0.entries().map(|(name, entry)| (name, entry.dtype.name(), entry.shape.as_slice())).collect()
+    }
+
+    fn layers(&self) -> Vec<(String, String)> {
+        Outline::of(&self.0).layers.into_iter().map(|layer| (layer.name, layer.kind)).collect()
     }
 
     fn metadata(&self) -> &BTreeMap<String, String> {
