@@ -53,9 +53,10 @@ CASES = {
     "gpt2-all": (gpt2, {"target_modules": "all-linear", "fan_in_fan_out": True}),
     "t5": (t5, {"target_modules": ["q", "wo"]}),
     "t5-all": (t5, {"target_modules": "all-linear"}),
-    "vit": (vit, {"target_modules": ["projection", "q_proj"]}),
-    "mixtral": (mixtral, {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]}),
+    "vit": (vit, {"target_modules": r".*\.(projection|query|q_proj)"}),
 }
+if int(transformers.__version__.partition(".")[0]) >= 5:
+    CASES["mixtral"] = (mixtral, {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]})
 
 RENAMED = {"vit", "mixtral"}
 """Models whose layers transformers 5 names otherwise than their files do."""

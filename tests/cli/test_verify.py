@@ -86,7 +86,7 @@ def test_an_adapter_in_half_precision_is_right(tmp_path: Path, capfd: pytest.Cap
 
 def test_saving_again_otherwise_is_right(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     merged_by_peft(tmp_path, "llama-tied", torch.float32)
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.bfloat16)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").to(torch.bfloat16)
     model.save_pretrained(tmp_path / "again", max_shard_size="20KB")
     assert len(list((tmp_path / "again").glob("*.safetensors"))) > 1
     assert verify(capfd, tmp_path, "again")["faults"] == []

@@ -75,14 +75,20 @@ impl LoraFields {
         };
         let alpha =
             *lookup(&self.alpha_pattern, &self.alpha_keys, "alpha_pattern", module)?.unwrap_or(&self.lora_alpha);
-        #[allow(clippy::cast_precision_loss, reason = "a rank is at most 65,536")]
-        let divisor = if self.use_rslora { (rank as f64).sqrt() } else { rank as f64 };
-        let scaling = alpha / divisor;
+        let scaling = self.scaling(rank, alpha);
         if !scaling.is_finite() {
             let what = format!("scaling of {} is not finite: alpha {alpha}, rank {rank}", show_name(module));
             return Err(Error::config("adapter config", what));
         }
         Ok((rank, scaling))
+    }
+
+    /// What an update of that rank is multiplied by.
+    #[must_use]
+    pub fn scaling(&self, rank: usize, alpha: f64) -> f64 {
+        #[allow(clippy::cast_precision_loss, reason = "a rank is at most 65,536")]
+        let rank = rank as f64;
+        alpha / if self.use_rslora { rank.sqrt() } else { rank }
     }
 
     /// The rows of the embedding `module` that are trained whole; those of a plain list are any embedding's that is asked for.

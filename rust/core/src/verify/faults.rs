@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::permuted::{kind, number};
+use super::explain::{kind, number};
 use super::{Row, Verdict};
 use crate::error::show_name;
 

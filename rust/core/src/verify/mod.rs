@@ -3,8 +3,8 @@
 //! The merge is planned and computed anew, a block of rows at a time, and compared with what there is.
 
 mod config;
+mod explain;
 mod faults;
-mod permuted;
 mod tally;
 mod verdict;
 
@@ -78,7 +78,7 @@ pub fn verify(base: &Path, adapters: &[(PathBuf, f64)], merged: &Path, links: Li
     let outputs: Vec<&Output> = comparison.plan.files.iter().flat_map(|file| &file.outputs).collect();
     let rows: Vec<Vec<Row>> = outputs.par_iter().map(|output| comparison.rows(output)).collect::<Result<_>>()?;
     let mut rows: Vec<Row> = rows.concat();
-    permuted::find(&comparison, &outputs, &mut rows)?;
+    explain::explain(&comparison, &outputs, &mut rows)?;
     let extra = comparison.extra(&outputs, &mut rows, &mut notes)?;
     let mut faults = faults::faults(&rows, &extra);
     config::check(&comparison.base, &comparison.merged, &comparison.plan, &mut faults, &mut notes);

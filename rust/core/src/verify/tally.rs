@@ -33,7 +33,8 @@ impl Grid {
         }
     }
 
-    fn nearest(self, value: f64) -> f64 {
+    /// The nearest number of the grid.
+    pub fn nearest(self, value: f64) -> f64 {
         match self.bits {
             7 => bf16::from_f64(value).to_f64(),
             10 => f16::from_f64(value).to_f64(),
@@ -67,6 +68,8 @@ pub struct Tally {
     pub found: f64,
     /// Sum of (M - W)(E - W).
     pub common: f64,
+    /// Elements that should differ from the base.
+    pub moved: u64,
     /// Sum of (M - E)² over elements that are farther off than one unit.
     pub far: f64,
 }
@@ -94,6 +97,7 @@ impl Tally {
                 self.expected += wanted * wanted;
                 self.found += found * found;
                 self.common += found * wanted;
+                self.moved += u64::from(wanted != 0.0);
                 self.far += if near { 0.0 } else { off * off };
             }
         }
@@ -110,6 +114,7 @@ impl Tally {
             expected: self.expected + other.expected,
             found: self.found + other.found,
             common: self.common + other.common,
+            moved: self.moved + other.moved,
             far: self.far + other.far,
         }
     }

@@ -2,11 +2,17 @@
 
 use super::tally::Tally;
 
-/// How far the coefficient may be from one: what tools round differently moves it by less.
-const TOLERANCE: f64 = 0.03;
+/// How far the coefficient may be from one: what tools round differently moves it by less, unless few elements move at all.
+pub const TOLERANCE: f64 = 0.03;
+
+/// The residual below which the coefficient needs no second look.
+pub const EXACT: f64 = 0.1;
 
 /// The part of the change that elements off by more than one unit may be.
 const FAR: f64 = 0.1;
+
+/// The residual up to which a coefficient means something; the rest may be rounding.
+const ALIKE: f64 = 0.75;
 
 /// What is the matter with a tensor, if anything.
 #[derive(Debug, Clone, PartialEq)]
@@ -47,12 +53,13 @@ impl Verdict {
             };
         };
         let residual = tally.residual().unwrap_or(0.0);
-        if (coefficient - 1.0).abs() <= TOLERANCE && tally.far <= FAR * FAR * tally.expected {
+        #[allow(clippy::cast_precision_loss, reason = "a tolerance")]
+        let tolerance = TOLERANCE + (tally.moved.max(1) as f64).sqrt().recip();
+        if (coefficient - 1.0).abs() <= tolerance && tally.far <= FAR * FAR * tally.expected {
             Self::Right
         } else if tally.found <= 0.05 * tally.expected {
             Self::Unmerged
-        } else if residual <= 0.75 && (coefficient - 1.0).abs() > TOLERANCE {
-            // A type too narrow for a part of the change leaves that part out, hence the wide limit.
+        } else if residual <= ALIKE && (coefficient - 1.0).abs() > tolerance {
             Self::Times(coefficient)
         } else {
             Self::Other

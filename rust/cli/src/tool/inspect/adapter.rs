@@ -90,7 +90,7 @@ impl Values {
 
 /// The default scaling of a LoRA, before any pattern.
 fn scaling(adapter: &Adapter) -> Option<f64> {
-    adapter.config.lora().and_then(|lora| lora.rank_and_scaling("").ok()).map(|(_, scaling)| scaling)
+    adapter.config.lora().map(|lora| lora.scaling(lora.r, lora.lora_alpha))
 }
 
 pub fn json(adapter: &Adapter, values: Option<&Values>) -> Value {
