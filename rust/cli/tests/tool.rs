@@ -276,6 +276,42 @@ fn what_a_config_would_select() {
 }
 
 #[test]
+fn attention_in_few_layers_is_warned_of() {
+    let mut case = Case::new().set("target_modules", json!(["q_proj", "in_proj"]));
+    for layer in 0..56 {
+        let leaf = if layer % 14 == 3 { "attn.q_proj" } else { "mixer.conv" };
+        case = case.base(&format!("model.layers.{layer}.{leaf}.weight"), Tensor::new(BF16, &[4, 6], layer));
+    }
+    case.save();
+    let found = &report(&case, &["targets", "base", "--config", "adapter"])["config"];
+    let expected =
+        ["target_modules: in_proj matches nothing; did you mean q_proj?", "4 of 56 layers adapted in model.layers"];
+    assert_eq!(found["warnings"], json!(expected));
+    let case = case.set("layers_to_transform", json!([3]));
+    case.save_adapter();
+    let found = &report(&case, &["targets", "base", "--config", "adapter"])["config"];
+    assert_eq!(found["coverage"], json!([{"stack": "model.layers", "adapted": [3], "blocks": 56}]));
+    assert_eq!(found["warnings"].as_array().unwrap().len(), 1, "as it was asked for");
+}
+
+#[test]
+fn empty_tensors_of_monstrous_shapes_are_refused() {
+    let case = case();
+    let header =
+        r#"{"a.weight":{"dtype":"F32","shape":[0,4611686018427387904,4611686018427387904,9],"data_offsets":[0,0]}}"#;
+    let bytes = [&(header.len() as u64).to_le_bytes()[..], header.as_bytes()].concat();
+    std::fs::write(case.path("base/model.safetensors"), bytes).unwrap();
+    for command in ["inspect", "targets"] {
+        let output = case.tool(&[command, "base"]);
+        assert!(
+            (output.code, output.stdout.is_empty()) == (0, false) || output.stderr.starts_with("error: "),
+            "{}",
+            output.stderr
+        );
+    }
+}
+
+#[test]
 fn only_a_class_knows_all_linear_layers() {
     let case = case().set("target_modules", json!("all-linear"));
     case.save_adapter();

@@ -46,6 +46,12 @@ impl Entry {
         self.bytes
     }
 
+    /// How many elements it has.
+    #[must_use]
+    pub fn elements(&self) -> usize {
+        self.bytes / self.dtype.size().max(1)
+    }
+
     /// Which of [`Checkpoint::files`] holds it.
     #[must_use]
     pub fn file(&self) -> usize {

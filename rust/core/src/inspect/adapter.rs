@@ -6,7 +6,6 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value};
 
 use super::gram::{Matrix, by_columns, by_rows, root, singular_values};
-use super::values::elements;
 use crate::checkpoint::{Checkpoint, Links};
 use crate::config::{AdapterConfig, Init, LoraFields, Names, read_text};
 use crate::error::{Error, Result, show_name};
@@ -107,7 +106,7 @@ impl Adapter {
     /// How many numbers its tensors hold.
     #[must_use]
     pub fn parameters(&self) -> u64 {
-        self.weights.entries().map(|(_, entry)| elements(entry) as u64).sum()
+        self.weights.entries().map(|(_, entry)| entry.elements() as u64).sum()
     }
 
     /// What goes beyond a plain adapter of its kind, in a few words each.

@@ -6,7 +6,7 @@ use std::path::Path;
 use rayon::prelude::*;
 use serde_json::Value;
 
-use super::values::{Statistics, elements, statistics};
+use super::values::{Statistics, statistics};
 use crate::checkpoint::{ADAPTER_CONFIG, Checkpoint, Links, read_small};
 use crate::error::{Error, Result, show_name};
 use crate::writer::MARKER;
@@ -75,7 +75,7 @@ impl Model {
         for (_, entry) in self.weights.entries() {
             let share = shares.entry(entry.dtype.name()).or_default();
             share.tensors += 1;
-            share.parameters += elements(entry) as u64;
+            share.parameters += entry.elements() as u64;
             share.bytes += entry.bytes() as u64;
         }
         shares

@@ -7,7 +7,7 @@ use serde_json::{Map, Value};
 
 use super::adapter::{Adapter, LowRank};
 use super::gram::root;
-use super::values::{elements, side_by_side};
+use super::values::side_by_side;
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 
@@ -173,7 +173,7 @@ fn tensors(left: (&Checkpoint, &str), right: (&Checkpoint, &str), name: String) 
     let found = if floats {
         Difference::new(squares, inner, distance.sqrt(), identical)
     } else {
-        let none = elements(one) == 0;
+        let none = one.elements() == 0;
         Difference { identical: identical || none, left: None, right: None, distance: None, cosine: None }
     };
     Ok(Row::Tensor(name, found))

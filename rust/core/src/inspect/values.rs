@@ -24,7 +24,7 @@ pub struct Statistics {
 pub fn statistics(checkpoint: &Checkpoint, name: &str) -> Result<Option<Statistics>> {
     let Some(entry) = checkpoint.entry(name).filter(|entry| entry.dtype.is_adapter_float()) else { return Ok(None) };
     let mut found = Statistics { norm: 0.0, largest: 0.0, nonfinite: 0, zeros: 0 };
-    for start in (0..elements(entry)).step_by(BLOCK) {
+    for start in (0..entry.elements()).step_by(BLOCK) {
         let (values, _) = block(checkpoint, name, entry, start)?;
         for value in values {
             found.norm += value * value;
@@ -48,7 +48,7 @@ pub fn side_by_side(
     };
     let one = left.entry(left_name).ok_or_else(|| missing(left, left_name))?;
     let other = right.entry(right_name).ok_or_else(|| missing(right, right_name))?;
-    for start in (0..elements(one)).step_by(BLOCK) {
+    for start in (0..one.elements()).step_by(BLOCK) {
         let (one, one_bytes) = block(left, left_name, one, start)?;
         let (other, other_bytes) = block(right, right_name, other, start)?;
         visit(&one, &other, one_bytes == other_bytes);
@@ -56,14 +56,9 @@ pub fn side_by_side(
     Ok(())
 }
 
-/// How many elements a tensor has.
-pub fn elements(entry: &Entry) -> usize {
-    entry.bytes() / entry.dtype.size().max(1)
-}
-
 fn block(checkpoint: &Checkpoint, name: &str, entry: &Entry, start: usize) -> Result<(Vec<f64>, Vec<u8>)> {
     let size = entry.dtype.size();
-    let mut bytes = vec![0; BLOCK.min(elements(entry).saturating_sub(start)) * size];
+    let mut bytes = vec![0; BLOCK.min(entry.elements().saturating_sub(start)) * size];
     checkpoint.read_range(name, (start * size) as u64, &mut bytes)?;
     let values = if entry.dtype.is_adapter_float() { widen(entry.dtype, &bytes)? } else { Vec::new() };
     Ok((values, bytes))

@@ -9,7 +9,7 @@ use std::collections::{BTreeSet, HashSet};
 
 use serde_json::Value;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Entry};
 use crate::dtype::Dtype;
 
 /// What names of embeddings have in their last part.
@@ -72,8 +72,7 @@ impl Outline {
     /// The layers by the headers: their names are those of the files, and their kinds a guess from shapes and names.
     #[must_use]
     pub fn of(checkpoint: &Checkpoint) -> Self {
-        let mut names: Vec<(&str, &[usize])> =
-            checkpoint.entries().map(|(name, entry)| (name, entry.shape.as_slice())).collect();
+        let mut names: Vec<(&str, &Entry)> = checkpoint.entries().collect();
         names.sort_by_cached_key(|(name, _)| natural(name));
         let mut outline = Self::default();
         let mut seen: HashSet<&str> = HashSet::new();
@@ -84,7 +83,8 @@ impl Outline {
             })
         };
         let parameters: HashSet<&str> = names.iter().map(|(name, _)| *name).collect();
-        for (name, shape) in &names {
+        for (name, entry) in &names {
+            let shape = entry.shape.as_slice();
             let (module, leaf) = name.rsplit_once('.').unwrap_or(("", name));
             // What unpacks a weight is kept below the weight's own name.
             if parameters.contains(module) {
@@ -97,7 +97,7 @@ impl Outline {
                     outline.modules.push(module.to_owned());
                 }
             }
-            let count = shape.iter().product::<usize>() as u64;
+            let count = entry.elements() as u64;
             let weighted = |leaf: &str| !module.is_empty() && parameters.contains(format!("{module}.{leaf}").as_str());
             if leaf == "bias" && (weighted("weight") || weighted("qweight")) || weighted("weight") && leaf != "weight" {
                 continue;
@@ -111,7 +111,7 @@ impl Outline {
                 _ => continue,
             };
             let bias = checkpoint.entry(&format!("{module}.bias")).filter(|_| leaf == "weight");
-            let bias = bias.map_or(0, |entry| entry.shape.iter().product::<usize>() as u64);
+            let bias = bias.map_or(0, |entry| entry.elements() as u64);
             let (name, kind) = (name.to_owned(), kind.to_owned());
             outline.layers.push(Layer { name, kind, shape: shape.to_vec(), parameters: count + bias });
         }

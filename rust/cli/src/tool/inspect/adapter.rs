@@ -44,7 +44,7 @@ fn leaves(adapter: &Adapter) -> Vec<Leaf> {
             parameters: 0,
         });
         leaf.modules += 1;
-        leaf.parameters += entries().map(|entry| entry.shape.iter().product::<usize>() as u64).sum::<u64>();
+        leaf.parameters += entries().map(|entry| entry.elements() as u64).sum::<u64>();
     }
     found.into_values().collect()
 }
