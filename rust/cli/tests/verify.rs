@@ -364,7 +364,10 @@ fn the_report_for_people_and_the_refusals() {
     let done = case.tool(&["verify", "base", "adapter", "out"]);
     assert_eq!(
         (done.code, done.stderr.as_str()),
-        (1, "error: out is not base with the adapters merged in: one fault\n")
+        (
+            1,
+            "error: out is not base with the adapters merged in: one fault\nhint: peftrs-merge makes the merge that was expected\n"
+        )
     );
     assert!(done.stdout.contains("fault: merged with 0.500 times the scale: all 27 tensors"), "{}", done.stdout);
     for arguments in [&["verify", "base", "out"][..], &["verify", "base"]] {

@@ -13,7 +13,7 @@ use crate::arguments::weighted;
 use crate::printer::Printer;
 
 /// How many tensors that are not right a table lists.
-const LISTED: usize = 100;
+const LISTED: usize = 20;
 
 #[derive(Debug, Args)]
 pub struct Arguments {
@@ -39,7 +39,7 @@ pub fn run(arguments: &Arguments, printer: &Printer) -> Result<()> {
         faults => {
             let count = if faults.len() == 1 { "one fault".to_owned() } else { format!("{} faults", faults.len()) };
             Err(Error::Merge(format!(
-                "{} is not {} with the adapters merged in: {count}",
+                "{} is not {} with the adapters merged in: {count}; hint: peftrs-merge makes the merge that was expected",
                 shown(&merged),
                 shown(&arguments.base)
             )))
