@@ -130,12 +130,14 @@ def add_low_rank(weight: int, dtype: str, rows: int, columns: int, up: int, down
 def tool_main(
     arguments: Sequence[str],
     by_class: Callable[[PathLike[str], str | None], tuple[list[str], list[tuple[str, str, list[int], int]], list[str], list[str]]],
+    extract: Callable[[str], str],
 ) -> int:
     """Runs the `peftrs` tool and returns its exit code.
 
     `by_class` is asked, with a model's path and an adapter's `task_type`, for what only the model's class knows: the names of all
     modules, the layers as (name, kind, shape of the weight as stored, parameters), the full names of all parameters, and the
-    layers that "all-linear" stands for. The message of what it raises is the tool's error.
+    layers that "all-linear" stands for. `extract` makes an adapter: the request and the report are JSON. The message of what either
+    raises is the tool's error.
     """
 
 def merge_main(arguments: Sequence[str]) -> int:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
+import warnings
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -11,6 +13,8 @@ from peftrs._native import PeftrsError, merge_main, tool_main
 
 if TYPE_CHECKING:
     from peftrs.model.outline import Outline
+
+LACKING = "hint: pip install peftrs[transformers]"
 
 
 def merge() -> int:
@@ -20,9 +24,9 @@ def merge() -> int:
 
 def tool() -> int:
     """Runs `peftrs` on the command line's arguments and returns its exit code."""
-    # It writes nothing that an interruption could leave behind.
+    # Nothing that an interruption could leave behind has its name yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return tool_main(sys.argv[1:], _by_class)
+    return tool_main(sys.argv[1:], _by_class, _extract)
 
 
 def _by_class(model: PathLike[str], task: str | None) -> Outline:
@@ -31,5 +35,15 @@ def _by_class(model: PathLike[str], task: str | None) -> Outline:
 
         return outline.by_class(model, task)
     except ImportError as error:
-        message = f"{error}: only the model's class says which layers it has; hint: pip install peftrs[transformers]"
-        raise PeftrsError(message) from None
+        raise PeftrsError(f"{error}: only the model's class says which layers it has; {LACKING}") from None
+
+
+def _extract(request: str) -> str:
+    try:
+        from peftrs.model.extract import extract
+    except ImportError as error:
+        raise PeftrsError(f"{error}: extracting takes torch; {LACKING}") from None
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        found = extract(**json.loads(request))
+    return json.dumps(found.to_dict() | {"warnings": [str(one.message) for one in told]})

@@ -15,7 +15,7 @@ import transformers
 
 from peftrs import IA3Config, LoraConfig, PeftModel, get_peft_model
 from peftrs._native import tool_main
-from peftrs.cli import _by_class
+from peftrs.cli import _by_class, _extract
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.tree import wrappers
 from tests.model import tiny
@@ -67,7 +67,7 @@ BOTH = [(case, by_class) for case in CASES for by_class in (True, False) if by_c
 
 def run(capfd: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
     capfd.readouterr()
-    code = tool_main([os.fspath(argument) for argument in arguments], _by_class)
+    code = tool_main([os.fspath(argument) for argument in arguments], _by_class, _extract)
     streams = capfd.readouterr()
     return code, streams.out, streams.err
 

@@ -15,7 +15,7 @@ import torch
 import transformers
 
 from peftrs._native import tool_main
-from peftrs.cli import _by_class
+from peftrs.cli import _by_class, _extract
 from tests.model import tiny
 
 Model = Any
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore:Setting
 def verify(capfd: pytest.CaptureFixture[str], folder: Path, merged: str = "merged") -> Any:
     capfd.readouterr()
     arguments = ["verify", folder / "base", folder / "adapter", folder / merged, "--json"]
-    code = tool_main([os.fspath(argument) for argument in arguments], _by_class)
+    code = tool_main([os.fspath(argument) for argument in arguments], _by_class, _extract)
     report = json.loads(capfd.readouterr().out)
     assert report["right"] is (code == 0)
     return report

@@ -339,3 +339,13 @@ fn hostile_names_are_escaped() {
         assert!(!output.stdout.contains('\u{1b}'), "{arguments:?}");
     }
 }
+
+#[test]
+fn extracting_takes_python() {
+    let output = case().tool(&["extract", "base", "base", "-o", "out"]);
+    assert_eq!((output.code, output.stdout.as_str()), (1, ""));
+    assert!(
+        output.stderr.starts_with("error: extracting takes torch")
+            && output.stderr.contains("\nhint: run the peftrs that")
+    );
+}

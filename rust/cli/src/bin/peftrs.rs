@@ -1,4 +1,4 @@
-//! The binary over [`peftrs_cli::tool::run`]: without Python there is no class of a model to ask.
+//! The binary over [`peftrs_cli::tool::run`]: what takes Python it refuses.
 
 fn main() {
     let arguments: Vec<String> =

@@ -1,6 +1,7 @@
 //! `peftrs`: what adapters and checkpoints hold, how they differ, what an adapter is for, and whether a merge is right.
 
 mod diff;
+mod extract;
 mod inspect;
 mod table;
 mod targets;
@@ -10,12 +11,13 @@ use std::path::Path;
 
 use clap::{Args, Parser, Subcommand};
 use peftrs_core::checkpoint::Links;
-use peftrs_core::error::Result;
+use peftrs_core::error::{Error, Result};
 use peftrs_core::outline::Outline;
 use serde_json::Value;
 
 use crate::arguments::STYLES;
 use crate::printer::Printer;
+pub use extract::Extraction;
 
 /// Look into adapters and checkpoints on disk, without loading a model.
 ///
@@ -37,6 +39,8 @@ enum Command {
     Diff(diff::Arguments),
     /// List the layers of a model that an adapter can be for, and what a config would select of them.
     Targets(targets::Arguments),
+    /// Make the LoRA adapter that turns one model nearly into another; this takes Python with torch.
+    Extract(extract::Arguments),
     /// Check that a checkpoint is a base with adapters merged in, whatever tool merged them, and say what went wrong.
     Verify(verify::Arguments),
 }
@@ -59,13 +63,22 @@ impl Shared {
     }
 }
 
-/// Someone who knows a model's modules by its class: given the model and the adapter's task, if it has one, the outline.
-pub type ByClass<'a> = &'a (dyn Fn(&Path, Option<&str>) -> Result<Outline> + Sync);
+/// What takes Python with torch, where there is one.
+pub trait Python: Sync {
+    /// The outline of a model by its class, for an adapter of that `task_type`.
+    fn outline(&self, model: &Path, task: Option<&str>) -> Result<Outline>;
+    /// Makes the adapter between two models; what it returns is the report.
+    fn extract(&self, request: &Extraction) -> Result<Value>;
+}
 
-/// Runs the tool on `arguments`, the program's name left out, and returns its exit code. `by_class` is asked for what only
-/// a model's class knows, where there is someone to ask.
+/// The refusal where there is none.
+fn no_python(what: &str) -> Error {
+    Error::Merge(format!("{what}; hint: run the peftrs that `pip install peftrs[transformers]` brings"))
+}
+
+/// Runs the tool on `arguments`, the program's name left out, and returns its exit code.
 #[must_use]
-pub fn run(arguments: &[String], by_class: Option<ByClass>) -> i32 {
+pub fn run(arguments: &[String], python: Option<&dyn Python>) -> i32 {
     let name = std::iter::once("peftrs");
     let arguments = match Arguments::try_parse_from(name.chain(arguments.iter().map(String::as_str))) {
         Ok(arguments) => arguments,
@@ -79,7 +92,8 @@ pub fn run(arguments: &[String], by_class: Option<ByClass>) -> i32 {
     let done = match &arguments.command {
         Command::Inspect(arguments) => inspect::run(arguments, &printer),
         Command::Diff(arguments) => diff::run(arguments, &printer),
-        Command::Targets(arguments) => targets::run(arguments, &printer, by_class),
+        Command::Targets(arguments) => targets::run(arguments, &printer, python),
+        Command::Extract(arguments) => extract::run(arguments, &printer, python),
         Command::Verify(arguments) => verify::run(arguments, &printer),
     };
     match done {

@@ -11,7 +11,7 @@ use peftrs_core::outline::{Aim, Group, Outline, added, aim, wants_all_linear};
 use serde_json::{Value, json};
 
 use super::table::{count, ranges, sizes, table, warnings};
-use super::{ByClass, Shared, pretty};
+use super::{Python, Shared, no_python, pretty};
 use crate::printer::Printer;
 
 /// The longest config that is read, in bytes.
@@ -38,17 +38,14 @@ pub struct Arguments {
     shared: Shared,
 }
 
-pub fn run(arguments: &Arguments, printer: &Printer, by_class: Option<ByClass>) -> Result<()> {
+pub fn run(arguments: &Arguments, printer: &Printer, python: Option<&dyn Python>) -> Result<()> {
     let config = arguments.config.as_ref().map(|path| read_config(path, arguments)).transpose()?;
     let (config, task) = config.unzip();
     let asks = arguments.by_class || config.as_ref().is_some_and(wants_all_linear);
-    let outline = match by_class.filter(|_| asks) {
-        Some(ask) => ask(&arguments.model, task.flatten().as_deref())?,
-        None if arguments.by_class => {
-            return Err(Error::Target(
-                "this program has no Python to ask; hint: run the peftrs that `pip install peftrs[transformers]` brings"
-                    .to_owned(),
-            ));
+    let outline = match python.filter(|_| asks) {
+        Some(python) => python.outline(&arguments.model, task.flatten().as_deref())?,
+        None if asks => {
+            return Err(no_python("only the model's class says which layers it has, and this program has no Python"));
         }
         None => Outline::of(&Checkpoint::open_model(&arguments.model, arguments.shared.links())?),
     };

@@ -57,8 +57,7 @@ pub fn aim(outline: &Outline, config: &AdapterConfig) -> Result<Aim> {
     let targeting = &config.targeting;
     if wants_all_linear(config) && outline.linear.is_none() {
         return Err(Error::Target(
-            "target_modules is all-linear, and which layers those are only the model's class says; hint: run the peftrs \
-             that `pip install peftrs[transformers]` brings, or name the layers"
+            "target_modules is all-linear, and only the model's class says which layers those are; hint: name the layers"
                 .to_owned(),
         ));
     }
