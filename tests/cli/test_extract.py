@@ -48,6 +48,8 @@ def test_the_table_says_how_much_is_kept(folder: Path, capfd: pytest.CaptureFixt
 def test_refusals_are_one_line_and_a_hint(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capfd, "extract", folder / "base", folder / "base", "-o", folder / "out")
     assert (code, out) == (1, "")
-    assert err.startswith("error: ") and "differs" in err and not (folder / "out").exists()
+    assert err.startswith("error: ")
+    assert "differs" in err
+    assert not (folder / "out").exists()
     code, _, err = run(capfd, "extract", folder / "base", folder / "merged", "-o", folder / "out", "--rank", "0")
     assert code == 2
