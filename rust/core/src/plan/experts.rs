@@ -47,9 +47,8 @@ pub fn spellings(path: &str) -> Vec<String> {
     let path = format!(".{path}.");
     let pairs = RENAMED.iter().flat_map(|(one, other)| [(one, other), (other, one)]);
     let renamed = pairs.map(|(from, to)| path.replace(&format!(".{from}."), &format!(".{to}.")));
-    let mut all: Vec<String> = std::iter::once(path.clone()).chain(renamed).collect();
-    all.dedup();
-    all.iter().map(|path| path.trim_matches('.').to_owned()).collect()
+    let others = renamed.filter(|renamed| *renamed != path);
+    std::iter::once(path.clone()).chain(others).map(|path| path.trim_matches('.').to_owned()).collect()
 }
 
 /// The parameter `leaf` of the module of all experts at `path`, if the base has the layers that make it one by one.
