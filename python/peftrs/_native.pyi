@@ -120,11 +120,28 @@ def shortest_suffixes(targets: Sequence[str], others: Sequence[str]) -> list[str
 def parse_keys(keys: Sequence[str], slots: Sequence[str]) -> list[tuple[str, str] | None]:
     """For each checkpoint key, its (module path, slot) if it ends in one of `slots`, the `base_model.model.` prefix removed."""
 
-def add_low_rank(weight: int, dtype: str, rows: int, columns: int, up: int, down: int, rank: int, scaling: float) -> None:
+_Matrix = tuple[int, str, tuple[int, int], tuple[int, int]]
+"""A matrix in memory: address, dtype as safetensors spells it, rows and columns, and strides in elements.
+
+The memory must be live for the call, and nobody else may write to it."""
+_Update = tuple[_Matrix, _Matrix, float, int]
+"""`scaling * up @ down` as (up, down, scaling, how many threads at most); factors may be of type F64, F32, F16 or BF16."""
+
+def add_low_rank(weight: _Matrix, update: _Update, keep: bool) -> tuple[bool, bytes | None]:
     """weight += scaling * up @ down, in place, rounded once; the interpreter is released while it runs.
 
-    `weight`, `up` (rows, rank) and `down` (rank, columns) are addresses of contiguous row-major memory. `dtype` is that of
-    the weight: F16 and BF16 take float32 factors and accumulate in float32, F32 takes float64 factors and accumulates in float64.
+    `weight` is contiguous, of type F16, BF16 or F32. Returns whether all weights are finite then, and with `keep` what
+    `restore_low_rank` needs beside the factors.
+    """
+
+def correct_low_rank(original: _Matrix, merged: _Matrix, update: _Update) -> bytes:
+    """What `restore_low_rank` needs to make `original` from `merged`, to which other arithmetic added the update."""
+
+def restore_low_rank(weight: _Matrix, update: _Update, correction: bytes) -> bool:
+    """Makes a merged weight what it was, in place; returns whether it is that to the bit.
+
+    It is not where the weight was changed since it was merged: there, the update is subtracted. Raises `MergeError` for a
+    correction that is damaged.
     """
 
 def tool_main(

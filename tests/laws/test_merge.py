@@ -1,6 +1,7 @@
 """Merging changes no output, and unmerging restores every bit, whatever happened in between."""
 
 import copy
+import io
 import pickle
 from collections.abc import Callable
 from itertools import permutations
@@ -12,9 +13,12 @@ from hypothesis import strategies as st
 from torch import nn
 
 from peftrs.core import manage
+from peftrs.core import merge as merging
 from peftrs.core.tree import adapted_layers
 from peftrs.errors import AdapterError, MergeError, PeftrsWarning
 from peftrs.methods.ia3 import IA3Config
+from peftrs.methods.lora import LoraConfig
+from peftrs.ops.low_rank import Correction
 from tests.laws.cases import (
     CASES,
     KINDS,
@@ -143,13 +147,23 @@ def pickled(model: nn.Module) -> nn.Module:
     return pickle.loads(pickle.dumps(model))
 
 
+def saved(model: nn.Module) -> nn.Module:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
 def moved(model: nn.Module) -> nn.Module:
     """Gives every parameter new memory, as moving to another device does."""
     return model._apply(lambda tensor: tensor.clone())
 
 
+MEANWHILE = [leave, train, lose, copy.deepcopy, pickled, saved, moved]
+
+
 @cases
-@pytest.mark.parametrize("meanwhile", [leave, train, lose, copy.deepcopy, pickled, moved])
+@pytest.mark.parametrize("meanwhile", MEANWHILE)
 @settings(max_examples=2)
 @given(dtype=dtypes, seed=seeds)
 def test_unmerging_restores_the_bits(
@@ -170,6 +184,108 @@ def test_unmerging_restores_the_bits(
     model = meanwhile(model)
     manage.unmerge(list(adapted_layers(model)))
     assert same(bits(model), before)
+
+
+def large(dtype: torch.dtype = torch.bfloat16, layers: int = 2) -> nn.Module:
+    """Layers beside whose weights the factors are small, so that a correction is kept."""
+    model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(layers))).to(dtype).eval()
+    add(model, LoraConfig(target_modules=[str(index) for index in range(layers)], r=2, init_lora_weights=False), "a")
+    stir(model)
+    return model
+
+
+def ledgers(model: nn.Module) -> list[merging.Ledger]:
+    return [layer.ledger for layer in adapted_layers(model) if layer.ledger is not None]
+
+
+@pytest.mark.parametrize("meanwhile", MEANWHILE)
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("kind", ["linear", "transposed", "conv2d", "embedding", "experts", "experts-transposed", "attention"])
+def test_corrections_restore_the_bits(
+    kind: str, meanwhile: Callable[[nn.Module], nn.Module], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Also where the factors are as large as the layer, as they are here.
+    monkeypatch.setattr(merging, "MOST", 100.0)
+    model = plain(kind, dtype)
+    before = bits(model)
+    add(model, config("lora", kind), "a")
+    stir(model)
+    manage.merge(model)
+    assert isinstance(sole_layer(model).ledger.kept[0], Correction)
+    weight = next(iter(before.values()))
+    assert torch.equal(merging.unmerged(sole_layer(model))[0].view(weight.dtype), weight)
+    assert not same(bits(model), before)
+    model = meanwhile(model)
+    manage.unmerge(list(adapted_layers(model)))
+    assert same(bits(model), before)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_thousand_merges_leave_every_bit(dtype: torch.dtype) -> None:
+    model = large(dtype, 1)
+    before = bits(model)
+    for _ in range(1000):
+        manage.merge(model)
+        manage.unmerge(list(adapted_layers(model)))
+    assert same(bits(model), before)
+    manage.merge(model)
+    assert not same(bits(model), before)
+
+
+def test_casting_a_merged_model_casts_what_it_was() -> None:
+    model = large(torch.float32)
+    expected = {name: tensor.view(torch.float32).half().view(torch.int16) for name, tensor in bits(model).items()}
+    manage.merge(model)
+    model.half()
+    manage.unmerge(list(adapted_layers(model)))
+    assert same(bits(model), expected)
+
+
+def test_weights_changed_while_merged_are_subtracted_from_with_a_warning() -> None:
+    model = large(torch.float32, 1)
+    before = model.get_submodule("0").base_layer.weight.detach().clone()
+    manage.merge(model)
+    with torch.no_grad():
+        model.get_submodule("0").base_layer.weight += 1
+    with pytest.warns(PeftrsWarning, match="^0: the weights were changed since the merge"):
+        manage.unmerge(list(adapted_layers(model)))
+    assert distance(model.get_submodule("0").base_layer.weight, before + 1) < TOLERANCE[torch.float32]
+
+
+def test_a_correction_is_smaller_than_the_original() -> None:
+    model = large()
+    manage.merge(model)
+    assert all(0 < ledger.bytes < 40 * 40 * 2 for ledger in ledgers(model))
+
+
+def interrupted(layers: list[nn.Module]):
+    yield layers[0]
+    raise KeyboardInterrupt
+
+
+def test_a_merge_that_is_interrupted_is_taken_back() -> None:
+    model = large()
+    before = bits(model)
+    with pytest.raises(KeyboardInterrupt):
+        manage.merge(model, track=interrupted)
+    assert same(bits(model), before)
+    assert ledgers(model) == []
+
+
+def test_merging_for_good_keeps_nothing_and_can_be_finished_after_an_interrupt() -> None:
+    model, other = (copied := large()), copy.deepcopy(copied)
+    x = torch.randn(3, 40).bfloat16()
+    expected = model(x)
+    with pytest.raises(KeyboardInterrupt):
+        manage.unload(model, merged=True, track=interrupted)
+    assert [ledger.kept for ledger in ledgers(model)] == [None]
+    assert distance(model(x), expected) < TOLERANCE[torch.bfloat16]
+    with pytest.raises(MergeError, match=r"^0: .* merged for good.*hint: "):
+        manage.unmerge(list(adapted_layers(model)))
+    with pytest.warns(PeftrsWarning, match="are merged already"):
+        manage.unload(model, merged=True)
+    manage.unload(other, merged=True)
+    assert same(bits(model), bits(other))
 
 
 @cases
@@ -209,6 +325,36 @@ def test_a_merge_that_overflows_is_refused_and_takes_everything_back(value: floa
         manage.merge(model)
     assert same(bits(model), before)
     assert not any(layer.merged for layer in adapted_layers(model))
+
+
+@pytest.mark.parametrize("keep", [True, False])
+@pytest.mark.parametrize("settings", [{}, {"lora_bias": True}], ids=["low rank", "with a bias"])
+def test_an_overflow_of_one_layer_is_refused_before_any_is_changed(keep: bool, settings: dict[str, bool]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.float16)
+    add(model, LoraConfig(target_modules=["0", "1"], r=1, init_lora_weights=False, **settings), "a")
+    before = bits(model)
+    with torch.no_grad():
+        list(fitted(model))[-1]["lora_A.weight"].fill_(1e5)
+        list(fitted(model))[-1]["lora_B.weight"].fill_(1)
+    with pytest.raises(MergeError, match=r"^1: merging .* gives weights beyond torch.float16"):
+        manage.merge(model, keep=keep)
+    assert same(bits(model), before)
+    assert ledgers(model) == []
+
+
+@pytest.mark.parametrize("way", ["lora", "ia3-outputs"])
+def test_weights_that_were_not_finite_stay_so_with_a_warning(way: str) -> None:
+    model = plain("linear", torch.float16)
+    with torch.no_grad():
+        model.layer.weight[3, 4] = torch.inf
+    before = bits(model)
+    add(model, config(way, "linear"), "a")
+    stir(model)
+    with pytest.warns(PeftrsWarning, match="^layer: some weights were infinite or NaN before the merge"):
+        manage.merge(model)
+    assert torch.isinf(sole_layer(model).base_layer.weight[3, 4])
+    manage.unmerge(list(adapted_layers(model)))
+    assert same(bits(model), before)
 
 
 @pytest.mark.filterwarnings("ignore:.*are merged already:peftrs.errors.PeftrsWarning")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -178,11 +178,17 @@ class AdaptedLayer(Switched, nn.Module):
 
         Weights that would not be finite are refused whatever `safe_merge` says. Raises `MergeError`.
         """
-        merging.merge(self, merging.names_to_merge(self, adapter_names))
+        names = merging.names_to_merge(self, adapter_names)
+        merging.check(self, self.chain([*self.merged_adapters, *names]))
+        merging.merge(self, names)
 
     def unmerge(self) -> None:
         """Restores the bits from before the merge, whatever happened to the adapters since."""
         merging.unmerge(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
+        merging.before_cast(self, fn)
+        return cast(AdaptedLayer, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter alone adds to the weight, in the layout and dtype in which the layer stores it."""

@@ -101,12 +101,13 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             wrapper.require_grad(state.active, only=True)
 
 
-def merge(model: nn.Module, names: Sequence[str] | None = None, track: Track = iter) -> None:
+def merge(model: nn.Module, names: Sequence[str] | None = None, track: Track = iter, *, keep: bool = True) -> None:
     """Merges adapters (the active ones unless named) into all layers, or into none. `track` sees the layers go by.
 
-    Tensors are checked first, and a failure on the way takes back what was merged. Weights that other modules share are copied
-    for the merge, with a warning that says how many bytes; unmerging ties them again. Raises `AdapterError` for an unknown name,
-    `MergeError` for what cannot be merged.
+    All is checked first, and a failure on the way takes back what was merged; without `keep`, which is for good, only what no
+    check can foresee fails (an interrupt, the end of memory), and merging again then finishes the work. Weights that other modules
+    share are copied for the merge, with a warning that says how many bytes; unmerging ties them again. Raises `AdapterError` for
+    an unknown name, `MergeError` for what cannot be merged.
     """
     layers = list(adapted_layers(model))
     chosen = {layer: merging.names_to_merge(layer, names) for layer in layers}
@@ -120,7 +121,7 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, track: Track = i
     if faults := [fault for layer, found in chosen.items() if (fault := layer.conflict([*layer.merged_adapters, *found]))]:
         raise MergeError("; ".join(faults[:4]))
     for layer, found in chosen.items():
-        merging.check(layer, layer.chain([*layer.merged_adapters, *found]))
+        merging.check(layer, layer.chain([*layer.merged_adapters, *found]), keep=keep)
     shared = merging.shared_weights(model, list(chosen))
     if shared:
         copied = [one.parameter.nbytes for its in shared.values() for one in its]
@@ -131,10 +132,10 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, track: Track = i
     try:
         for layer in track(list(chosen)):
             earlier = layer.merged_adapters
-            merging.merge(layer, chosen[layer], shared.get(layer, ()))
+            merging.merge(layer, chosen[layer], shared.get(layer, ()), keep=keep)
             done[layer] = earlier
     except BaseException:
-        for layer, earlier in done.items():
+        for layer, earlier in done.items() if keep else ():
             layer.unmerge()
             merging.merge(layer, earlier, shared.get(layer, ()))
         raise
@@ -150,7 +151,7 @@ def unmerge(layers: Sequence[AdaptedLayer]) -> None:
 def unload(model: nn.Module, *, merged: bool, names: Sequence[str] | None = None, track: Track = iter) -> nn.Module:
     """Takes all wrappers off the model, adapters merged into the weights or left out; trained whole modules stay in place."""
     if merged:
-        merge(model, names, track)
+        merge(model, names, track, keep=False)
     else:
         unmerge(list(adapted_layers(model)))
     state = activation(model)

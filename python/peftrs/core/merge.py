@@ -3,15 +3,16 @@
 Arithmetic: from the stored bits, in float32 (float64 where the weights are float32), over all merged adapters, then rounded once.
 Merging further adapters starts again from the original bits, so that `merge(a); merge(b)` equals `merge([a, b])`.
 
-The ledger keeps the original weights (as many bytes per weight as their dtype has: 2 for bfloat16, 4 for float32) and biases, so
-that unmerging restores every bit even if the factors changed, were deleted, or the model moved to another device.
+The ledger keeps what restores every bit even if the factors changed, were deleted, or the model moved to another device: for a
+change of low rank, its factors and which weights subtracting it does not bring back (`peftrs.ops.low_rank`); else the originals.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from math import isfinite
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,10 +21,14 @@ from torch import Tensor, nn
 from peftrs.bases.kinds import Affine
 from peftrs.core.method import Additive
 from peftrs.errors import MergeError, PeftrsWarning, listed
-from peftrs.ops.low_rank import add_low_rank_
+from peftrs.ops.low_rank import NATIVE, Correction, Update, add_low_rank_, overflows
 
 if TYPE_CHECKING:
     from peftrs.core.layer import AdaptedLayer, Chain
+
+
+MOST = 0.5
+"""Factors of so many bytes for each byte of weight are not kept for a correction, but the original is."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +38,26 @@ class Shared:
     owner: nn.Module
     attribute: str
     parameter: nn.Parameter
+    at: int
+    """Its position in `stored`."""
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """What it takes to undo a merge: the names, in the order in which they are active, and the stored tensors from before.
+    """What it takes to undo a merge: the names, in the order in which they are active, and what the stored tensors were.
 
-    `originals` goes by the position in `stored`. What was shared is kept as it was, and the layer has its own while merged.
+    `kept` goes by the position in `stored`, where the merge changed it; None after a merge for good. What was shared is kept as it
+    was, and the layer has its own while merged.
     """
 
     names: tuple[str, ...]
-    originals: dict[int, Tensor]
+    kept: dict[int, Tensor | Correction] | None
     shared: tuple[Shared, ...]
 
     @property
     def bytes(self) -> int:
-        """How much memory the originals take."""
-        return sum(tensor.nbytes for tensor in self.originals.values())
+        """How much memory it takes."""
+        return sum(one.bytes if isinstance(one, Correction) else one.nbytes for one in (self.kept or {}).values())
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -66,58 +74,106 @@ def names_to_merge(layer: AdaptedLayer, names: Sequence[str] | None) -> list[str
 
 
 @torch.no_grad()
-def merge(layer: AdaptedLayer, names: Sequence[str], shared: tuple[Shared, ...] = ()) -> None:
-    """Merges the named adapters into a layer, beside those merged already. Raises `MergeError`, changing nothing."""
+def merge(layer: AdaptedLayer, names: Sequence[str], shared: tuple[Shared, ...] = (), *, keep: bool = True) -> None:
+    """Merges the named adapters into a layer, beside those merged already; without `keep` for good.
+
+    What `check` lets pass is assumed. Raises `MergeError`, changing nothing.
+    """
     if not names:
         return
     # In the order of activation, from which the chain follows: an order taken from the chain would be turned round once more.
     earlier = layer.merged_adapters
     together = tuple(dict.fromkeys([*earlier, *names]))
     chain = layer.chain(together)
-    check(layer, chain)
     if layer.ledger is not None:
         shared = layer.ledger.shared
         unmerge(layer)
-    kept = {id(one.parameter) for one in shared}
-    originals = {at: tensor.detach().clone() for at, tensor in enumerate(stored(layer)) if id(tensor) not in kept}
     for one in shared:
         own = nn.Parameter(one.parameter.detach().clone(), requires_grad=one.parameter.requires_grad)
         setattr(one.owner, one.attribute, own)
-    layer.ledger = Ledger(together, originals, shared)
     try:
-        _write(layer, chain)
-        if not all(bool(parameter.isfinite().all()) for parameter in stored(layer)):
-            raise MergeError(
-                f"{layer.spec.name}: merging {listed(list(together))} gives weights beyond "
-                f"{stored(layer)[0].dtype}; lower the adapter's scaling or merge into a wider dtype"
-            )
+        kept = _write(layer, chain, {*range(len(stored(layer)))} - {one.at for one in shared} if keep else set())
     except BaseException:
-        unmerge(layer)
+        _share_again(shared)
         merge(layer, earlier, shared)
         raise
+    layer.ledger = Ledger(together, kept if keep else None, shared)
 
 
 @torch.no_grad()
 def unmerge(layer: AdaptedLayer) -> None:
-    """Restores a layer's original bits, in the dtype that the layer has now. Warns if nothing is merged."""
+    """Restores a layer's original bits, in the dtype that the layer has now. Warns if nothing is merged.
+
+    Weights that were changed since the merge cannot be restored: the adapters are subtracted from them, with a warning. Raises
+    `MergeError` after a merge for good.
+    """
     if layer.ledger is None:
         warnings.warn(f"{layer.spec.name}: nothing is merged, nothing to do", PeftrsWarning, 4)
         return
-    for one in layer.ledger.shared:
-        setattr(one.owner, one.attribute, one.parameter)
-    parameters = stored(layer)
-    for at, original in layer.ledger.originals.items():
-        parameters[at].detach().copy_(original)
+    for at, was in _kept(layer).items():
+        parameter = stored(layer)[at].detach()
+        if isinstance(was, Tensor):
+            parameter.copy_(was)
+            continue
+        rows = _rows(layer, parameter)
+        if not was.restore_(rows):
+            warnings.warn(
+                f"{layer.spec.name}: the weights were changed since the merge; the adapters are subtracted from them, which "
+                "does not restore every bit",
+                PeftrsWarning,
+                4,
+            )
+        if rows.data_ptr() != parameter.data_ptr():
+            parameter.copy_(rows.view(parameter.shape))
+    _share_again(layer.ledger.shared)
     layer.ledger = None
 
 
+@torch.no_grad()
 def unmerged(layer: AdaptedLayer) -> list[Tensor]:
     """The layer's weight and, if it has one, bias, as they are without what is merged."""
+    now: list[Tensor] = list(stored(layer))
     if layer.ledger is None:
-        return list(stored(layer))
-    originals = dict(layer.ledger.originals)
-    shared = iter(layer.ledger.shared)
-    return [originals[at] if at in originals else next(shared).parameter for at in range(len(stored(layer)))]
+        return now
+    for one in layer.ledger.shared:
+        now[one.at] = one.parameter
+    for at, was in _kept(layer).items():
+        if isinstance(was, Correction):
+            copy = now[at].detach().to(was.dtype, copy=True, memory_format=torch.contiguous_format)
+            was.restore_(_rows(layer, copy))
+            was = copy
+        now[at] = was
+    return now
+
+
+def before_cast(layer: AdaptedLayer, cast: Callable[[Tensor], Tensor]) -> None:
+    """Keeps the originals of a merged layer if `cast`, to be applied to its tensors, changes their dtype and so loses bits."""
+    if layer.ledger is None or layer.ledger.kept is None:
+        return
+    now, kept = stored(layer), layer.ledger.kept
+    corrected = [at for at, was in kept.items() if isinstance(was, Correction)]
+    if any(cast(now[at].detach().flatten()[:0]).dtype is not now[at].dtype for at in corrected):
+        originals = unmerged(layer)
+        layer.ledger = replace(layer.ledger, kept=kept | {at: originals[at].detach() for at in corrected})
+
+
+def _kept(layer: AdaptedLayer) -> dict[int, Tensor | Correction]:
+    if layer.ledger is None or layer.ledger.kept is None:
+        raise MergeError(
+            f"{layer.spec.name}: {layer.merged_adapters} were merged for good, and the originals were not kept; "
+            "hint: call merge_and_unload again to finish what was broken off"
+        )
+    return layer.ledger.kept
+
+
+def _share_again(shared: tuple[Shared, ...]) -> None:
+    for one in shared:
+        setattr(one.owner, one.attribute, one.parameter)
+
+
+def _rows(layer: AdaptedLayer, weight: Tensor) -> Tensor:
+    """The stored weight as a matrix, or a stack of such."""
+    return weight if layer.spec.stacked else weight.flatten(1)
 
 
 def stored(layer: AdaptedLayer) -> list[nn.Parameter]:
@@ -139,7 +195,7 @@ def shared_weights(model: nn.Module, layers: Sequence[AdaptedLayer]) -> dict[Ada
     for layer in (layer for layer in layers if not layer.merged):
         inside = set(layer.modules())
         shared = []
-        for parameter in stored(layer):
+        for at, parameter in enumerate(stored(layer)):
             places = holders.get(id(parameter), [])
             for owner, attribute in (place for place in places if place[0] in inside):
                 if any(parent not in inside for parent, _ in holders.get(id(owner), [])):
@@ -148,46 +204,91 @@ def shared_weights(model: nn.Module, layers: Sequence[AdaptedLayer]) -> dict[Ada
                         "and which merging would change; give that place a copy of the layer"
                     )
                 if len(places) > 1:
-                    shared.append(Shared(owner, attribute, parameter))
+                    shared.append(Shared(owner, attribute, parameter, at))
         if shared:
             found[layer] = tuple(shared)
     return found
 
 
-def check(layer: AdaptedLayer, chain: Chain) -> None:
-    """Raises `MergeError` for what can be known before a weight is touched: tensors that are not numbers, maps that do not fit."""
-    broken = [f"{a.name}: {slot}" for a in chain for slot, tensor in a.parameters() if not bool(tensor.isfinite().all())]
-    if broken:
-        raise MergeError(f"{layer.spec.name}: {listed(broken)} holds NaN or infinite values; the adapter seems to be broken")
+@torch.no_grad()
+def check(layer: AdaptedLayer, chain: Chain, *, keep: bool = True) -> None:
+    """Raises `MergeError` for what can be known before a weight is touched: tensors that are not numbers, maps that do not fit.
+
+    Weights that would not be finite are found here if the change is of low rank, or if nothing is to be kept by which the merge
+    could be taken back.
+    """
+    weight, _ = layer.base.parameters(layer.base_layer)
+    update = low_rank(layer, chain)
+    if update is None or not isfinite(update.reach()):
+        broken = [f"{a.name}: {slot}" for a in chain for slot, tensor in a.parameters() if not bool(tensor.isfinite().all())]
+        if broken:
+            raise MergeError(f"{layer.spec.name}: {listed(broken)} holds NaN or infinite values; the adapter seems to be broken")
     for adapter in chain:
         fault = adapter.method.unmergeable(adapter)
         if fault:
             raise MergeError(f"{layer.spec.name}: adapter {adapter.name!r} cannot be merged: {fault}")
+    if update is not None:
+        if overflows(_rows(layer, weight.detach()), update):
+            raise _overflow(layer, chain)
+    elif not keep:
+        _folded(layer, chain)
 
 
-def _write(layer: AdaptedLayer, chain: Chain) -> None:
-    weight, bias = layer.base.parameters(layer.base_layer)
-    factors = low_rank(chain, wide(weight.dtype))
-    if factors is not None and weight.dtype.is_floating_point and weight.is_contiguous():
-        up, down = factors
-        if layer.base.transposed:
-            up, down = down.mT, up.mT
-        held = weight.detach()
-        rows = held if layer.spec.stacked else held.flatten(1)
-        add_low_rank_(rows, up, down)
-        return
-    base = Affine(weight.mT if layer.base.transposed else weight, bias)
-    affine = Affine(base.weight.to(wide(weight.dtype)), None if bias is None else bias.to(wide(weight.dtype)))
+def _overflow(layer: AdaptedLayer, chain: Chain) -> MergeError:
+    return MergeError(
+        f"{layer.spec.name}: merging {listed([adapter.name for adapter in chain])} gives weights beyond {stored(layer)[0].dtype}; "
+        "lower the adapter's scaling or merge into a wider dtype"
+    )
+
+
+def _write(layer: AdaptedLayer, chain: Chain, keep: set[int]) -> dict[int, Tensor | Correction]:
+    """Changes the stored tensors, and returns what restores those whose positions are to be kept."""
+    now = stored(layer)
+    update = low_rank(layer, chain)
+    if update is None:
+        kept: dict[int, Tensor | Correction] = {at: now[at].detach().clone() for at in keep}
+        for parameter, value in zip(now, _folded(layer, chain), strict=True):
+            parameter.detach().copy_(value)
+        return kept
+    weight = now[0].detach()
+    corrected = weight.dtype in NATIVE and update.bytes < MOST * weight.nbytes
+    kept = {} if corrected or 0 not in keep else {0: weight.clone()}
+    finite, correction = add_low_rank_(_rows(layer, weight), update, corrected and 0 in keep)
+    if correction is not None:
+        kept[0] = correction
+    if not finite:
+        _tell_not_finite(layer)
+    return kept
+
+
+def _folded(layer: AdaptedLayer, chain: Chain) -> list[Tensor]:
+    """What the stored tensors are to be, rounded once. Raises `MergeError` where they are not finite though they were before."""
+    now = stored(layer)
+    dtype = wide(now[0].dtype)
+    bias = now[1].to(dtype) if len(now) > 1 else None
+    affine = Affine((now[0].mT if layer.base.transposed else now[0]).to(dtype), bias)
     for adapter in chain:
         affine = adapter.method.apply(adapter, affine)
-    base.weight.detach().copy_(affine.weight)
-    if bias is not None and affine.bias is not None:
-        bias.detach().copy_(affine.bias)
+    weight = affine.weight.mT if layer.base.transposed else affine.weight
+    folded = [weight] if bias is None or affine.bias is None else [weight, affine.bias]
+    folded = [value.to(parameter.dtype) for parameter, value in zip(now, folded, strict=True)]
+    if not all(bool(value.isfinite().all()) for value in folded):
+        if any(bool((before.isfinite() & ~value.isfinite()).any()) for before, value in zip(now, folded, strict=True)):
+            raise _overflow(layer, chain)
+        _tell_not_finite(layer)
+    return folded
 
 
-def low_rank(chain: Chain, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-    """The factors of the whole chain's change, scaling in the first one, if all of it is of low rank and leaves the bias alone."""
-    ups, downs = [], []
+def _tell_not_finite(layer: AdaptedLayer) -> None:
+    warnings.warn(f"{layer.spec.name}: some weights were infinite or NaN before the merge and are so still", PeftrsWarning, 4)
+
+
+def low_rank(layer: AdaptedLayer, chain: Chain) -> Update | None:
+    """The whole chain's change of the stored weight, if it is of low rank, leaves the bias alone, and can be added in place."""
+    weight, _ = layer.base.parameters(layer.base_layer)
+    if not (weight.dtype.is_floating_point and weight.is_contiguous()):
+        return None
+    terms: list[tuple[Tensor, Tensor, float]] = []
     for adapter in chain:
         method = adapter.method
         if not isinstance(method, Additive) or type(method).apply is not Additive.apply or method.shift(adapter) is not None:
@@ -195,6 +296,11 @@ def low_rank(chain: Chain, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         factors = method.factors(adapter)
         if factors is None:
             return None
-        ups.append(factors[0].to(dtype) * adapter.scaling)
-        downs.append(factors[1].to(dtype))
-    return torch.cat(ups, -1), torch.cat(downs, -2)
+        terms.append((*factors, adapter.scaling))
+    if len(terms) == 1:
+        update = Update(*terms[0])
+    else:
+        dtype = torch.float64 if weight.dtype is not torch.bfloat16 else torch.float32
+        ups, downs = zip(*((up.to(dtype) * scaling, down.to(dtype)) for up, down, scaling in terms), strict=True)
+        update = Update(torch.cat(ups, -1), torch.cat(downs, -2), 1.0)
+    return update.transposed() if layer.base.transposed else update

@@ -1,99 +1,218 @@
 //! Arithmetic on weights in place for Python.
 
+use std::ops::Range;
+use std::ptr::with_exposed_provenance;
+
 use half::{bf16, f16};
 use peftrs_core::dtype::Dtype;
 use peftrs_core::error::{Error, Result};
-use peftrs_core::kernels::{self, Element};
+use peftrs_core::kernels::{Element, Factors, Wide as _, in_place};
 use pyo3::prelude::*;
+use pyo3::types::PyBytes;
 
 use crate::error::run;
 
-/// The addresses and sizes of one update, as Python gives them.
-#[derive(Clone, Copy)]
-struct Update {
-    weight: usize,
-    up: usize,
-    down: usize,
-    rows: usize,
-    columns: usize,
-    rank: usize,
+/// A matrix in memory: its address and dtype, how many rows and columns it has, and how many elements lie from one row to the
+/// next and from one column to the next.
+type Given = (usize, String, (usize, usize), (usize, usize));
+
+/// `scaling * up @ down`, as Python gives it.
+#[derive(Clone)]
+pub struct Update {
+    up: Given,
+    down: Given,
     scaling: f64,
+    threads: usize,
+}
+
+impl<'py> FromPyObject<'_, 'py> for Update {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        let (up, down, scaling, threads) = object.extract()?;
+        Ok(Self { up, down, scaling, threads })
+    }
+}
+
+/// Calls a generic function for the element that a weight's dtype names.
+macro_rules! for_dtype {
+    ($weight:expr, $function:ident($($argument:expr),*)) => {
+        match Dtype::from_name(&$weight.1) {
+            Some(Dtype::BF16) => $function::<bf16>($($argument),*),
+            Some(Dtype::F16) => $function::<f16>($($argument),*),
+            Some(Dtype::F32) => $function::<f32>($($argument),*),
+            _ => Err(Error::Merge(format!("a weight of type {:?} cannot be updated; F16, BF16 and F32 can", $weight.1))),
+        }
+    };
 }
 
 #[pyfunction]
-#[allow(clippy::too_many_arguments, reason = "the stub fixes them")]
 pub fn add_low_rank(
     py: Python<'_>,
-    weight: usize,
-    dtype: &str,
-    rows: usize,
-    columns: usize,
-    up: usize,
-    down: usize,
-    rank: usize,
-    scaling: f64,
-) -> PyResult<()> {
-    let update = Update { weight, up, down, rows, columns, rank, scaling };
-    let dtype = dtype.to_owned();
-    run(py, move || match Dtype::from_name(&dtype) {
-        Some(Dtype::BF16) => update.add::<bf16>(),
-        Some(Dtype::F16) => update.add::<f16>(),
-        Some(Dtype::F32) => update.add::<f32>(),
-        _ => Err(Error::Merge(format!("a weight of type {dtype:?} cannot be updated; F16, BF16 and F32 can"))),
-    })
+    weight: Given,
+    update: Update,
+    keep: bool,
+) -> PyResult<(bool, Option<Bound<'_, PyBytes>>)> {
+    let (finite, correction) = run(py, move || for_dtype!(weight, add(&weight, &update, keep)))?;
+    Ok((finite, correction.map(|bytes| PyBytes::new(py, &bytes))))
+}
+
+#[pyfunction]
+pub fn correct_low_rank(
+    py: Python<'_>,
+    original: Given,
+    merged: Given,
+    update: Update,
+) -> PyResult<Bound<'_, PyBytes>> {
+    let correction = run(py, move || for_dtype!(original, correct(&original, &merged, &update)))?;
+    Ok(PyBytes::new(py, &correction))
+}
+
+#[pyfunction]
+pub fn restore_low_rank(
+    py: Python<'_>,
+    weight: Given,
+    update: Update,
+    correction: Bound<'_, PyBytes>,
+) -> PyResult<bool> {
+    let correction = correction.as_bytes();
+    run(py, move || for_dtype!(weight, restore(&weight, &update, correction)))
+}
+
+fn add<E: Element>(weight: &Given, update: &Update, keep: bool) -> Result<(bool, Option<Vec<u8>>)> {
+    let (factors, read) = update.factors::<E>(weight.2)?;
+    // SAFETY: as for `elements_mut`: the caller's promise is the stub's.
+    let weight = unsafe { elements_mut::<E>("weight", weight, &read)? };
+    if keep {
+        return in_place::add_keeping(weight, &factors, update.threads).map(|(finite, bytes)| (finite, Some(bytes)));
+    }
+    Ok((in_place::add(weight, &factors, update.threads)?, None))
+}
+
+fn correct<E: Element>(original: &Given, merged: &Given, update: &Update) -> Result<Vec<u8>> {
+    let (factors, _) = update.factors::<E>(original.2)?;
+    // SAFETY: as for `elements`, of which both are read alone.
+    let (original, merged) = unsafe { (elements::<E>("original", original)?, elements::<E>("merged", merged)?) };
+    in_place::correction(original, merged, &factors, update.threads)
+}
+
+fn restore<E: Element>(weight: &Given, update: &Update, correction: &[u8]) -> Result<bool> {
+    let (factors, read) = update.factors::<E>(weight.2)?;
+    // SAFETY: as for `elements_mut`: the caller's promise is the stub's.
+    let weight = unsafe { elements_mut::<E>("weight", weight, &read)? };
+    in_place::restore(weight, &factors, correction, update.threads)
 }
 
 impl Update {
-    fn add<E: Element>(self) -> Result<()> {
+    /// The factors laid out, and the memory that they were read from.
+    fn factors<E: Element>(&self, shape: (usize, usize)) -> Result<(Factors<E>, [Range<usize>; 2])> {
+        let (rank, columns) = self.down.2;
+        if self.up.2 != (shape.0, rank) || columns != shape.1 {
+            let (up, down) = (self.up.2, self.down.2);
+            return Err(Error::Merge(format!(
+                "factors of shape {up:?} and {down:?} do not make an update of {shape:?}"
+            )));
+        }
         if !self.scaling.is_finite() {
             return Err(Error::Merge(format!("the scaling is {}", self.scaling)));
         }
-        let weight = span::<E>("weight", self.weight, self.rows, self.columns)?;
-        let up = span::<E::Wide>("up", self.up, self.rows, self.rank)?;
-        let down = span::<E::Wide>("down", self.down, self.rank, self.columns)?;
-        for (name, factor) in [("up", &up), ("down", &down)] {
-            if factor.start < weight.end && weight.start < factor.end {
-                return Err(Error::Merge(format!("{name} and the weight share memory")));
+        let read = [extent("up", &self.up)?, extent("down", &self.down)?];
+        let (up, down) = (Matrix::new(&self.up)?, Matrix::new(&self.down)?);
+        // SAFETY: `extent` checked that every element lies in memory that can exist, at an aligned address; that it is live
+        // for the call is the caller's promise in the stub. `gather` asks for elements within the shape alone.
+        let (up, down) =
+            unsafe { (|row, k| E::Wide::from_f64(up.get(row, k)), |k, column| E::Wide::from_f64(down.get(k, column))) };
+        Ok((Factors::gather(up, down, shape, rank, self.scaling)?, read))
+    }
+}
+
+/// A factor, whatever its type.
+struct Matrix {
+    address: usize,
+    dtype: Dtype,
+    size: usize,
+    strides: (usize, usize),
+}
+
+impl Matrix {
+    fn new((address, dtype, _, strides): &Given) -> Result<Self> {
+        let dtype = Dtype::from_name(dtype).filter(|dtype| dtype.is_adapter_float());
+        let dtype = dtype.ok_or_else(|| Error::Merge("factors are of type F64, F32, F16 or BF16".into()))?;
+        Ok(Self { address: *address, dtype, size: dtype.size(), strides: *strides })
+    }
+
+    /// # Safety
+    /// The element is in memory that may be read.
+    unsafe fn get(&self, row: usize, column: usize) -> f64 {
+        let at = row * self.strides.0 + column * self.strides.1;
+        let address = self.address + at * self.size;
+        // SAFETY: the caller's promise; `extent` checked that elements are aligned.
+        unsafe {
+            match self.dtype {
+                Dtype::BF16 => with_exposed_provenance::<bf16>(address).read().to_f64(),
+                Dtype::F16 => with_exposed_provenance::<f16>(address).read().to_f64(),
+                Dtype::F32 => f64::from(with_exposed_provenance::<f32>(address).read()),
+                _ => with_exposed_provenance::<f64>(address).read(),
             }
         }
-        // SAFETY: `span` checked that each address is aligned and not null, unless there is nothing to read, and that the
-        // size in bytes fits in isize; the weight, the only one written, overlaps neither factor. That the memory is live
-        // and of that size for the call is the contract in the stub: the caller holds the tensors and passes their sizes.
-        let (weight, up, down) = unsafe {
-            (
-                std::slice::from_raw_parts_mut(weight.pointer::<E>(), weight.count),
-                std::slice::from_raw_parts(up.pointer::<E::Wide>(), up.count),
-                std::slice::from_raw_parts(down.pointer::<E::Wide>(), down.count),
-            )
-        };
-        kernels::add_low_rank(weight, (self.rows, self.columns), up, down, self.rank, self.scaling)
     }
 }
 
-/// A stretch of memory that has been checked.
-struct Span {
-    start: usize,
-    end: usize,
-    count: usize,
+/// The values of a contiguous matrix.
+///
+/// # Safety
+/// The memory is live and nobody writes to it while they are in use.
+unsafe fn elements<'a, E: Element>(name: &str, given: &Given) -> Result<&'a [E]> {
+    let count = contiguous::<E>(name, given)?;
+    // SAFETY: `contiguous` checked the address and the size in bytes; the caller promises the rest.
+    Ok(unsafe { std::slice::from_raw_parts(pointer(given.0, count), count) })
 }
 
-impl Span {
-    fn pointer<T>(&self) -> *mut T {
-        if self.count == 0 { std::ptr::dangling_mut() } else { std::ptr::with_exposed_provenance_mut(self.start) }
+/// The values of a contiguous matrix, which shares no memory with what was `read`.
+///
+/// # Safety
+/// The memory is live and nobody else uses it while they are in use.
+unsafe fn elements_mut<'a, E: Element>(name: &str, given: &Given, read: &[Range<usize>]) -> Result<&'a mut [E]> {
+    let count = contiguous::<E>(name, given)?;
+    let own = extent(name, given)?;
+    if read.iter().any(|other| own.start < other.end && other.start < own.end) {
+        return Err(Error::Merge(format!("{name} and a factor share memory")));
     }
+    // SAFETY: `contiguous` checked the address and the size in bytes; the caller promises the rest.
+    Ok(unsafe { std::slice::from_raw_parts_mut(pointer(given.0, count), count) })
 }
 
-fn span<T>(name: &str, start: usize, rows: usize, columns: usize) -> Result<Span> {
-    let count = rows.checked_mul(columns);
-    let bytes =
-        count.and_then(|count| count.checked_mul(size_of::<T>())).filter(|bytes| isize::try_from(*bytes).is_ok());
-    let end = bytes.and_then(|bytes| start.checked_add(bytes));
-    let (Some(count), Some(end)) = (count, end) else {
+fn pointer<E>(address: usize, count: usize) -> *mut E {
+    if count == 0 { std::ptr::dangling_mut() } else { std::ptr::with_exposed_provenance_mut(address) }
+}
+
+/// How many elements a contiguous matrix of `E` has.
+fn contiguous<E: Element>(name: &str, given: &Given) -> Result<usize> {
+    extent(name, given)?;
+    let (_, dtype, (rows, columns), strides) = given;
+    if Dtype::from_name(dtype) != Some(E::DTYPE) || *strides != (*columns, 1) {
+        return Err(Error::Merge(format!("{name} is not a contiguous matrix of type {}", E::DTYPE.name())));
+    }
+    Ok(rows * columns)
+}
+
+/// The addresses from a matrix's first element to the end of its last.
+fn extent(name: &str, (address, dtype, (rows, columns), strides): &Given) -> Result<Range<usize>> {
+    let Some(dtype) = Dtype::from_name(dtype) else {
+        return Err(Error::Merge(format!("{name} has the unknown type {dtype:?}")));
+    };
+    if *rows == 0 || *columns == 0 {
+        return Ok(*address..*address);
+    }
+    let last = (rows - 1).checked_mul(strides.0).zip((columns - 1).checked_mul(strides.1));
+    let count = last.and_then(|(down, right)| down.checked_add(right)?.checked_add(1));
+    let bytes = count.and_then(|count| count.checked_mul(dtype.size())).filter(|bytes| isize::try_from(*bytes).is_ok());
+    let Some(end) = bytes.and_then(|bytes| address.checked_add(bytes)) else {
         return Err(Error::Merge(format!("{name} of shape ({rows}, {columns}) is larger than memory")));
     };
-    if count > 0 && (start == 0 || start % align_of::<T>() != 0) {
-        let size = align_of::<T>();
-        return Err(Error::Merge(format!("the address {start:#x} of {name} is null or not a multiple of {size}")));
+    if *address == 0 || address % dtype.size().max(1) != 0 {
+        let size = dtype.size();
+        return Err(Error::Merge(format!("the address {address:#x} of {name} is null or not a multiple of {size}")));
     }
-    Ok(Span { start, end, count })
+    Ok(*address..end)
 }

@@ -26,6 +26,8 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(target::shortest_suffixes, module)?)?;
     module.add_function(wrap_pyfunction!(target::parse_keys, module)?)?;
     module.add_function(wrap_pyfunction!(kernels::add_low_rank, module)?)?;
+    module.add_function(wrap_pyfunction!(kernels::correct_low_rank, module)?)?;
+    module.add_function(wrap_pyfunction!(kernels::restore_low_rank, module)?)?;
     module.add_function(wrap_pyfunction!(merge::merge_main, module)?)?;
     module.add_function(wrap_pyfunction!(tool::tool_main, module)?)
 }
