@@ -6,7 +6,7 @@ use std::ptr::with_exposed_provenance;
 use half::{bf16, f16};
 use peftrs_core::dtype::Dtype;
 use peftrs_core::error::{Error, Result};
-use peftrs_core::kernels::{Element, Factors, Wide as _, in_place};
+use peftrs_core::kernels::{Element, Factors, Wide, in_place};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
@@ -121,7 +121,7 @@ impl Update {
         // SAFETY: `extent` checked that every element lies in memory that can exist, at an aligned address; that it is live
         // for the call is the caller's promise in the stub. `gather` asks for elements within the shape alone.
         let (up, down) =
-            unsafe { (|row, k| E::Wide::from_f64(up.get(row, k)), |k, column| E::Wide::from_f64(down.get(k, column))) };
+            unsafe { (|row, k, to: &mut _| up.read(row, k, to), |k, column, to: &mut _| down.read(k, column, to)) };
         Ok((Factors::gather(up, down, shape, rank, self.scaling)?, read))
     }
 }
@@ -130,7 +130,7 @@ impl Update {
 struct Matrix {
     address: usize,
     dtype: Dtype,
-    size: usize,
+    dtype_size: usize,
     strides: (usize, usize),
 }
 
@@ -138,23 +138,36 @@ impl Matrix {
     fn new((address, dtype, _, strides): &Given) -> Result<Self> {
         let dtype = Dtype::from_name(dtype).filter(|dtype| dtype.is_adapter_float());
         let dtype = dtype.ok_or_else(|| Error::Merge("factors are of type F64, F32, F16 or BF16".into()))?;
-        Ok(Self { address: *address, dtype, size: dtype.size(), strides: *strides })
+        Ok(Self { address: *address, dtype, dtype_size: dtype.size(), strides: *strides })
     }
 
+    /// Fills `to` with a row's elements from a column on.
+    ///
     /// # Safety
-    /// The element is in memory that may be read.
-    unsafe fn get(&self, row: usize, column: usize) -> f64 {
-        let at = row * self.strides.0 + column * self.strides.1;
-        let address = self.address + at * self.size;
-        // SAFETY: the caller's promise; `extent` checked that elements are aligned.
+    /// These elements are in memory that may be read.
+    unsafe fn read<W: Wide>(&self, row: usize, column: usize, to: &mut [W]) {
+        let address = self.address + (row * self.strides.0 + column * self.strides.1) * self.dtype_size;
+        // SAFETY: the caller's promise.
         unsafe {
             match self.dtype {
-                Dtype::BF16 => with_exposed_provenance::<bf16>(address).read().to_f64(),
-                Dtype::F16 => with_exposed_provenance::<f16>(address).read().to_f64(),
-                Dtype::F32 => f64::from(with_exposed_provenance::<f32>(address).read()),
-                _ => with_exposed_provenance::<f64>(address).read(),
+                Dtype::BF16 => fill(address, self.strides.1, to, bf16::to_f64),
+                Dtype::F16 => fill(address, self.strides.1, to, f16::to_f64),
+                Dtype::F32 => fill(address, self.strides.1, to, |value: f32| f64::from(value)),
+                _ => fill(address, self.strides.1, to, |value: f64| value),
             }
         }
+    }
+}
+
+/// Fills `to` with elements from an address on, `stride` elements from one to the next.
+///
+/// # Safety
+/// They are in memory that may be read, and aligned.
+unsafe fn fill<T: Copy, W: Wide>(address: usize, stride: usize, to: &mut [W], widen: impl Fn(T) -> f64) {
+    let first = with_exposed_provenance::<T>(address);
+    for (index, to) in to.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *to = W::from_f64(widen(unsafe { first.add(index * stride).read() }));
     }
 }
 

@@ -29,7 +29,7 @@ pub fn add_keeping<E: Element>(weight: &mut [E], factors: &Factors<E>, threads: 
         scratch.original.clear();
         scratch.original.extend_from_slice(block);
         let finite = factors.add(index * factors.block_rows(), block);
-        (finite, kept(index, &scratch.original, block, factors, &mut scratch.restored))
+        (finite, kept(index, &scratch.original, block, factors, &mut scratch.merged))
     });
     Ok((done.iter().all(|(finite, _)| *finite), pack(done.into_iter().map(|(_, kept)| kept))))
 }
@@ -41,7 +41,7 @@ pub fn correction<E: Element>(original: &[E], merged: &[E], factors: &Factors<E>
     let size = block_size(factors);
     let blocks = original.chunks(size).zip(merged.chunks(size)).enumerate();
     let done = parallel(threads, blocks, |(index, (original, merged)), scratch: &mut Scratch<E>| {
-        kept(index, original, merged, factors, &mut scratch.restored)
+        kept(index, original, merged, factors, &mut scratch.merged)
     });
     Ok(pack(done.into_iter()))
 }
@@ -63,12 +63,18 @@ pub fn restore<E: Element>(weight: &mut [E], factors: &Factors<E>, correction: &
 
 struct Scratch<E> {
     original: Vec<E>,
+    merged: Merged<E>,
+}
+
+/// Room for what a merged block is restored to, and for its code.
+struct Merged<E> {
     restored: Vec<E>,
+    code: Vec<u8>,
 }
 
 impl<E> Default for Scratch<E> {
     fn default() -> Self {
-        Self { original: Vec::new(), restored: Vec::new() }
+        Self { original: Vec::new(), merged: Merged { restored: Vec::new(), code: Vec::new() } }
     }
 }
 
@@ -83,12 +89,12 @@ fn kept<E: Element>(
     original: &[E],
     merged: &[E],
     factors: &Factors<E>,
-    restored: &mut Vec<E>,
+    room: &mut Merged<E>,
 ) -> Kept<Vec<u8>> {
-    restored.clear();
-    restored.extend_from_slice(merged);
-    factors.negated().add(index * factors.block_rows(), restored);
-    Kept { checksum: checksum(merged), code: encode(original, restored) }
+    room.restored.clear();
+    room.restored.extend_from_slice(merged);
+    factors.negated().add(index * factors.block_rows(), &mut room.restored);
+    Kept { checksum: checksum(merged), code: encode(original, &room.restored, &mut room.code).to_vec() }
 }
 
 fn pack(blocks: impl ExactSizeIterator<Item = Kept<Vec<u8>>>) -> Vec<u8> {

@@ -55,40 +55,39 @@ impl<E: Element> Factors<E> {
                 down.len()
             )));
         }
-        let value = |factor: &[E::Wide], at: usize| factor.get(at).copied().unwrap_or(E::Wide::zeroed());
-        Self::gather(
-            |row, k| value(up, row * rank + k),
-            |k, column| value(down, k * columns + column),
-            shape,
-            rank,
-            scaling,
-        )
+        let read = |factor: &[E::Wide], at: usize, to: &mut [E::Wide]| copy(factor.get(at..).unwrap_or_default(), to);
+        let up = |row: usize, k: usize, to: &mut [E::Wide]| read(up, row * rank + k, to);
+        let down = |k: usize, column: usize, to: &mut [E::Wide]| read(down, k * columns + column, to);
+        Self::gather(up, down, shape, rank, scaling)
     }
 
-    /// Lays out the factors whose values are `up(row, k)` and `down(k, column)`.
+    /// Lays out factors that are read a part of a row at a time: `up(row, k, to)` fills `to` with the values of a row from the
+    /// one for the rank `k` on, and `down(k, column, to)` with those from the one in that column on.
     pub fn gather(
-        up: impl Fn(usize, usize) -> E::Wide,
-        down: impl Fn(usize, usize) -> E::Wide,
+        up: impl Fn(usize, usize, &mut [E::Wide]),
+        down: impl Fn(usize, usize, &mut [E::Wide]),
         shape: (usize, usize),
         rank: usize,
         scaling: f64,
     ) -> Result<Self> {
         let (rows, columns) = shape;
-        let tile = tile::<E>();
-        let mut groups = room(rows.div_ceil(ROWS), rank)?;
-        for first in (0..rows).step_by(ROWS) {
-            let value = |row, k| if row < rows { up(row, k) } else { E::Wide::zeroed() };
-            groups.extend((0..rank).map(|k| std::array::from_fn(|row| value(first + row, k))));
-        }
-        let mut panels = room(columns.div_ceil(tile), rank)?;
-        for first in (0..columns).step_by(tile) {
-            for k in 0..rank {
-                let mut line = Line::zeroed();
-                let values: &mut [E::Wide] = bytemuck::cast_slice_mut(std::slice::from_mut(&mut line));
-                for (value, column) in values.iter_mut().zip(first..columns) {
-                    *value = down(k, column);
+        let (zero, tile) = (E::Wide::zeroed(), tile::<E>());
+        let mut groups = room(rows.div_ceil(ROWS), rank, [zero; ROWS])?;
+        let mut line = room(1, rank, zero)?;
+        for (index, group) in groups.chunks_exact_mut(rank.max(1)).enumerate() {
+            for (place, row) in (index * ROWS..rows.min((index + 1) * ROWS)).enumerate() {
+                up(row, 0, &mut line);
+                for (to, from) in group.iter_mut().filter_map(|values| values.get_mut(place)).zip(&line) {
+                    *to = *from;
                 }
-                panels.push(line);
+            }
+        }
+        let mut panels = room(columns.div_ceil(tile), rank, Line::zeroed())?;
+        for (index, panel) in panels.chunks_exact_mut(rank.max(1)).enumerate() {
+            let width = tile.min(columns - index * tile);
+            for (k, line) in panel.iter_mut().enumerate() {
+                let values: &mut [E::Wide] = bytemuck::cast_slice_mut(&mut line.0);
+                down(k, index * tile, values.get_mut(..width).unwrap_or_default());
             }
         }
         Ok(Self { rows, columns, rank, scaling: Wide::from_f64(scaling), up: groups, down: panels })
@@ -158,12 +157,13 @@ const fn tile<E: Element>() -> usize {
     TILE_BYTES / size_of::<E::Wide>()
 }
 
-fn room<T>(count: usize, rank: usize) -> Result<Vec<T>> {
+fn room<T: Clone>(count: usize, rank: usize, value: T) -> Result<Vec<T>> {
     let mut values = Vec::new();
-    match count.checked_mul(rank).map(|count| values.try_reserve_exact(count)) {
-        Some(Ok(())) => Ok(values),
-        _ => Err(Error::Merge(format!("no memory for the factors of an update of rank {rank}"))),
+    match count.checked_mul(rank).map(|count| (count, values.try_reserve_exact(count))) {
+        Some((count, Ok(()))) => values.resize(count, value),
+        _ => return Err(Error::Merge(format!("no memory for the factors of an update of rank {rank}"))),
     }
+    Ok(values)
 }
 
 #[cfg(target_arch = "x86_64")]
