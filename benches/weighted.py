@@ -1,4 +1,4 @@
-"""Combining two adapters of rank 16: the same `add_weighted_adapter` in both libraries, deleted again after each run.
+"""Combining two adapters of rank 16: the same `add_weighted_adapter` in both libraries, undone after each run; converting one.
 
     python benches/run.py --rows weighted [--quick] [--only NAME] [--runs N] [--output FILE]
 
@@ -61,6 +61,20 @@ def check(kind: str, width: int, layers: int, quick: bool) -> None:
     both_agree(change, quick, 1e-5)
 
 
+def convert(name: str, quick: bool) -> Callable[[], object]:
+    library = import_module(name)
+    model = two_adapters(library, 128 if quick else 2048, 1)
+    return lambda: library.convert_to_lora(model, 16, "a")
+
+
+def check_converted(quick: bool) -> None:
+    def change(library: Any, quick: bool) -> torch.Tensor:
+        _, tensors = library.convert_to_lora(two_adapters(library, 128 if quick else 2048, 1), 16, "a")
+        return tensors["base_model.model.0.lora_B.weight"] @ tensors["base_model.model.0.lora_A.weight"]
+
+    both_agree(change, quick, 1e-5)
+
+
 CASES = [
     ("svd", 2048, 1),
     ("svd", 2048, 4),
@@ -70,3 +84,4 @@ CASES = [
     ("magnitude_prune_svd", 1024, 1),
 ]
 ROWS = [Row(f"{kind}, {case[1]} of {case[0]}²", partial(work, kind, *case), partial(check, kind, *case)) for kind, *case in CASES]
+ROWS.append(Row("convert_to_lora of rank 16, 1 of 2048²", convert, check_converted))

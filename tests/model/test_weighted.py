@@ -219,6 +219,28 @@ def test_biases_are_put_together_too(kind: str) -> None:
         assert not torch.equal(found, torch.zeros_like(found))
 
 
+def test_tied_layers_stay_tied(tmp_path: Path) -> None:
+    config = LoraConfig(r=2, target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True)
+    other = LoraConfig(r=3, target_modules=["embed_tokens"], ensure_weight_tying=True, use_rslora=True)
+    model = two(lambda: llama(tied=True), config, other)
+    combine(model, "exact")
+    found, expected = deltas(model, "sum"), summed(model)
+    assert {"model.embed_tokens", "lm_head"} <= found.keys() == expected.keys()
+    assert all(apart(delta, expected[layer]) < 1e-6 for layer, delta in found.items())
+    model.save_pretrained(tmp_path, selected_adapters=["sum"], save_embedding_layers=False)
+    again = deltas(peftrs.PeftModel.from_pretrained(llama(tied=True), tmp_path / "sum", strict=True), "default")
+    assert all(torch.equal(delta, again[layer]) for layer, delta in found.items())
+
+
+def test_a_layer_that_is_tied_in_one_and_not_in_another_is_refused() -> None:
+    tied = LoraConfig(r=2, target_modules=["embed_tokens"], ensure_weight_tying=True)
+    model = two(lambda: llama(tied=True), tied, LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"]))
+    before = set(model.state_dict())
+    with pytest.raises(AdapterError, match="share the tensors of a tied layer"):
+        combine(model, "exact")
+    assert set(model.state_dict()) == before
+
+
 def test_replaced_modules_come_along() -> None:
     model = two(
         stack,

@@ -156,7 +156,7 @@ class _Differences:
     def delta(self, name: str) -> Tensor | None:
         """The difference of one tensor in float32 or wider, None where there is none. Raises `AdapterError` for NaN or infinity."""
         self.done.add(name)
-        after, before = self.merged.read(name), self.base.read(name)
+        after, before = self._values(name)
         if after.dtype == before.dtype and torch.equal(after, before):
             return None
         wide = torch.promote_types(torch.promote_types(after.dtype, before.dtype), torch.float32)
@@ -169,13 +169,19 @@ class _Differences:
         """The other tensors of the base that differ or are missing, and those that only the merged model has."""
         merged, base = self.shapes
         for name in base:
-            if name not in self.done and (self.fault(name) or not torch.equal(*self._values(name))):
+            if name in self.done:
+                continue
+            if self.fault(name) is not None:
+                yield name
+                continue
+            after, before = self._values(name)
+            if not torch.equal(after.to(before.dtype), before):
                 yield name
         yield from (name for name in merged if name not in base)
 
     def _values(self, name: str) -> tuple[Tensor, Tensor]:
-        after, before = self.merged.read(name), self.base.read(name)
-        return after.to(before.dtype), before
+        before = self.base.read(name)
+        return self.merged.read(name).to(before.device), before
 
 
 def _extracted(model: nn.Module, differences: _Differences, config: LoraConfig, energy: float | None) -> Extraction:
