@@ -162,5 +162,7 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     other.layers[0].weight.data[0, 0] = float("nan")
     with pytest.raises(AdapterError, match=r"layers.0.weight: holds NaN"):
         extract_lora(other, base, config)
+    with pytest.raises(AdapterError, match="above 0 and up to 1"):
+        extract_lora(other, base, config, energy=2)
     with pytest.raises(AdapterError, match="rank=0 must be"):
         extract(tmp_path, tmp_path, tmp_path / "out", 0)

@@ -259,6 +259,7 @@ def test_replaced_modules_come_along() -> None:
         ((["a", "b"], [1], "sum"), "2 adapters and 1 weights"),
         ((["a", "a"], [1, 1], "sum"), "each once"),
         (([], [], "sum"), "0 adapters"),
+        ((["a", "b"], [1, float("nan")], "sum"), "not all finite"),
         ((["a", "b"], [1, 1], "a"), "already exists"),
         ((["a", "b"], [1, 1], "sum", "ties"), "needs a `density`"),
         ((["a", "b"], [1, 1], "sum", "dare_linear_svd", 2, None, True, None, 1.5), "needs a `density`"),
@@ -281,6 +282,12 @@ def test_what_cannot_be_combined_is_refused(arguments: tuple[Any, ...], words: s
 @pytest.mark.parametrize(
     ("first", "second", "kind", "words"),
     [
+        (
+            LoraConfig(target_modules="dummy-target-modules", modules_to_save=["head"]),
+            LoraConfig(target_modules="dummy-target-modules", modules_to_save=["layers.0"]),
+            "exact",
+            "'a', 'b' change no layer",
+        ),
         (LoraConfig(target_modules=["0"], use_dora=True), LoraConfig(target_modules=["0"]), "svd", "use_dora"),
         (LoraConfig(target_modules=["0"]), IA3Config(target_modules=["0"], feedforward_modules=[]), "svd", "IA3"),
         (

@@ -30,6 +30,8 @@ from peftrs.model.prepare import make_plan
 from peftrs.registry import method
 
 NAME = "extracted"
+LARGEST = 2**16
+"""The largest rank that a config may have, for where an energy decides."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def extract_lora(merged: nn.Module, base: nn.Module, config: LoraConfig, energy:
     held = [name for name, model in (("merged", merged), ("base", base)) if any(wrappers(model))]
     if held:
         raise AdapterError(f"{listed(held)} has adapters in it; hint: merge_and_unload or unload it first")
+    if energy is not None:
+        check_rank(float(energy))
     after, before = (MemorySource(model.state_dict(), name) for name, model in (("merged", merged), ("base", base)))
     return _extracted(skeleton.of_model(base), _Differences(after, before), config, energy)
 
@@ -116,7 +120,7 @@ def extract(
     after, before = (FileSource(os.fspath(path), model=True) for path in (merged, base))
     settings = skeleton.read_settings(os.fspath(base))
     config = LoraConfig(
-        r=_LARGEST if energy is not None else int(rank),
+        r=LARGEST if energy is not None else int(rank),
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         exclude_modules=exclude_modules if exclude_modules is None or isinstance(exclude_modules, str) else list(exclude_modules),
         modules_to_save=None if modules_to_save is None else list(modules_to_save),
@@ -129,10 +133,6 @@ def extract(
         found = _extracted(model, _Differences(after, before), config, energy)
     found.save(target)
     return found
-
-
-_LARGEST = 2**16
-"""A rank that no layer has."""
 
 
 @dataclass

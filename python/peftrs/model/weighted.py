@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -81,6 +82,8 @@ def add_weighted(model: nn.Module, name: str, adapters: Sequence[str], weights: 
     configs = peft_configs(model)
     if len(adapters) != len(weights) or not adapters or len(set(adapters)) != len(adapters):
         raise AdapterError(f"{len(adapters)} adapters and {len(weights)} weights were given: give one weight an adapter, each once")
+    if not all(math.isfinite(weight) for weight in weights):
+        raise AdapterError(f"the weights {list(weights)} are not all finite numbers")
     check_known(model, adapters)
     check_name(model, name)
     recipe = Recipe(dict(zip(adapters, map(float, weights), strict=True)), **options)
@@ -163,6 +166,8 @@ def _check_sources(
     for field in ("use_dora", "trainable_token_indices"):
         if holders := [each for each in recipe.sources if getattr(configs[each], field, None)]:
             raise AdapterError(f"`{field}` of {listed(holders)} has no weighted sum: what it trains is not a sum of changes")
+    if not held:
+        raise AdapterError(f"{listed(list(recipe.sources))} change no layer: there is nothing to combine")
     faults = [f"{path}: {fault}" for path, wrapper in wrappers(model) if (fault := _fault(wrapper, held, recipe, factors))]
     if faults:
         raise AdapterError("; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else ""))
