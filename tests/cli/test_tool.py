@@ -37,6 +37,7 @@ def vit() -> Any:
 
 
 def mixtral() -> Any:
+    torch.manual_seed(0)
     config = transformers.MixtralConfig(**SIZES, vocab_size=64, num_key_value_heads=2, num_local_experts=3)
     return transformers.MixtralForCausalLM(config)
 

@@ -16,6 +16,7 @@ import transformers
 
 from peftrs._native import tool_main
 from peftrs.cli import _by_class, _extract
+from tests.cli.test_tool import mixtral
 from tests.model import tiny
 
 Model = Any
@@ -47,11 +48,16 @@ CASES: dict[str, tuple[Callable[[], Model], dict[str, Any]]] = {
     "llama-dora": (tiny.llama, {"target_modules": ["v_proj"], "use_dora": True}),
     "llama-embedding": (tiny.llama, {"target_modules": ["embed_tokens"]}),
     "llama-head": (tiny.llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "llama-tokens": (lambda: tiny.llama(tied=True), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
     "bert": (tiny.bert, {"target_modules": ["query", "dense"]}),
     "bert-ia3": (tiny.bert, {"method": peft.IA3Config, "target_modules": ["key", "dense"], "feedforward_modules": ["dense"]}),
     "bert-oft": (tiny.bert, {"method": peft.OFTConfig, "target_modules": ["query", "key"], "oft_block_size": 8}),
     "gpt2": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
 }
+
+if int(transformers.__version__.partition(".")[0]) >= 5:
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    CASES["mixtral"] = (mixtral, {"target_modules": ["q_proj"], "target_parameters": experts})
 
 
 def merged_by_peft(folder: Path, case: str, dtype: torch.dtype, adapter_dtype: torch.dtype = torch.float32) -> Model:
