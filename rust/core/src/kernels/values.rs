@@ -1,6 +1,6 @@
 //! Tensors' bytes as numbers, whatever float type they have.
 
-use half::{bf16, f16};
+use half::f16;
 
 use super::Wide;
 use crate::dtype::Dtype;
@@ -13,7 +13,8 @@ pub fn widen<W: Wide>(dtype: Dtype, bytes: &[u8]) -> Result<Vec<W>> {
         return Err(Error::Merge(format!("no memory for {} bytes of adapter weights", bytes.len())));
     }
     match dtype {
-        Dtype::BF16 => extend(&mut values, bytes, |bytes| bf16::from_le_bytes(bytes).to_f64()),
+        // Its bits are the upper half of a float32's.
+        Dtype::BF16 => extend(&mut values, bytes, |[low, high]| f64::from(f32::from_le_bytes([0, 0, low, high]))),
         Dtype::F16 => extend(&mut values, bytes, |bytes| f16::from_le_bytes(bytes).to_f64()),
         Dtype::F32 => extend(&mut values, bytes, |bytes| f64::from(f32::from_le_bytes(bytes))),
         Dtype::F64 => extend(&mut values, bytes, f64::from_le_bytes),
@@ -22,10 +23,12 @@ pub fn widen<W: Wide>(dtype: Dtype, bytes: &[u8]) -> Result<Vec<W>> {
     Ok(values)
 }
 
+/// Appends the elements of `bytes`; the memory is reserved, and filled in a loop that is vectorised.
 fn extend<W: Wide, const SIZE: usize>(values: &mut Vec<W>, bytes: &[u8], read: impl Fn([u8; SIZE]) -> f64) {
-    values.extend(
-        bytes.chunks_exact(SIZE).filter_map(|chunk| chunk.try_into().ok()).map(|chunk| W::from_f64(read(chunk))),
-    );
+    values.resize(bytes.len() / SIZE, W::zeroed());
+    for (value, chunk) in values.iter_mut().zip(bytes.chunks_exact(SIZE)) {
+        *value = W::from_f64(read(chunk.try_into().unwrap_or([0; SIZE])));
+    }
 }
 
 /// Whether a float tensor's bytes hold neither an infinity nor NaN: no exponent is all ones.
@@ -51,6 +54,8 @@ fn exponents_end<const SIZE: usize>(bytes: &[u8], full: impl Fn([u8; SIZE]) -> b
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+
+    use half::bf16;
 
     use super::*;
 

@@ -175,19 +175,23 @@ impl Comparison {
         };
         let base = self.base.weights.entry(base).filter(|entry| entry.shape == output.shape).map(|_| base);
         let one = |tile: &std::ops::Range<usize>| {
-            let mut found = None;
+            let mut found = Vec::new();
             work.make(tile, &mut |bytes| {
-                let (start, count) = (tile.start / size, bytes.len() / size);
-                let expected = widen(output.dtype, bytes)?;
-                let before = base.map(|name| values(&self.base.weights, name, start, count)).transpose()?;
-                let merged = values(&self.merged.weights, &name, start, count)?;
-                let base = before.unwrap_or_else(|| vec![0.0; count]);
-                found = Some(visit(&mut Block { start, base, expected, merged }));
+                let mut start = tile.start / size;
+                for piece in bytes.chunks(PIECE * size) {
+                    let count = piece.len() / size;
+                    let expected = widen(output.dtype, piece)?;
+                    let before = base.map(|name| values(&self.base.weights, name, start, count)).transpose()?;
+                    let merged = values(&self.merged.weights, &name, start, count)?;
+                    let base = before.unwrap_or_else(|| vec![0.0; count]);
+                    found.push(visit(&mut Block { start, base, expected, merged }));
+                    start += count;
+                }
                 Ok(())
             })?;
             Ok(found)
         };
-        let found: Vec<Option<T>> = work.tiles().par_iter().map(one).collect::<Result<_>>()?;
+        let found: Vec<Vec<T>> = work.tiles().par_iter().map(one).collect::<Result<_>>()?;
         Ok(found.into_iter().flatten().collect())
     }
 
@@ -253,6 +257,9 @@ fn twin(checkpoint: &Checkpoint, name: &str) -> Result<Option<String>> {
     }
     Ok(None)
 }
+
+/// Elements compared at once, so few that their values as float64 stay in a core's cache.
+const PIECE: usize = 1 << 13;
 
 /// Bytes compared at once.
 const BLOCK: usize = 1 << 18;
