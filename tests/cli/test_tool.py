@@ -142,6 +142,7 @@ def test_the_cosine_of_two_updates_is_torchs(tmp_path: Path, capfd: pytest.Captu
         assert [row["left"], row["right"], row["distance"]] == pytest.approx(
             [float(one.norm()), float(other.norm()), float((one - other).norm())], rel=1e-5
         )
+        assert row["up_distance"] is None, "the ranks differ"
         assert row["cosine"] == pytest.approx(float(cosine), abs=1e-6)
     assert len(found["rows"]) == 2
 

@@ -184,6 +184,7 @@ fn two_adapters_by_their_factors() {
         let [left, right, distance, cosine] =
             ["left", "right", "distance", "cosine"].map(|name| row[name].as_f64().unwrap());
         assert!((left - right).abs() < 1e-12 * left && distance < 1e-7 * left && 1.0 - cosine < 1e-12, "{row}");
+        assert!(row["down_distance"] == 0.0 && row["up_distance"].as_f64().unwrap() > 0.0, "{row}");
     }
     assert_eq!(found["config"], json!([{"field": "lora_alpha", "left": 4, "right": 8}]));
     // Another update, and one that only the first has.

@@ -74,6 +74,8 @@ impl Found {
                 "left": found.left,
                 "right": found.right,
                 "distance": found.distance,
+                "down_distance": found.factors.map(|[down, _]| down),
+                "up_distance": found.factors.map(|[_, up]| up),
                 "cosine": found.cosine,
             })
         };
@@ -104,7 +106,7 @@ impl Found {
     fn text(&self) -> String {
         let unequal: Vec<&Row> = self.rows.iter().filter(|row| !row.is_equal()).collect();
         let row = |row: &&Row| {
-            let dashes = || vec!["-".to_owned(); 4];
+            let dashes = || vec!["-".to_owned(); 6];
             let (what, numbers) = match row {
                 Row::Update(_, found) => ("update".to_owned(), numbers(found)),
                 Row::Tensor(_, found) => ("tensor".to_owned(), numbers(found)),
@@ -115,7 +117,7 @@ impl Found {
             [vec![show_name(row.name()), what], numbers].concat()
         };
         let rows: Vec<Vec<String>> = unequal.iter().take(LISTED).map(row).collect();
-        let mut text = table(&["name", "what", "|first|", "|second|", "|difference|", "cosine"], &rows);
+        let mut text = table(&["name", "what", "|first|", "|second|", "|difference|", "|dA|", "|dB|", "cosine"], &rows);
         // Writing to a string cannot fail.
         if unequal.len() > LISTED {
             let _ = writeln!(text, "… and {} more", unequal.len() - LISTED);
@@ -130,5 +132,6 @@ impl Found {
 }
 
 fn numbers(found: &Difference) -> Vec<String> {
-    [found.left, found.right, found.distance, found.cosine].map(maybe).to_vec()
+    let [down, up] = found.factors.map_or([None; 2], |factors| factors.map(Some));
+    [found.left, found.right, found.distance, down, up, found.cosine].map(maybe).to_vec()
 }

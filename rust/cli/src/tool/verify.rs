@@ -20,19 +20,21 @@ pub struct Arguments {
     /// The model: a folder of safetensors files, an index, or one safetensors file.
     base: PathBuf,
 
-    /// The adapters that should be in it, `@0.5` after one that was merged with that weight, and last the merged model.
-    #[arg(required = true, num_args = 2.., value_names = ["ADAPTER[@WEIGHT]", "MERGED"])]
-    paths: Vec<String>,
+    /// The adapters that should be in it, `@0.5` after one that was merged with that weight.
+    #[arg(required = true, value_name = "ADAPTER[@WEIGHT]")]
+    adapters: Vec<String>,
+
+    /// The merged model, in any of the forms of the base.
+    merged: PathBuf,
 
     #[command(flatten)]
     shared: Shared,
 }
 
 pub fn run(arguments: &Arguments, printer: &Printer) -> Result<()> {
-    let Some((merged, adapters)) = arguments.paths.split_last() else { return Ok(()) };
-    let adapters: Vec<(PathBuf, f64)> = adapters.iter().map(|argument| weighted(argument)).collect();
-    let merged = PathBuf::from(merged);
-    let found = verify(&arguments.base, &adapters, &merged, arguments.shared.links())?;
+    let Arguments { base, merged, .. } = arguments;
+    let adapters: Vec<(PathBuf, f64)> = arguments.adapters.iter().map(|argument| weighted(argument)).collect();
+    let found = verify(base, &adapters, merged, arguments.shared.links())?;
     printer.data(&if arguments.shared.json { pretty(&as_json(&found)) } else { as_text(&found) });
     match found.faults.as_slice() {
         [] => Ok(()),
@@ -40,8 +42,8 @@ pub fn run(arguments: &Arguments, printer: &Printer) -> Result<()> {
             let count = if faults.len() == 1 { "one fault".to_owned() } else { format!("{} faults", faults.len()) };
             Err(Error::Merge(format!(
                 "{} is not {} with the adapters merged in: {count}; hint: peftrs-merge makes the merge that was expected",
-                shown(&merged),
-                shown(&arguments.base)
+                shown(merged),
+                shown(base)
             )))
         }
     }

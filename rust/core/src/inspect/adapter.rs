@@ -259,6 +259,12 @@ impl Factors {
         by_rows(&self.down, &other.down, self.inner)
     }
 
+    /// The sums of squares of the differences: of the factors down, and up.
+    pub fn squares(&self, other: &Self) -> [f64; 2] {
+        let sum = |one: &[f64], other: &[f64]| one.iter().zip(other).map(|(one, other)| (one - other).powi(2)).sum();
+        [sum(&self.down, &other.down), sum(&self.up, &other.up)]
+    }
+
     /// Whether the two make the same update, value for value.
     pub fn equals(&self, other: &Self) -> bool {
         self.up == other.up && self.down == other.down

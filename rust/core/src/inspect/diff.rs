@@ -22,6 +22,8 @@ pub struct Difference {
     pub right: Option<f64>,
     /// The norm of their difference. That of two updates is exact to about 1e-8 of their norms.
     pub distance: Option<f64>,
+    /// The norms of the differences of the two factors, down (A) and up (B), where both updates have them in one rank.
+    pub factors: Option<[f64; 2]>,
     /// The cosine of the angle between them; none if one is zero.
     pub cosine: Option<f64>,
 }
@@ -46,7 +48,7 @@ impl Difference {
         let [left, right] = squares.map(root);
         let cosine = (left > 0.0 && right > 0.0).then(|| (inner / left / right).clamp(-1.0, 1.0));
         let distance = if identical { 0.0 } else { distance };
-        Self { identical, left: Some(left), right: Some(right), distance: Some(distance), cosine }
+        Self { identical, left: Some(left), right: Some(right), distance: Some(distance), factors: None, cosine }
     }
 }
 
@@ -121,6 +123,7 @@ fn rows_of(adapter: &Adapter, update: &LowRank) -> Option<usize> {
 
 /// Compares two updates: each inner product of `s B A` and `t D C` is `s t` times that of `B.T D` and `A C.T`.
 fn updates(left: &Adapter, a: &LowRank, right: &Adapter, b: &LowRank) -> Result<Difference> {
+    let mut factors = (a.rank == b.rank).then_some([0.0; 2]);
     let (mut squares, mut inner, mut identical) = ([0.0; 2], 0.0, a.scaling.to_bits() == b.scaling.to_bits());
     for (one, other) in left.factors(a)?.iter().zip(&right.factors(b)?) {
         let [first, second] = &mut squares;
@@ -128,12 +131,18 @@ fn updates(left: &Adapter, a: &LowRank, right: &Adapter, b: &LowRank) -> Result<
         *second += other.up_gram(other).inner(&other.down_gram(other));
         inner += one.up_gram(other).inner(&one.down_gram(other));
         identical &= one.equals(other);
+        if let Some([down, up]) = &mut factors {
+            let [more_down, more_up] = one.squares(other);
+            *down += more_down;
+            *up += more_up;
+        }
     }
     let [first, second] = squares;
     let (first, second, inner) =
         (first * a.scaling * a.scaling, second * b.scaling * b.scaling, inner * a.scaling * b.scaling);
     let distance = root(first + second - 2.0 * inner);
-    Ok(Difference::new([first, second], inner, distance, identical))
+    let factors = factors.map(|squares| squares.map(root));
+    Ok(Difference { factors, ..Difference::new([first, second], inner, distance, identical) })
 }
 
 /// Compares two checkpoints tensor by tensor; this reads all of both.
@@ -174,7 +183,14 @@ fn tensors(left: (&Checkpoint, &str), right: (&Checkpoint, &str), name: String) 
         Difference::new(squares, inner, distance.sqrt(), identical)
     } else {
         let none = one.elements() == 0;
-        Difference { identical: identical || none, left: None, right: None, distance: None, cosine: None }
+        Difference {
+            identical: identical || none,
+            left: None,
+            right: None,
+            distance: None,
+            factors: None,
+            cosine: None,
+        }
     };
     Ok(Row::Tensor(name, found))
 }
