@@ -41,7 +41,8 @@ enum Command {
     Targets(targets::Arguments),
     /// Make the LoRA adapter that turns one model nearly into another; this takes Python with torch.
     Extract(extract::Arguments),
-    /// Check that a checkpoint is a base with adapters merged in, whatever tool merged them, and say what went wrong.
+    /// Check that a checkpoint is a base with adapters merged in, whatever tool merged them, and say what went wrong; the exit
+    /// code is 1 if anything did.
     Verify(verify::Arguments),
 }
 

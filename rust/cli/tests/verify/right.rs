@@ -1,7 +1,7 @@
 //! What is right, however it was rounded, named or split.
 
-use crate::common::{round, write};
-use crate::support::{EXPERTS, Size, case, everywhere, output, tamper, verified};
+use crate::common::{Tensor, round, write};
+use crate::support::{EXPERTS, Size, case, everywhere, merge, output, tamper, verified};
 use safetensors::tensor::Dtype::{BF16, F16, F32};
 use serde_json::json;
 
@@ -71,5 +71,51 @@ fn other_types_prefixes_and_files_are_right() {
         let (code, faults, report) = verified(&case);
         assert_eq!((code, faults.as_slice()), (0, &[][..]), "{report}");
         assert_eq!(report["notes"][0], "lm_head.weight is a copy of model.embed_tokens.weight");
+    }
+}
+
+#[test]
+fn what_models_tie_or_compute_may_be_missing_or_more() {
+    let case = case(BF16, Size::Small, 1)
+        .base("layers.0.attn.rotary_emb.inv_freq", Tensor::new(F32, &[4], 1))
+        .base("h.0.attn.bias", Tensor::new(F32, &[1, 1, 3, 3], 2))
+        .base("cls.bias", Tensor::new(F32, &[7], 3))
+        .base("cls.decoder.bias", Tensor::new(F32, &[7], 3));
+    case.save();
+    merge(&case, "base", "adapter", "out");
+    let full = output(&case);
+    tamper(&case, |tensors| {
+        for name in ["layers.0.attn.rotary_emb.inv_freq", "h.0.attn.bias", "cls.decoder.bias"] {
+            tensors.remove(name).unwrap();
+        }
+    });
+    let (_, faults, report) = verified(&case);
+    assert_eq!(faults, [""; 0]);
+    assert_eq!(report["notes"], json!(["cls.decoder.bias is left out, being a copy of cls.bias"]));
+    // The other way round, in a base that was saved without them.
+    write(&case.path("base/model.safetensors"), &{
+        let mut tensors = case.tensors.clone();
+        tensors.retain(|name, _| output(&case).contains_key(name));
+        tensors
+    });
+    write(&case.path("out/model.safetensors"), &full);
+    assert_eq!(verified(&case).1, [""; 0]);
+}
+
+#[test]
+fn several_adapters_with_weights() {
+    let case = case(F32, Size::Small, 1);
+    std::fs::rename(case.path("adapter"), case.path("first")).unwrap();
+    let mut other = case;
+    for (index, (_, tensor)) in (100..).zip(&mut other.adapter) {
+        *tensor = Tensor::new(F32, &tensor.shape, index);
+    }
+    other.save();
+    std::fs::rename(other.path("adapter"), other.path("second")).unwrap();
+    let merged = other.run(&["base", "first@0.3", "second", "-o", "out", "--quiet", "--no-sync", "--overwrite"]);
+    assert_eq!((merged.code, merged.stderr.as_str()), (0, ""));
+    for (adapters, code) in [(&["first@0.3", "second"][..], 0), (&["first", "second"], 1), (&["second"], 1)] {
+        let done = other.tool(&[&["verify", "base"], adapters, &["out"]].concat());
+        assert_eq!(done.code, code, "{adapters:?}: {}", done.stdout);
     }
 }

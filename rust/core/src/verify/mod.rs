@@ -5,23 +5,24 @@
 mod config;
 mod explain;
 mod faults;
+mod spare;
 mod tally;
 mod verdict;
 
 pub use tally::Tally;
 pub use verdict::Verdict;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
 use rayon::prelude::*;
 
-use crate::checkpoint::{Checkpoint, Entry, Links};
+use crate::checkpoint::{Checkpoint, Links};
 use crate::error::{Error, Result, show_name};
 use crate::inspect::Model;
 use crate::kernels::values::widen;
 use crate::merge::work::{Inputs, prepare};
-use crate::plan::{Adapter, Change, Homes, Options, Output, Plan, Source, is_embedding};
+use crate::plan::{Adapter, Change, Homes, Options, Output, Plan, Source};
 use tally::Grid;
 
 /// What was found out about one tensor, or about one expert of a stack.
@@ -79,7 +80,7 @@ pub fn verify(base: &Path, adapters: &[(PathBuf, f64)], merged: &Path, links: Li
     let rows: Vec<Vec<Row>> = outputs.par_iter().map(|output| comparison.rows(output)).collect::<Result<_>>()?;
     let mut rows: Vec<Row> = rows.concat();
     explain::explain(&comparison, &outputs, &mut rows)?;
-    let extra = comparison.extra(&outputs, &mut rows, &mut notes)?;
+    let extra = spare::settle(&comparison, &mut rows, &mut notes)?;
     let mut faults = faults::faults(&rows, &extra);
     config::check(&comparison.base, &comparison.merged, &comparison.plan, &mut faults, &mut notes);
     comparison.base.weights.check_unchanged()?;
@@ -219,63 +220,10 @@ impl Comparison {
         }
         Ok(tally)
     }
-
-    /// The tensors that should not be there. One that is a copy of an embedding, or a missing one that is, is a tied head.
-    fn extra(&self, outputs: &[&Output], rows: &mut [Row], notes: &mut Vec<String>) -> Result<Vec<String>> {
-        let expected: BTreeSet<String> = outputs.iter().map(|output| self.merged_name(&output.name)).collect();
-        let mut extra = Vec::new();
-        for name in self.merged.weights.names().filter(|name| !expected.contains(*name)) {
-            match twin(&self.merged.weights, name)? {
-                Some(twin) => notes.push(format!("{} is a copy of {}", show_name(name), show_name(&twin))),
-                None => extra.push(name.to_owned()),
-            }
-        }
-        for row in rows.iter_mut().filter(|row| row.verdict == Verdict::Missing && row.copied) {
-            if let Some(twin) = twin(&self.base.weights, &row.name)? {
-                if self.merged.weights.entry(&self.merged_name(&twin)).is_some() {
-                    notes.push(format!("{} is left out, being a copy of {}", show_name(&row.name), show_name(&twin)));
-                    row.verdict = Verdict::Right;
-                }
-            }
-        }
-        Ok(extra)
-    }
-}
-
-/// The embedding that a tensor is a copy of, byte for byte, or the copy that it has if it is one.
-fn twin(checkpoint: &Checkpoint, name: &str) -> Result<Option<String>> {
-    let Some(entry) = checkpoint.entry(name) else { return Ok(None) };
-    let alike = |(other, found): &(&str, &Entry)| {
-        (is_embedding(other) || is_embedding(name))
-            && *other != name
-            && (&found.shape, found.dtype) == (&entry.shape, entry.dtype)
-    };
-    for (other, _) in checkpoint.entries().filter(alike) {
-        if equal(checkpoint, name, other, entry.bytes())? {
-            return Ok(Some(other.to_owned()));
-        }
-    }
-    Ok(None)
 }
 
 /// Elements compared at once, so few that their values as float64 stay in a core's cache.
 const PIECE: usize = 1 << 13;
-
-/// Bytes compared at once.
-const BLOCK: usize = 1 << 18;
-
-fn equal(checkpoint: &Checkpoint, one: &str, other: &str, bytes: usize) -> Result<bool> {
-    for start in (0..bytes).step_by(BLOCK) {
-        let mut blocks = [vec![0; BLOCK.min(bytes - start)], vec![0; BLOCK.min(bytes - start)]];
-        let [first, second] = &mut blocks;
-        checkpoint.read_range(one, start as u64, first)?;
-        checkpoint.read_range(other, start as u64, second)?;
-        if first != second {
-            return Ok(false);
-        }
-    }
-    Ok(true)
-}
 
 /// How many matrices of its own an output's update has.
 fn parts(output: &Output) -> usize {
