@@ -21,7 +21,8 @@ pub const STYLES: Styles =
 #[allow(clippy::struct_excessive_bools, reason = "each is a flag of its own")]
 pub struct Arguments {
     /// The model: a folder of safetensors files, an index, or one safetensors file.
-    pub base: PathBuf,
+    #[arg(value_name = "BASE")]
+    pub model: PathBuf,
 
     /// The adapters' folders, each with `adapter_config.json` and `adapter_model.safetensors`; `@0.5` after one multiplies
     /// its change by that.
@@ -72,6 +73,25 @@ pub struct Arguments {
     /// Follow symbolic links that leave the folders of the base and the adapter.
     #[arg(long)]
     pub follow_links: bool,
+
+    /// Read back what was written before it gets its name: some rows of each changed tensor are made again in float64, and
+    /// all other tensors compared with the base.
+    #[arg(long)]
+    pub check: bool,
+
+    /// Keep what it takes to undo the merge exactly, in the folder `peftrs-restore` of the output: the base's tensors that
+    /// were changed.
+    #[arg(long)]
+    pub keep_restore: bool,
+
+    /// Take the adapters out of a merged model, given in the place of BASE: exactly, where --base is given or the merge was
+    /// made with --keep-restore, else by subtracting what was added, and telling what that leaves open.
+    #[arg(long, conflicts_with_all = ["keep_restore", "only", "skip", "dtype", "max_shard_size"])]
+    pub unmerge: bool,
+
+    /// The base that the merged model was made from, for --unmerge.
+    #[arg(long, value_name = "BASE", requires = "unmerge")]
+    pub base: Option<PathBuf>,
 
     /// Keep what is written if the merge stops, beside the output, and go on with what an earlier stop kept of the same
     /// merge into the same output.

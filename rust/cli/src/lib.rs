@@ -78,7 +78,11 @@ fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize) -> Resu
     pool.install(|| {
         let started = Instant::now();
         let adapters: Vec<_> = arguments.adapters.iter().map(|argument| weighted(argument)).collect();
-        let merge = Merge::open(&arguments.base, &adapters, settings)?;
+        let merge = if arguments.unmerge {
+            Merge::unmerge(&arguments.model, &adapters, arguments.base.as_deref(), settings)?
+        } else {
+            Merge::open(&arguments.model, &adapters, settings)?
+        };
         merge.plan().notes.iter().for_each(|note| printer.note(note));
         if arguments.dry_run {
             let report = if arguments.json { report::json(merge.plan()) } else { report::table(merge.plan()) };
@@ -90,6 +94,8 @@ fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize) -> Resu
             overwrite: arguments.overwrite,
             sync: !arguments.no_sync,
             resume: arguments.resume.then_some(EVERY),
+            check: arguments.check,
+            keep_restore: arguments.keep_restore,
         };
         let progress = Progress::new(printer, merge.plan().bytes(), signal);
         let written = merge.write(&Disk, output, writing, &progress);
@@ -98,8 +104,15 @@ fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize) -> Resu
         if written.resumed > 0 {
             printer.note(&format!("{} were there from an earlier run", size(written.resumed)));
         }
+        if let Some(checked) = written.checked {
+            printer.done(&format!("checked: {}", checked.what()));
+        }
+        if let Some(subtracted) = written.subtracted {
+            printer.done(&subtracted.what());
+        }
+        let done = if arguments.unmerge { "taken out" } else { "merged" };
         printer.done(&format!(
-            "merged into {}: {}, {} in {:.2} s",
+            "{done} into {}: {}, {} in {:.2} s",
             output.display(),
             report::summary(merge.plan()),
             size(merge.plan().bytes()),

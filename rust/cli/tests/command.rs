@@ -154,3 +154,16 @@ fn one_thread_and_many_write_the_same_bytes() {
     let bytes = |folder: &str| std::fs::read(case.path(folder).join("model.safetensors")).unwrap();
     assert_eq!(bytes("out1"), bytes("out3"));
 }
+
+#[test]
+fn a_check_is_reported_and_recorded() {
+    let case = case();
+    let output = case.run(&["base", "adapter", "-o", "out", "--check"]);
+    let what = "4 rows made again in float64: 0 of 24 values off by one unit in the last place, none by more; \
+                tensors bit-identical to their source: 1";
+    assert_eq!(output.code, 0);
+    assert!(output.stderr.starts_with(&format!("checked: {what}\nmerged into out: ")), "{}", output.stderr);
+    assert!(std::fs::read_to_string(case.path("out/README.md")).unwrap().contains(&format!("\nChecked: {what}.\n")));
+    let record: Value = serde_json::from_slice(&std::fs::read(case.path("out/peftrs-merge.json")).unwrap()).unwrap();
+    assert_eq!(record["check"], json!({"rows": 4, "values": 24, "off_by_one": 0, "copied": 1, "what": what}));
+}

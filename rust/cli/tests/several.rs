@@ -38,7 +38,8 @@ fn linear(dtype: safetensors::tensor::Dtype) -> Case {
 }
 
 fn merge(case: &Case, adapters: &[&str]) -> Tensors {
-    let output = case.run(&[&["base"], adapters, &["-o", "out", "--quiet", "--no-sync", "--overwrite"]].concat());
+    let output =
+        case.run(&[&["base"], adapters, &["-o", "out", "--quiet", "--no-sync", "--check", "--overwrite"]].concat());
     assert_eq!((output.code, output.stdout.as_str(), output.stderr.as_str()), (0, "", ""));
     read(&case.path("out/model.safetensors"))
 }

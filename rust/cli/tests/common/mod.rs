@@ -193,7 +193,7 @@ impl Case {
     /// Saves and merges, and returns the merged tensors.
     pub fn merged(&self) -> Tensors {
         self.save();
-        let output = self.run(&["base", "adapter", "-o", "out", "--quiet", "--no-sync"]);
+        let output = self.run(&["base", "adapter", "-o", "out", "--quiet", "--no-sync", "--check"]);
         assert_eq!((output.code, output.stdout.as_str(), output.stderr.as_str()), (0, "", ""));
         read(&self.path("out/model.safetensors"))
     }

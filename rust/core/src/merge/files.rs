@@ -5,7 +5,8 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
-use super::Merge;
+use super::restore::RESTORE;
+use super::{Checked, Merge, Way, Written};
 use crate::checkpoint::{Checkpoint, digest, read_small};
 use crate::error::{Error, Result, show_name};
 use crate::plan::{Adapter, Change, Plan};
@@ -100,14 +101,14 @@ impl Merge {
     }
 
     /// The README of the merged checkpoint, and the record of it that a program can read.
-    pub(super) fn write_record(&self, writer: &FolderWriter<'_>) -> Result<()> {
-        let record = self.record()?;
+    pub(super) fn write_record(&self, writer: &FolderWriter<'_>, written: &Written) -> Result<()> {
+        let record = self.record(written)?;
         writer.write(README, readme(&record, &self.plan).as_bytes())?;
         writer.write(MARKER, &pretty(&record)?)
     }
 
     /// What was merged from what. Folders are named without the path to them, which is nobody else's business.
-    fn record(&self) -> Result<Value> {
+    fn record(&self, written: &Written) -> Result<Value> {
         let (files, adapters) = rayon::join(
             || {
                 self.base
@@ -128,13 +129,27 @@ impl Merge {
                 adapters.map(|(index, adapter)| self.adapter_record(index, adapter)).collect::<Result<Vec<Value>>>()
             },
         );
-        Ok(json!({
+        let mut record = json!({
             "peftrs": env!("CARGO_PKG_VERSION"),
             "base": { "name": last_part(&self.base_path), "files": files? },
             "adapters": adapters?,
             "changed": self.plan.changed().map(|output| json!({"tensor": output.name, "change": output.what()})).collect::<Vec<_>>(),
             "notes": self.plan.notes,
-        }))
+        });
+        let Some(fields) = record.as_object_mut() else { return Ok(record) };
+        if self.way != Way::Merged {
+            fields.insert("taken_out".to_owned(), Value::Bool(true));
+        }
+        if let Some(subtracted) = written.subtracted {
+            fields.insert("subtraction".to_owned(), Value::from(subtracted.what()));
+        }
+        if let Some(checked) = written.checked {
+            let Checked { rows, values, off, copied } = checked;
+            let found =
+                json!({"rows": rows, "values": values, "off_by_one": off, "copied": copied, "what": checked.what()});
+            fields.insert("check".to_owned(), found);
+        }
+        Ok(record)
     }
 
     /// One adapter of the record: what it is called, what it weighed and what it scaled its factors by.
@@ -163,7 +178,7 @@ fn list(folder: &Path, prefix: &str, depth: usize, found: &mut Vec<(PathBuf, Str
     for name in names(folder)? {
         let path = folder.join(&name);
         let metadata = std::fs::symlink_metadata(&path).map_err(|error| Error::storage(&path, "read", error))?;
-        let hidden = name.starts_with('.') || depth == 0 && (name == README || name == MARKER);
+        let hidden = name.starts_with('.') || depth == 0 && [README, MARKER, RESTORE].contains(&name.as_str());
         if hidden || WEIGHTS.iter().any(|end| name.ends_with(end)) {
             continue;
         }
@@ -201,7 +216,7 @@ fn pretty(value: &Value) -> Result<Vec<u8>> {
 }
 
 /// The digest of a checkpoint's one file: the header and the tensors after it leave nothing out.
-fn weights_digest(checkpoint: &Checkpoint) -> Result<String> {
+pub(super) fn weights_digest(checkpoint: &Checkpoint) -> Result<String> {
     let mut hash = Sha256::new();
     hash.update(checkpoint.read_header(0)?);
     for name in checkpoint.names() {
@@ -229,12 +244,19 @@ fn readme(record: &Value, plan: &Plan) -> String {
     let total: usize = plan.files.iter().map(|file| file.outputs.len()).sum();
     let notes = plan.notes.iter().fold(String::new(), |text, note| text + "- " + note + "\n");
     let notes = if notes.is_empty() { notes } else { format!("\n## Notes\n\n{notes}") };
+    let told = |label: &str, pointer: &str| {
+        let what = record.pointer(pointer).and_then(Value::as_str);
+        what.map_or_else(String::new, |what| format!("\n{label}: {what}.\n"))
+    };
+    let checked = told("Checked", "/check/what") + &told("Accuracy", "/subtraction");
+    let (done, how) =
+        if record.get("taken_out").is_some() { ("taken out", "Taken out of") } else { ("merged in", "Merged into") };
     format!(
-        "---\ntags:\n- merge\n- peftrs\n---\n\n# {base} with {} merged in\n\n\
-         Merged into the weights of `{base}` by peftrs-merge {version}; {changed} of {total} tensors changed. Load this folder \
+        "---\ntags:\n- merge\n- peftrs\n---\n\n# {base} with {} {done}\n\n\
+         {how} the weights of `{base}` by peftrs-merge {version}; {changed} of {total} tensors changed. Load this folder \
          like the base; no adapter library is needed.\n\n\
          | adapter | weight | scaling | weights, SHA-256 | config, SHA-256 |\n|---|---|---|---|---|\n{rows}\n\
-         `{MARKER}` lists every changed tensor and the base's files.\n{notes}",
+         `{MARKER}` lists every changed tensor and the base's files.\n{checked}{notes}",
         names.join(" and "),
         version = text(record, "peftrs"),
         changed = plan.changed().count(),

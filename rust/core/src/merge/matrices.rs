@@ -21,7 +21,7 @@ pub struct View {
 
 impl View {
     /// A vector is one row, and a kernel's dimensions are columns; experts are told apart by the updates that they have.
-    fn of(output: &Output) -> Self {
+    pub fn of(output: &Output) -> Self {
         if let ([.., columns], true) = (output.shape.as_slice(), output.updates.is_empty()) {
             return Self { count: 1, rows: output.shape.iter().rev().skip(1).product(), columns: *columns };
         }

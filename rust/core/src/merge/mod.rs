@@ -3,12 +3,17 @@
 //! The output has the base's files, with the same names, order and types. Blocks are read, changed and written at their
 //! final place by all threads at once, so the memory needed does not grow with the model.
 
+mod check;
 mod files;
 mod matrices;
 mod place;
+mod reference;
+mod restore;
 mod steps;
+mod subtract;
 mod terms;
 mod turn;
+mod unmerge;
 pub mod work;
 mod write;
 
@@ -16,6 +21,9 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+pub use check::Checked;
+pub use subtract::Subtracted;
+pub use unmerge::Way;
 pub use write::{Writing, Written};
 
 use crate::checkpoint::{Checkpoint, Links, read_small};
@@ -48,9 +56,11 @@ pub struct Merge {
     base_path: PathBuf,
     base: Checkpoint,
     adapters: Vec<Adapter>,
+    originals: Option<Checkpoint>,
     plan: Plan,
     links: Links,
     allow_nonfinite: bool,
+    way: Way,
 }
 
 impl Merge {
@@ -67,7 +77,22 @@ impl Merge {
         let model: Option<Value> =
             model.map(|bytes| files::parse(&folder.join(files::MODEL_CONFIG), &bytes)).transpose()?;
         let plan = Plan::new(&base, &adapters, model.as_ref(), &options)?;
-        Ok(Self { base_path, base, adapters, plan, links, allow_nonfinite: options.allow_nonfinite })
+        Ok(Self {
+            base_path,
+            base,
+            adapters,
+            originals: None,
+            plan,
+            links,
+            allow_nonfinite: options.allow_nonfinite,
+            way: Way::Merged,
+        })
+    }
+
+    /// How it does that.
+    #[must_use]
+    pub fn way(&self) -> Way {
+        self.way
     }
 
     /// What it will do.

@@ -23,6 +23,8 @@ pub struct Inputs<'a> {
     pub base: &'a Checkpoint,
     /// The adapters, which updates name by their position.
     pub adapters: &'a [Adapter],
+    /// The tensors as they were before a merge, where one is undone.
+    pub originals: Option<&'a Checkpoint>,
     /// Accept values that are infinite or NaN.
     pub allow_nonfinite: bool,
 }
@@ -31,6 +33,18 @@ impl<'a> Inputs<'a> {
     /// One of the adapters.
     pub(super) fn adapter(self, index: usize) -> Result<&'a Adapter> {
         self.adapters.get(index).ok_or_else(|| Error::Merge(format!("there is no adapter number {index}")))
+    }
+
+    /// Where the values of an output are before its updates: the tensor of that name there.
+    pub(super) fn source(self, output: &'a Output) -> Result<(&'a Checkpoint, &'a str)> {
+        Ok(match &output.source {
+            Source::Base(name) => (self.base, name),
+            Source::Adapter(index, key) => (&self.adapter(*index)?.checkpoint, key),
+            Source::Original(name) => {
+                let missing = || Error::Merge(format!("there is no original of {}", show_name(name)));
+                (self.originals.ok_or_else(missing)?, name)
+            }
+        })
     }
 }
 
@@ -88,10 +102,7 @@ pub(super) struct Values<'a> {
 
 impl<'a> Values<'a> {
     fn new(inputs: Inputs<'a>, output: &'a Output) -> Result<Self> {
-        let (checkpoint, name) = match &output.source {
-            Source::Base(name) => (inputs.base, name),
-            Source::Adapter(index, key) => (&inputs.adapter(*index)?.checkpoint, key),
-        };
+        let (checkpoint, name) = inputs.source(output)?;
         let dtype = checkpoint.entry(name).map_or(output.dtype, |entry| entry.dtype);
         Ok(Self { checkpoint, name, dtype })
     }

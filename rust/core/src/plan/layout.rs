@@ -29,7 +29,7 @@ pub fn files(base: &Base, adapters: &[Adapter], mut drafts: Drafts, head: Option
     for file in &mut files {
         file.outputs.sort_by_key(|output| match &output.source {
             Source::Base(name) => starts.get(name).copied(),
-            Source::Adapter(..) => starts.get(&output.name).copied(),
+            Source::Adapter(..) | Source::Original(_) => starts.get(&output.name).copied(),
         });
     }
     if let Some(last) = files.last_mut() {

@@ -25,7 +25,7 @@ mod vocabulary;
 
 use serde_json::Value;
 
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Entry};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
 pub use adapter::Adapter;
@@ -41,6 +41,8 @@ pub enum Source {
     Base(String),
     /// The tensor of that key in one of the adapters, converted to the output's type.
     Adapter(usize, String),
+    /// The tensor of that name as it was before a merge.
+    Original(String),
 }
 
 /// One tensor of the merged checkpoint.
@@ -61,6 +63,12 @@ pub struct Output {
 }
 
 impl Output {
+    /// A tensor with the type, shape and bytes of its source, which is `entry`.
+    pub(crate) fn copy(name: &str, entry: &Entry, source: Source) -> Self {
+        let (dtype, shape) = (entry.dtype, entry.shape.clone());
+        Self { name: name.to_owned(), dtype, converted: false, shape, source, updates: Vec::new() }
+    }
+
     /// Its size in bytes.
     #[must_use]
     pub fn bytes(&self) -> usize {
@@ -78,6 +86,7 @@ impl Output {
     pub fn what(&self) -> String {
         let source = match &self.source {
             Source::Adapter(..) => Some("taken from the adapter".to_owned()),
+            Source::Original(_) => Some("restored".to_owned()),
             Source::Base(name) if *name != self.name => Some(format!("copy of {}", show_name(name))),
             Source::Base(_) if self.is_copy() => Some("unchanged".to_owned()),
             Source::Base(_) => None,

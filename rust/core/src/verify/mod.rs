@@ -166,13 +166,14 @@ impl Comparison {
 
     /// Visits the blocks of a tensor, none of which reaches from one expert into the next.
     pub fn blocks<T: Send>(&self, output: &Output, visit: &(dyn Fn(&mut Block) -> T + Sync)) -> Result<Vec<T>> {
-        let inputs = Inputs { base: &self.base.weights, adapters: &self.adapters, allow_nonfinite: true };
+        let inputs =
+            Inputs { base: &self.base.weights, adapters: &self.adapters, originals: None, allow_nonfinite: true };
         let work = prepare(inputs, output)?;
         let name = self.merged_name(&output.name);
         let size = output.dtype.size().max(1);
         let base = match &output.source {
             Source::Base(name) => name,
-            Source::Adapter(..) => &output.name,
+            Source::Adapter(..) | Source::Original(_) => &output.name,
         };
         let base = self.base.weights.entry(base).filter(|entry| entry.shape == output.shape).map(|_| base);
         let one = |tile: &std::ops::Range<usize>| {
@@ -198,7 +199,8 @@ impl Comparison {
 
     /// The same for types without values: whether the bytes are equal.
     fn bytes(&self, output: &Output, name: &str) -> Result<Tally> {
-        let inputs = Inputs { base: &self.base.weights, adapters: &self.adapters, allow_nonfinite: true };
+        let inputs =
+            Inputs { base: &self.base.weights, adapters: &self.adapters, originals: None, allow_nonfinite: true };
         let work = prepare(inputs, output)?;
         let mut tally = Tally::default();
         for tile in work.tiles() {

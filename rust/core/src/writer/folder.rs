@@ -6,7 +6,9 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::progress::{PROGRESS, Progress};
-use super::storage::{Kind, Storage, StoredFile, clear, remove_tree, sync_folder, sync_tree, write_all_at};
+use super::storage::{
+    Kind, Storage, StoredFile, clear, read_exact_at, remove_tree, sync_folder, sync_tree, write_all_at,
+};
 use super::temporary::{MadeFolders, named_sibling, parent, sibling};
 use crate::checkpoint::check_name;
 use crate::error::{Error, Result, show_name};
@@ -97,9 +99,10 @@ impl<'a> FolderWriter<'a> {
         Ok(PositionedFile { name: name.to_owned(), path: self.out.join(name), file, done: done.unwrap_or(0) })
     }
 
-    /// Syncs a file whose first `bytes` bytes are written and notes it, where the folder is kept to be gone on with.
+    /// Syncs a file whose first `bytes` bytes are written and notes it, where the folder is kept to be gone on with. What is
+    /// in folders below is made anew.
     pub fn record(&self, file: &PositionedFile, bytes: u64) -> Result<()> {
-        let Some(mut progress) = self.progress() else { return Ok(()) };
+        let Some(mut progress) = self.progress().filter(|_| !file.name.contains('/')) else { return Ok(()) };
         let noted = file.file.sync().and_then(|()| self.storage.sync_folder(&self.path));
         let noted = noted.and_then(|()| progress.record(&file.name, bytes));
         noted.map_err(|error| self.refused(&file.name, "sync", error))
@@ -221,6 +224,11 @@ impl PositionedFile {
     /// Writes all of `bytes` at `offset`.
     pub fn write_at(&self, bytes: &[u8], offset: u64) -> Result<()> {
         write_all_at(&*self.file, bytes, offset).map_err(|error| Error::storage(&self.path, "write", error))
+    }
+
+    /// Fills `bytes` from `offset` on.
+    pub fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
+        read_exact_at(&*self.file, bytes, offset).map_err(|error| Error::storage(&self.path, "read", error))
     }
 }
 

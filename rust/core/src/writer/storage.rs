@@ -77,6 +77,22 @@ pub(super) fn write_all_at(file: &dyn StoredFile, mut bytes: &[u8], mut offset: 
     Ok(())
 }
 
+/// Fills `bytes` from `offset` on.
+pub(super) fn read_exact_at(file: &dyn StoredFile, mut bytes: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match file.read_at(bytes, offset) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => {
+                bytes = bytes.get_mut(count..).unwrap_or_default();
+                offset = offset.saturating_add(count as u64);
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
 /// The bytes of a small file.
 pub(super) fn read_all(file: &dyn StoredFile) -> io::Result<Vec<u8>> {
     let (mut bytes, mut block) = (Vec::new(), [0; 4096]);

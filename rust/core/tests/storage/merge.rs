@@ -72,6 +72,7 @@ enum How {
     NoSync,
     Sync,
     Resume,
+    Check,
 }
 
 /// A merge ready to be written, and what there is to be written over.
@@ -102,14 +103,15 @@ impl Case {
         let whole = case.starts[0].with(Fault::None, 0);
         case.write(&whole, How::Sync).unwrap();
         case.new = whole.tree(OUT);
-        assert_eq!(case.new.len(), 8, "{:?}", case.new.keys());
+        assert_eq!(case.new.len(), 10, "{:?}", case.new.keys());
         case
     }
 
     fn write(&self, storage: &dyn Storage, how: How) -> Result<Written> {
         // A note for each tensor.
         let resume = (how == How::Resume).then_some(64);
-        let writing = Writing { overwrite: true, sync: how != How::NoSync, resume };
+        let writing =
+            Writing { overwrite: true, sync: how != How::NoSync, resume, check: how == How::Check, keep_restore: true };
         self.merge.write(storage, Path::new(OUT), writing, &NoOne)
     }
 
@@ -201,5 +203,34 @@ fn whichever_call_fails_the_output_is_as_before_and_nothing_else_is_left() {
             }
         }
         assert!(struck > 600, "{struck} calls failed");
+    });
+}
+
+#[test]
+fn a_check_finds_what_is_not_as_it_was_made() {
+    alone(|| {
+        let case = Case::new();
+        let whole = case.starts[0].with(Fault::None, 1);
+        let checked = case.write(&whole, How::Check).unwrap().checked.unwrap();
+        assert_eq!((checked.rows, checked.values, checked.copied), (8, 48, 4));
+        let mut found = 0;
+        for at in 1..=whole.calls() {
+            let fake = case.starts[0].with(Fault::Flip(at), 1);
+            match case.write(&fake, How::Check) {
+                Ok(_) => {
+                    let tensors =
+                        |tree: &Tree| tree.clone().into_iter().filter(|(name, _)| name.ends_with(".safetensors"));
+                    let differ: Vec<_> =
+                        tensors(&fake.tree(OUT)).zip(tensors(&case.new)).filter(|(a, b)| a != b).collect();
+                    assert!(differ.is_empty(), "call {at}: {differ:?}");
+                }
+                Err(error) => {
+                    assert!(error.to_string().contains(": the bytes written "), "{error}");
+                    assert_eq!(fake_names(&fake, ""), Vec::<String>::new());
+                    found += 1;
+                }
+            }
+        }
+        assert!(found >= 6, "{found}");
     });
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use peftrs_core::writer::{Kind, Storage, StoredFile};
 
-use super::{Call, Fake, Names, Node, Open, State, Write};
+use super::{Call, Fake, Fault, Names, Node, Open, State, Write};
 
 impl Storage for Fake {
     fn resolve(&self, path: &Path) -> Result<PathBuf> {
@@ -104,7 +104,11 @@ impl StoredFile for Open {
             _ => bytes.len(),
         };
         let offset = usize::try_from(offset).unwrap();
-        state.write(self.node, Write::Bytes(offset, bytes[..count].to_vec()));
+        let mut bytes = bytes[..count].to_vec();
+        if state.fault == Fault::Flip(state.calls) {
+            bytes[count - 1] ^= 0x40;
+        }
+        state.write(self.node, Write::Bytes(offset, bytes));
         Ok(count)
     }
 

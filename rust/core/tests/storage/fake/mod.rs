@@ -50,6 +50,8 @@ pub enum Fault {
     Once(usize, i32),
     /// From there on, every call that could use room or the disk fails; looking and removing still work.
     From(usize, i32),
+    /// One write puts another value in the place of the last, and nothing fails.
+    Flip(usize),
 }
 
 /// What a call is for.
@@ -197,7 +199,7 @@ impl State {
             Fault::From(at, number) => {
                 (state.calls >= at && call == Call::Change).then(|| Error::from_raw_os_error(number))
             }
-            Fault::None => None,
+            Fault::None | Fault::Flip(_) => None,
         };
         if let Some(error) = struck {
             state.struck.get_or_insert(call);
