@@ -7,7 +7,7 @@ use super::lanes::{Lanes, TILE_BYTES, Vectors};
 use crate::error::{Error, Result};
 
 /// Rows whose factors lie together: with a tile's width, twelve registers of AVX-512 hold their sums; of AVX2 it takes two turns.
-const ROWS: usize = 12;
+pub const ROWS: usize = 12;
 
 /// Bytes of `down` that each group of rows passes over in turn, so that they stay in the second-level cache between the groups.
 const SPAN_BYTES: usize = 1 << 18;

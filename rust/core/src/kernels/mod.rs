@@ -19,7 +19,7 @@ mod norms;
 pub mod values;
 
 pub use element::{Element, Wide};
-pub use low_rank::{Factors, block_rows};
+pub use low_rank::{Factors, ROWS, block_rows};
 pub use norms::{scale_columns, scale_rows, sum_of_squares};
 
 #[cfg(test)]

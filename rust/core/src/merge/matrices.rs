@@ -8,7 +8,7 @@ use super::steps::{Step, steps};
 use super::work::{Inputs, SCRATCH, Scratch, Values, Work, room};
 use crate::error::{Error, Result, show_name};
 use crate::kernels::values::all_finite;
-use crate::kernels::{Element, Wide, block_rows};
+use crate::kernels::{Element, ROWS, Wide, block_rows};
 use crate::plan::{Change, Output};
 
 /// How a tensor is seen: `count` matrices of shape (rows, columns), one after the other.
@@ -177,7 +177,7 @@ impl<E: Element> Work for Matrices<'_, E> {
     fn tiles(&self) -> Vec<Range<usize>> {
         let View { count, rows, columns } = self.view;
         let row_bytes = columns * size_of::<E>();
-        let align = self.steps.iter().map(Step::align).fold(E::ROWS, common_multiple);
+        let align = self.steps.iter().map(Step::align).fold(ROWS, common_multiple);
         let block = block_rows::<E>(columns).next_multiple_of(align);
         let (matrix, block) = (rows * row_bytes, block * row_bytes);
         let mut tiles = Vec::new();
