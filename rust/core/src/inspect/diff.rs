@@ -201,10 +201,10 @@ pub fn fields(left: &Map<String, Value>, right: &Map<String, Value>) -> Vec<(Str
     let names: BTreeSet<&String> = left.keys().chain(right.keys()).collect();
     let value = |fields: &Map<String, Value>, name: &str| {
         let mut value = fields.get(name).cloned().unwrap_or(Value::Null);
-        if let Some(list) = value.as_array_mut() {
-            if list.iter().all(Value::is_string) {
-                list.sort_by(|one, other| one.as_str().cmp(&other.as_str()));
-            }
+        if let Some(list) = value.as_array_mut()
+            && list.iter().all(Value::is_string)
+        {
+            list.sort_by(|one, other| one.as_str().cmp(&other.as_str()));
         }
         value
     };

@@ -98,11 +98,11 @@ pub fn steps<E: Element>(
             Change::LowRank(_) | Change::Bias { .. } => {
                 let (run, rest) = updates.split_at(additive(updates));
                 take(Step::Add(sum(inputs, run, view)?))?;
-                if let Some(Update { adapter, change: Change::LowRank(last) }) = run.last() {
-                    if let Some(key) = &last.magnitude {
-                        let magnitudes = read(inputs.adapter(*adapter)?, key)?;
-                        take(Step::Lengths { magnitudes, transposed: last.transposed })?;
-                    }
+                if let Some(Update { adapter, change: Change::LowRank(last) }) = run.last()
+                    && let Some(key) = &last.magnitude
+                {
+                    let magnitudes = read(inputs.adapter(*adapter)?, key)?;
+                    take(Step::Lengths { magnitudes, transposed: last.transposed })?;
                 }
                 updates = rest;
                 continue;

@@ -26,10 +26,10 @@ pub fn set_dtype(config: &mut Value, dtype: Dtype) {
         Dtype::F16 => "float16",
         _ => "float32",
     };
-    if let Some(fields) = config.as_object_mut() {
-        if !fields.contains_key("dtype") {
-            fields.entry("torch_dtype").or_insert(Value::Null);
-        }
+    if let Some(fields) = config.as_object_mut()
+        && !fields.contains_key("dtype")
+    {
+        fields.entry("torch_dtype").or_insert(Value::Null);
     }
     each(config, &mut |fields| {
         for key in ["dtype", "torch_dtype"] {

@@ -21,10 +21,10 @@ pub fn check(base: &Model, merged: &Model, plan: &Plan, faults: &mut Vec<String>
         );
     }
     for name in ["vocab_size", "num_hidden_layers"] {
-        if let (Some(expected), Some(found)) = (field(expected, name), field(found, name)) {
-            if expected != found {
-                faults.push(format!("config.json says {name} {found}, and the merge has {expected}"));
-            }
+        if let (Some(expected), Some(found)) = (field(expected, name), field(found, name))
+            && expected != found
+        {
+            faults.push(format!("config.json says {name} {found}, and the merge has {expected}"));
         }
     }
 }

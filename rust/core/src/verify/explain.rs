@@ -159,7 +159,7 @@ impl Comparison {
         let dtype = if output.dtype.size() < 4 { Dtype::F32 } else { output.dtype };
         let unrounded = Output { dtype, ..output.clone() };
         let blocks = self.blocks(&unrounded, &|block| {
-            let places = (0..block.expected.len()).filter(|place| (block.start + place) % size % step == 0);
+            let places = (0..block.expected.len()).filter(|place| ((block.start + place) % size).is_multiple_of(step));
             let places: Vec<usize> = places.collect();
             let pick =
                 |values: &[f64]| places.iter().filter_map(|place| values.get(*place).copied()).collect::<Vec<_>>();

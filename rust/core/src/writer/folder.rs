@@ -133,13 +133,11 @@ impl<'a> FolderWriter<'a> {
         } else {
             self.rename(&self.path, &self.out)?;
         }
-        if sync {
-            if let Err(error) = sync_folder(self.storage, &parent(&self.out)) {
-                let back = if replaces { self.exchange() } else { self.rename(&self.out, &self.path) };
-                // What cannot be taken back is left: the old folder may be the one with the temporary name.
-                self.kept = back.is_err();
-                return Err(error);
-            }
+        if sync && let Err(error) = sync_folder(self.storage, &parent(&self.out)) {
+            let back = if replaces { self.exchange() } else { self.rename(&self.out, &self.path) };
+            // What cannot be taken back is left: the old folder may be the one with the temporary name.
+            self.kept = back.is_err();
+            return Err(error);
         }
         self.kept = true;
         self.above.keep();
