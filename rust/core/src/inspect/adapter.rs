@@ -275,7 +275,7 @@ impl Factors {
 const LISTED: usize = 4;
 
 /// One warning for all `items`, if there are any.
-pub(super) fn listed(what: &str, items: &[String]) -> Option<String> {
+fn listed(what: &str, items: &[String]) -> Option<String> {
     let shown = items.iter().take(LISTED).cloned().collect::<Vec<_>>().join(", ");
     let more = items.len().saturating_sub(LISTED);
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };

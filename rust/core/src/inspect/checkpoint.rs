@@ -12,7 +12,7 @@ use crate::error::{Error, Result, show_name};
 use crate::writer::MARKER;
 
 /// The longest config or record that is read, in bytes.
-pub const RECORD_LIMIT: u64 = 64 << 20;
+const RECORD_LIMIT: u64 = 64 << 20;
 
 /// The name of a model's config.
 const MODEL_CONFIG: &str = "config.json";

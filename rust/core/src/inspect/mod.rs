@@ -7,7 +7,7 @@ mod gram;
 mod values;
 
 pub use adapter::{Adapter, LowRank, Module, Norms};
-pub use checkpoint::{Model, RECORD_LIMIT, Scan};
+pub use checkpoint::{Model, Scan, Share};
 pub use diff::{Difference, Row, adapters, checkpoints, fields};
 pub use values::{Statistics, statistics};
 
