@@ -83,7 +83,7 @@ fn start(case: &Case, arguments: &[&str]) -> Child {
 
 /// What a merge of that adapter writes.
 fn merged(case: &Case, adapter: &str) -> Tree {
-    assert_eq!(case.run(&["base", adapter, "-o", "whole", "--quiet"]).code, 0);
+    assert_eq!(case.run(&["base", adapter, "-o", "whole", "--quiet", "--keep-restore"]).code, 0);
     let tree = tree(&case.path("whole"));
     std::fs::remove_dir_all(case.path("whole")).unwrap();
     tree
@@ -95,7 +95,7 @@ fn kill(moments: u64) {
     let (old, new) = (merged(&case, "other"), merged(&case, "adapter"));
     let inputs = || ["base", "adapter", "other"].map(|folder| tree(&case.path(folder)));
     let before = inputs();
-    let ways = [&["--no-sync"][..], &[], &["--resume"]];
+    let ways = [&["--no-sync", "--keep-restore"][..], &["--keep-restore"], &["--resume", "--keep-restore"]];
     let spans = ways.map(|way| {
         let started = Instant::now();
         assert_eq!(case.run(&[&["base", "adapter", "-o", "out", "--overwrite"], way].concat()).code, 0);
@@ -107,7 +107,7 @@ fn kill(moments: u64) {
         let arguments = [&["base", "adapter", "-o", "out", "--overwrite"], ways[way]].concat();
         let there = moment / 3 % 2 == 0;
         if there {
-            assert_eq!(case.run(&["base", "other", "-o", "out", "--overwrite", "--quiet"]).code, 0);
+            assert_eq!(case.run(&["base", "other", "-o", "out", "--overwrite", "--quiet", "--keep-restore"]).code, 0);
         } else {
             let _ = std::fs::remove_dir_all(case.path("out"));
         }
@@ -258,7 +258,7 @@ fn of_two_merges_into_one_output_one_wins() {
     let case = case();
     let trees = ["other", "adapter"].map(|adapter| merged(&case, adapter));
     for round in 0..6 {
-        let overwrite: &[&str] = if round % 2 == 0 { &["--overwrite", "--no-sync"] } else { &["--no-sync"] };
+        let overwrite: &[&str] = if round % 2 == 0 { &["--overwrite", "--keep-restore"] } else { &["--keep-restore"] };
         let _ = std::fs::remove_dir_all(case.path("out"));
         let merges =
             ["other", "adapter"].map(|adapter| start(&case, &[&["base", adapter, "-o", "out"], overwrite].concat()));
