@@ -219,6 +219,18 @@ fn a_signal_ends_a_merge_within_a_second() {
 }
 
 #[test]
+fn a_second_merge_that_resumes_into_the_same_output_is_refused() {
+    let case = case();
+    let mut first = begun(&case, &["base", "adapter", "-o", "out", "--resume", "--threads", "1"]);
+    let second = case.run(&["base", "adapter", "-o", "out", "--resume"]);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    assert_eq!(second.code, 1);
+    assert!(second.stderr.contains("out.tmp-resume is in use\nhint: another merge is writing"), "{}", second.stderr);
+    assert_eq!(temporary(&case), ["out.tmp-resume"]);
+}
+
+#[test]
 fn a_shard_that_is_cut_off_while_it_is_read_is_told() {
     let case = case();
     let mut merge = begun(&case, &["base", "adapter", "-o", "out"]);

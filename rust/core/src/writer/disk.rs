@@ -1,7 +1,7 @@
 //! The file system of the machine.
 
 use std::ffi::OsString;
-use std::fs::{File, OpenOptions};
+use std::fs::{File, OpenOptions, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 
@@ -122,18 +122,12 @@ impl StoredFile for File {
         std::os::windows::fs::FileExt::seek_read(self, bytes, offset)
     }
 
-    #[cfg(unix)]
     fn lock(&self) -> io::Result<bool> {
-        use rustix::fs::{FlockOperation, flock};
-        match flock(self, FlockOperation::NonBlockingLockExclusive) {
-            Err(rustix::io::Errno::WOULDBLOCK) => Ok(false),
-            done => done.map(|()| true).map_err(Into::into),
+        match self.try_lock() {
+            Err(TryLockError::WouldBlock) => Ok(false),
+            Err(TryLockError::Error(error)) => Err(error),
+            Ok(()) => Ok(true),
         }
-    }
-
-    #[cfg(not(unix))]
-    fn lock(&self) -> io::Result<bool> {
-        Err(io::ErrorKind::Unsupported.into())
     }
 
     fn sync(&self) -> io::Result<()> {
