@@ -155,8 +155,8 @@ def extra(name: str, shape: tuple[int, int], rank: int, base: str) -> int:
 
 def memory(quick: bool) -> list[dict[str, Any]]:
     table = []
-    for rank in (16, 64):
-        for base in ("bf16", "f32"):
+    for rank in (16,) if quick else (16, 64):
+        for base in ("bf16",) if quick else ("bf16", "f32"):
             shape = (512, 512) if quick else (4096, 14336)
             case: dict[str, Any] = {"shape": shape, "rank": rank, "base": base}
             for name in ("peftrs", "peft"):
