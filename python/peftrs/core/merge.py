@@ -129,21 +129,24 @@ def unmerge(layer: AdaptedLayer) -> None:
     layer.ledger = None
 
 
-@torch.no_grad()
 def unmerged(layer: AdaptedLayer) -> list[Tensor]:
     """The layer's weight and, if it has one, bias, as they are without what is merged."""
-    now: list[Tensor] = list(stored(layer))
+    return [original(layer, at) for at in range(len(stored(layer)))]
+
+
+@torch.no_grad()
+def original(layer: AdaptedLayer, at: int) -> Tensor:
+    """One of the stored tensors, by its position, as it is without what is merged."""
+    now = stored(layer)[at]
     if layer.ledger is None:
         return now
-    for one in layer.ledger.shared:
-        now[one.at] = one.parameter
-    for at, was in _kept(layer).items():
-        if isinstance(was, Correction):
-            copy = now[at].detach().to(was.dtype, copy=True, memory_format=torch.contiguous_format)
-            was.restore_(_rows(layer, copy))
-            was = copy
-        now[at] = was
-    return now
+    shared = [one.parameter for one in layer.ledger.shared if one.at == at]
+    was = _kept(layer).get(at, now)
+    if isinstance(was, Correction):
+        copy = now.detach().to(was.dtype, copy=True, memory_format=torch.contiguous_format)
+        was.restore_(_rows(layer, copy))
+        return copy
+    return shared[0] if shared else was
 
 
 def before_cast(layer: AdaptedLayer, cast: Callable[[Tensor], Tensor]) -> None:
@@ -153,8 +156,7 @@ def before_cast(layer: AdaptedLayer, cast: Callable[[Tensor], Tensor]) -> None:
     now, kept = stored(layer), layer.ledger.kept
     corrected = [at for at, was in kept.items() if isinstance(was, Correction)]
     if any(cast(now[at].detach().flatten()[:0]).dtype is not now[at].dtype for at in corrected):
-        originals = unmerged(layer)
-        layer.ledger = replace(layer.ledger, kept=kept | {at: originals[at].detach() for at in corrected})
+        layer.ledger = replace(layer.ledger, kept=kept | {at: original(layer, at) for at in corrected})
 
 
 def _kept(layer: AdaptedLayer) -> dict[int, Tensor | Correction]:

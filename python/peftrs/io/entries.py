@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from peftrs.config import TargetedConfig
 from peftrs.core.inject import biases
 from peftrs.core.layer import AdaptedLayer
-from peftrs.core.merge import stored, unmerged
+from peftrs.core.merge import original as before_merging
+from peftrs.core.merge import stored
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.tree import Wrapped, original, wrappers
@@ -91,9 +92,9 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
 
 
 def _before_merging(held: Iterable[tuple[str, Wrapped]]) -> dict[int, Tensor]:
-    """The base's tensors as they were before adapters were merged into them, by the identity of the parameter."""
+    """The layers' biases as they were before adapters were merged into them, by the identity of the parameter."""
     layers = [wrapper for _, wrapper in held if isinstance(wrapper, AdaptedLayer) and wrapper.merged]
-    return {id(now): was for layer in layers for now, was in zip(stored(layer), unmerged(layer), strict=True)}
+    return {id(bias): before_merging(layer, at) for layer in layers for at, bias in enumerate(stored(layer)) if at > 0}
 
 
 def _slots(path: str, fitted: FittedAdapter) -> Iterator[Entry]:
