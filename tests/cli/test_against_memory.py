@@ -20,9 +20,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 """Configurations and the ties that merging cuts are told about, here as intended."""
 
 
-MERGED = [case for case in CASES if case.arguments.get("init_lora_weights") not in ("pissa", "pissa_niter_16", "olora")]
-
-
 def save(model: nn.Module, folder: Path) -> None:
     """The model as its checkpoint, each tied weight once."""
     if isinstance(model, PreTrainedModel):
@@ -54,7 +51,7 @@ def units_apart(one: Tensor, other: Tensor) -> int:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("case", MERGED, ids=lambda case: case.id)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_what_is_written_is_what_memory_holds(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     expected = in_memory(case, dtype, tmp_path)
     code = _native.merge_main([str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / "out"), "--quiet"])

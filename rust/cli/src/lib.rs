@@ -13,7 +13,7 @@ use clap::Parser;
 use peftrs_core::checkpoint::Links;
 use peftrs_core::error::{Error, Result};
 use peftrs_core::merge::{Merge, Settings, Writing};
-use peftrs_core::plan::Options;
+use peftrs_core::plan::{Apply, Options};
 use peftrs_core::writer::Disk;
 
 use arguments::{Arguments, weighted};
@@ -32,12 +32,13 @@ pub fn run(arguments: &[String]) -> i32 {
         // Where the system refuses, the signal kills the tool at once: the temporary folder stays, nothing else is lost.
         let _ = signal_hook::flag::register_usize(number, Arc::clone(&signal), value);
     }
-    run_until(arguments, &signal)
+    run_until(arguments, &signal, None)
 }
 
-/// The same for a program that handles signals itself: it stores the number of one that came in `signal`.
+/// The same for a program that handles signals itself: it stores the number of one that came in `signal`. `apply` computes
+/// methods that have no kernel in the core.
 #[must_use]
-pub fn run_until(arguments: &[String], signal: &AtomicUsize) -> i32 {
+pub fn run_until(arguments: &[String], signal: &AtomicUsize, apply: Option<Arc<dyn Apply>>) -> i32 {
     let name = std::iter::once("peftrs-merge");
     let arguments = match Arguments::try_parse_from(name.chain(arguments.iter().map(String::as_str))) {
         Ok(arguments) => arguments,
@@ -48,7 +49,7 @@ pub fn run_until(arguments: &[String], signal: &AtomicUsize) -> i32 {
         }
     };
     let printer = Printer::new(arguments.quiet);
-    match merge(&arguments, &printer, signal) {
+    match merge(&arguments, &printer, signal, apply) {
         Ok(()) => 0,
         Err(Error::Interrupted(signal)) => {
             let kept = "interrupted; hint: the same command goes on where it stopped";
@@ -62,7 +63,7 @@ pub fn run_until(arguments: &[String], signal: &AtomicUsize) -> i32 {
     }
 }
 
-fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize) -> Result<()> {
+fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize, apply: Option<Arc<dyn Apply>>) -> Result<()> {
     let threads = arguments.threads.map_or(0, usize::from);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
     let pool = pool.map_err(|error| Error::Merge(format!("cannot start {threads} threads: {error}")))?;
@@ -74,7 +75,7 @@ fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize) -> Resu
         dtype: arguments.dtype,
         max_shard_bytes: arguments.max_shard_size,
     };
-    let settings = Settings { links, options };
+    let settings = Settings { links, options, apply };
     pool.install(|| {
         let started = Instant::now();
         let adapters: Vec<_> = arguments.adapters.iter().map(|argument| weighted(argument)).collect();

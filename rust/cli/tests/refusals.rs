@@ -109,7 +109,7 @@ fn other_methods_and_starts() {
     assert_eq!(
         linear().set("peft_type", json!("LOHA")).refused(),
         "error: adapters of type LOHA are not merged by this version\n\
-         hint: merge it in Python with PeftModel.from_pretrained(...).merge_and_unload()\n"
+         hint: run the peftrs-merge of the Python package, or PeftModel.from_pretrained(...).merge_and_unload()\n"
     );
     let message = linear().set("init_lora_weights", json!("pissa")).refused();
     assert!(message.contains("init_lora_weights=pissa are not merged"), "{message}");

@@ -2,6 +2,7 @@
 
 #![allow(clippy::needless_pass_by_value, reason = "what Python hands over arrives by value")]
 
+mod apply;
 mod checkpoint;
 mod config;
 mod error;

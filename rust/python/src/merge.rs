@@ -8,6 +8,7 @@ use std::time::Duration;
 use pyo3::prelude::*;
 use pyo3::types::{PyCFunction, PyDict, PyTuple};
 
+use crate::apply;
 use crate::error::run;
 
 /// How often the main thread lets Python look at the signals that came.
@@ -22,7 +23,7 @@ pub fn merge_main(py: Python<'_>, arguments: Vec<String>) -> PyResult<i32> {
             let (sender, done) = channel();
             let flag = &*signal;
             let merge = scope.spawn(move || {
-                let code = peftrs_cli::run_until(&arguments, flag);
+                let code = peftrs_cli::run_until(&arguments, flag, Some(Arc::new(apply::Python)));
                 // The receiver waits until the sender is gone, so sending cannot fail.
                 let _ = sender.send(());
                 code

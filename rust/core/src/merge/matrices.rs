@@ -49,7 +49,7 @@ impl<'a, E: Element> Matrices<'a, E> {
     pub fn new(inputs: Inputs<'a>, output: &'a Output, values: Values<'a>) -> Result<Self> {
         let view = View::of(output);
         let mut work = Self { values, name: &output.name, view, steps: Vec::new(), check: !inputs.allow_nonfinite };
-        steps(inputs, output, view, &mut |step| {
+        steps(inputs, output, values, view, &mut |step| {
             let step = match step {
                 Step::Lengths { magnitudes, transposed: true } => {
                     Step::Columns { factors: work.over_norms(&magnitudes)?, rows: view.rows }

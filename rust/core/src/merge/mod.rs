@@ -4,6 +4,7 @@
 //! final place by all threads at once, so the memory needed does not grow with the model.
 
 mod check;
+mod elsewhere;
 mod files;
 mod matrices;
 mod place;
@@ -18,6 +19,7 @@ pub mod work;
 mod write;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use serde_json::Value;
 
@@ -28,7 +30,7 @@ pub use write::{Writing, Written};
 
 use crate::checkpoint::{Checkpoint, Links, read_small};
 use crate::error::Result;
-use crate::plan::{Adapter, Options, Plan};
+use crate::plan::{Adapter, Apply, Options, Plan};
 
 /// The longest `config.json` that is read, in bytes.
 const MAX_CONFIG: u64 = 16 << 20;
@@ -48,6 +50,8 @@ pub struct Settings {
     pub links: Links,
     /// What is asked for beside the inputs.
     pub options: Options,
+    /// What computes methods that have no kernel here.
+    pub apply: Option<Arc<dyn Apply>>,
 }
 
 /// A merge that has been planned and checked in full.
@@ -67,10 +71,14 @@ impl Merge {
     /// Opens the model at `base` (a folder, an index or one safetensors file) and the adapters' folders, each with what its
     /// change is multiplied by, and plans.
     pub fn open(base: &Path, adapters: &[(PathBuf, f64)], settings: Settings) -> Result<Self> {
-        let Settings { links, options } = settings;
+        let Settings { links, options, apply } = settings;
         let base_path = base.to_owned();
-        let adapters: Vec<Adapter> =
-            adapters.iter().map(|(path, weight)| Adapter::open(path, *weight, links)).collect::<Result<_>>()?;
+        let open = |(path, weight): &(PathBuf, f64)| {
+            let mut adapter = Adapter::open(path, *weight, links)?;
+            adapter.apply.clone_from(&apply);
+            Ok(adapter)
+        };
+        let adapters: Vec<Adapter> = adapters.iter().map(open).collect::<Result<_>>()?;
         let base = Checkpoint::open_model(base, links)?;
         let folder = files::folder_of(&base_path);
         let model = read_small(&folder, files::MODEL_CONFIG, links, MAX_CONFIG)?;

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::matrices::View;
 use super::steps::{Step, steps};
 use super::terms::read;
-use super::work::Inputs;
+use super::work::{Inputs, Values};
 use crate::checkpoint::Checkpoint;
 use crate::dtype::Dtype;
 use crate::error::Result;
@@ -63,10 +63,10 @@ impl<'a> Reference<'a> {
                     Part::LowRank { update: low, up, down }
                 }
                 Change::Bias { key, scaling } => Part::Bias { values: read(adapter, key)?, scaling: *scaling },
-                Change::Tokens { .. } | Change::Scale(_) | Change::Turn(_) => {
+                Change::Tokens { .. } | Change::Scale(_) | Change::Turn(_) | Change::Elsewhere(_) => {
                     let alone = Output { updates: vec![update.clone()], ..output.clone() };
                     let parts = &mut reference.parts;
-                    steps(inputs, &alone, reference.view, &mut |step| {
+                    steps(inputs, &alone, Values::new(inputs, output)?, reference.view, &mut |step| {
                         parts.push(Part::Step(step));
                         Ok(())
                     })?;

@@ -3,10 +3,11 @@
 use std::collections::HashMap;
 use std::ops::Range;
 
+use super::elsewhere::whole;
 use super::matrices::View;
 use super::terms::{read, sum};
 use super::turn::Blocks;
-use super::work::Inputs;
+use super::work::{Inputs, Values};
 use crate::error::Result;
 use crate::kernels::{Element, Factors, Wide, sum_of_squares};
 use crate::plan::{Change, LowRank, Output, Update};
@@ -23,6 +24,8 @@ pub enum Step<E: Element> {
     Turn(Blocks<E::Wide>),
     /// Gives each output its length: DoRA's last step. Outputs are rows, or columns where the weight is stored transposed.
     Lengths { magnitudes: Vec<f64>, transposed: bool },
+    /// Takes all values from elsewhere.
+    Set(Vec<E::Wide>),
     /// Replaces rows.
     Replace(HashMap<usize, Vec<E::Wide>>),
 }
@@ -68,6 +71,11 @@ impl<E: Element> Step<E> {
                     scale(row, Wide::from_f64(magnitude / sum_of_squares(row).sqrt()));
                 }
             }
+            Self::Set(values) => {
+                for (value, set) in sums.iter_mut().zip(values.iter().skip(first * columns)) {
+                    *value = *set;
+                }
+            }
             Self::Replace(replaced) => {
                 for (row, index) in rows.zip(first..) {
                     if let Some(values) = replaced.get(&index) {
@@ -89,6 +97,7 @@ fn scale<W: Wide>(row: &mut [W], factor: W) {
 pub fn steps<E: Element>(
     inputs: Inputs,
     output: &Output,
+    values: Values,
     view: View,
     take: &mut dyn FnMut(Step<E>) -> Result<()>,
 ) -> Result<()> {
@@ -116,6 +125,7 @@ pub fn steps<E: Element>(
                 let factors: Vec<E::Wide> = read(inputs.adapter(update.adapter)?, &scale.key)?;
                 take(if scale.rows { Step::Rows(factors) } else { columns(&factors, output, view) })?;
             }
+            Change::Elsewhere(change) => take(Step::Set(whole(inputs, output, values, update.adapter, change)?))?,
             Change::Turn(turn) => {
                 let above: Vec<f64> = read(inputs.adapter(update.adapter)?, &turn.key)?;
                 take(Step::Turn(Blocks::new(turn, &above)))?;
@@ -142,7 +152,7 @@ fn additive(updates: &[Update]) -> usize {
         match &update.change {
             Change::LowRank(LowRank { magnitude: Some(_), .. }) => return count + 1,
             Change::LowRank(_) | Change::Bias { .. } => count += 1,
-            Change::Tokens { .. } | Change::Scale(_) | Change::Turn(_) => break,
+            Change::Tokens { .. } | Change::Scale(_) | Change::Turn(_) | Change::Elsewhere(_) => break,
         }
     }
     count

@@ -32,7 +32,7 @@ pub fn sum<E: Element>(inputs: Inputs, updates: &[Update], view: View) -> Result
             Change::Bias { key, scaling } => {
                 vec![Term { up: vec![Wide::from_f64(1.0)], down: read(adapter, key)?, rank: 1, scaling: *scaling }]
             }
-            Change::Tokens { .. } | Change::Scale(_) | Change::Turn(_) => Vec::new(),
+            Change::Tokens { .. } | Change::Scale(_) | Change::Turn(_) | Change::Elsewhere(_) => Vec::new(),
         };
         matrices.iter_mut().zip(terms).for_each(|(matrix, term)| matrix.push(term));
     }

@@ -94,6 +94,7 @@ pub(super) fn room<T: bytemuck::Pod>(buffer: &mut Vec<u64>, count: usize) -> Res
 }
 
 /// Where an output's values are before its updates.
+#[derive(Clone, Copy)]
 pub(super) struct Values<'a> {
     checkpoint: &'a Checkpoint,
     name: &'a str,
@@ -101,7 +102,7 @@ pub(super) struct Values<'a> {
 }
 
 impl<'a> Values<'a> {
-    fn new(inputs: Inputs<'a>, output: &'a Output) -> Result<Self> {
+    pub fn new(inputs: Inputs<'a>, output: &'a Output) -> Result<Self> {
         let (checkpoint, name) = inputs.source(output)?;
         let dtype = checkpoint.entry(name).map_or(output.dtype, |entry| entry.dtype);
         Ok(Self { checkpoint, name, dtype })

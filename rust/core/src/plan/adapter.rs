@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use super::elsewhere::Apply;
 use crate::checkpoint::{ADAPTER_CONFIG, Checkpoint, Links, read_small};
 use crate::config::AdapterConfig;
 use crate::error::{Error, Result, show_name};
@@ -24,6 +25,8 @@ pub struct Adapter {
     pub config_text: String,
     /// Its tensors.
     pub checkpoint: Checkpoint,
+    /// What computes it, where that is not done here.
+    pub apply: Option<Arc<dyn Apply>>,
     held: Mutex<VecDeque<(String, Arc<Vec<u8>>)>>,
 }
 
@@ -39,7 +42,7 @@ impl Adapter {
         let config_text = String::from_utf8(text).map_err(|_| Error::checkpoint(&origin, "is not UTF-8"))?;
         let config = AdapterConfig::parse(&config_text, &origin.to_string_lossy())?;
         let checkpoint = Checkpoint::open_adapter(path, links)?;
-        Ok(Self { path: path.to_owned(), weight, config, config_text, checkpoint, held: Mutex::default() })
+        Ok(Self { path: path.to_owned(), weight, config, config_text, checkpoint, apply: None, held: Mutex::default() })
     }
 
     /// The bytes of a tensor of which many outputs need a part, such as one expert's; the last few of them are kept.

@@ -79,7 +79,15 @@ impl<'a> Base<'a> {
 
     /// The tensor seen as `name`.
     pub fn entry(&self, name: &str) -> Option<&'a Entry> {
-        self.checkpoint.entry(if self.layers.is_some() { self.seen.get(name)? } else { name })
+        self.checkpoint.entry(self.source(name)?)
+    }
+
+    /// What the file calls the tensor seen as `name`.
+    pub fn source<'n>(&'n self, name: &'n str) -> Option<&'n str> {
+        match self.layers {
+            Some(_) => self.seen.get(name).copied(),
+            None => self.checkpoint.entry(name).map(|_| name),
+        }
     }
 
     /// The names under which the tensor called `name` in the file is seen.

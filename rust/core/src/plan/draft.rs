@@ -58,6 +58,10 @@ fn check(name: &str, one: &Draft, other: &Draft, adapters: &[Adapter]) -> Result
             show_name(name)
         )))
     };
+    let is_elsewhere = |update: &Update| matches!(update.change, Change::Elsewhere(_));
+    if one.updates.iter().chain(&other.updates).any(is_elsewhere) {
+        return refuse("change, one of them in Python,");
+    }
     match (&one.whole, &other.whole) {
         (Some(_), Some(_)) if !one.updates.is_empty() || !other.updates.is_empty() => refuse("both replace and change"),
         (Some(one), Some(other)) if !same(one, other, adapters)? => refuse("hold different values of"),

@@ -1,5 +1,7 @@
 //! The drafts of all adapters of a merge.
 
+use std::sync::Arc;
+
 use serde_json::Value;
 
 use super::adapter::Adapter;
@@ -25,7 +27,10 @@ pub fn gather(
     let mut prefixed = false;
     for (index, adapter) in adapters.iter().enumerate() {
         let method = &adapter.config.method;
-        let sorted = Sorted::new(&adapter.checkpoint, method);
+        let apply = adapter.apply.as_deref().filter(|_| support::elsewhere(&adapter.config).is_some());
+        let prefix = apply.map(|apply| apply.prefix(&adapter.config_text)).transpose()?;
+        let sorted = Sorted::new(&adapter.checkpoint, method, prefix.as_deref());
+        let config: Arc<str> = adapter.config_text.as_str().into();
         let homes = homes(base, &sorted)?;
         notes.extend(adapter.config.warnings.iter().cloned());
         if !homes.strip.is_empty() {
@@ -41,6 +46,8 @@ pub fn gather(
             adapter: &adapter.checkpoint,
             index,
             weight: adapter.weight,
+            config: &config,
+            apply,
             method,
             targeting: &adapter.config.targeting,
             stored_transposed: method.fan_in_fan_out() || support::stores_transposed(model),

@@ -6,6 +6,7 @@
 mod adapter;
 mod base;
 mod draft;
+mod elsewhere;
 mod experts;
 mod finite;
 mod fit;
@@ -30,6 +31,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
 pub use adapter::Adapter;
 use base::Base;
+pub use elsewhere::{Apply, Effect, Elsewhere, Layer, Slot};
 pub(crate) use homes::Homes;
 pub(crate) use tie::is_embedding;
 pub use update::{Change, LowRank, Part, Scale, Turn, Update};

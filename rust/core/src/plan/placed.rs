@@ -37,6 +37,9 @@ impl Planner<'_> {
         let inputs = self.on_input(sorted)?;
         for ((path, module), on_input) in sorted.modules.iter().zip(inputs) {
             if matches!(module.part, Part::None) {
+                if !module.slots.is_empty() {
+                    continue;
+                }
                 if module.tokens.is_none() || module.lone.is_some() {
                     let lone = module.lone.or(module.bias).or(module.magnitude).unwrap_or(path);
                     problems.add(NO_PARTNER, show_name(lone));
@@ -94,7 +97,7 @@ impl Planner<'_> {
     }
 
     /// The weights of the base that the tensors under `path` may be for.
-    fn weights(&self, path: &str, changes: &Drafts) -> Vec<Home> {
+    pub fn weights(&self, path: &str, changes: &Drafts) -> Vec<Home> {
         let path = self.homes.path(&without_base_layer(path));
         let plain = |name: String, entry: &Entry| {
             let shape = self.shape(changes, &name, entry).to_vec();

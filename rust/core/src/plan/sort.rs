@@ -14,8 +14,11 @@ const LORA: [&str; 7] = [
     "lora_embedding_A",
     "lora_embedding_B",
     "lora_magnitude_vector",
-    "token_adapter.trainable_tokens_delta",
+    TOKENS,
 ];
+
+/// Rows of an embedding that were trained whole, beside any method.
+const TOKENS: &str = "token_adapter.trainable_tokens_delta";
 
 /// The same of (IA)³.
 const IA3: [&str; 1] = ["ia3_l"];
@@ -50,6 +53,8 @@ pub struct Module<'a> {
     pub tokens: Option<&'a str>,
     /// One factor of two, as long as the other is not found.
     pub lone: Option<&'a str>,
+    /// The tensors of a method that is computed elsewhere: what each is for the module, and its key.
+    pub slots: Vec<(&'a str, &'a str)>,
 }
 
 impl Module<'_> {
@@ -80,13 +85,14 @@ pub struct Sorted<'a> {
 }
 
 impl<'a> Sorted<'a> {
-    /// Sorts the keys of `adapter`.
-    pub fn new(adapter: &'a Checkpoint, method: &Method) -> Self {
+    /// Sorts the keys of `adapter`; `elsewhere` is how the names of tensors begin if the method is computed elsewhere.
+    pub fn new(adapter: &'a Checkpoint, method: &Method, elsewhere: Option<&str>) -> Self {
         let (slots, prefix): (&[&str], _) = match method {
             Method::Ia3(_) => (&IA3, "ia3_"),
             Method::Oft(_) => (&OFT, "oft_"),
             _ => (&LORA, "lora_"),
         };
+        let (slots, prefix) = elsewhere.map_or((slots, prefix), |prefix| (&[TOKENS][..], prefix));
         let mut sorted = Self::default();
         for key in adapter.names() {
             if let Some(parsed) = keys::parse(key, slots) {
@@ -97,6 +103,10 @@ impl<'a> Sorted<'a> {
                 continue;
             }
             let name = key.strip_prefix(keys::PREFIX).unwrap_or(key);
+            if let Some((module, slot)) = elsewhere.and_then(|prefix| split(name, prefix)) {
+                sorted.modules.entry(module).or_default().slots.push((slot, key));
+                continue;
+            }
             if name.contains(prefix) || !name.contains('.') {
                 sorted.unknown.push(key);
             } else {
@@ -107,13 +117,20 @@ impl<'a> Sorted<'a> {
     }
 }
 
+/// A name before and from the first component that begins with `prefix`.
+fn split<'a>(name: &'a str, prefix: &str) -> Option<(&'a str, &'a str)> {
+    let dots = name.match_indices('.').map(|(dot, _)| dot);
+    let dot = dots.into_iter().find(|dot| name.get(dot + 1..).is_some_and(|rest| rest.starts_with(prefix)))?;
+    Some((name.get(..dot)?, name.get(dot + 1..)?))
+}
+
 impl<'a> Module<'a> {
     /// Puts `key` where its slot belongs, unless that is taken.
     fn take(&mut self, key: &'a str, slot: &str) -> bool {
         let place = match slot {
             "lora_B.bias" => &mut self.bias,
             "lora_magnitude_vector" => &mut self.magnitude,
-            "token_adapter.trainable_tokens_delta" => &mut self.tokens,
+            TOKENS => &mut self.tokens,
             _ => return self.take_part(key, slot),
         };
         place.replace(key).is_none()

@@ -4,36 +4,36 @@ use serde_json::Value;
 
 use super::adapter::Adapter;
 use super::draft::{Draft, Drafts};
-use crate::config::{AdapterConfig, Init, LoraFields, Method};
+use crate::config::{AdapterConfig, Init, Method, OftFields};
 use crate::error::{Error, Result, show_name};
 
 /// Starts that are taken out of the base when training begins, so that the adapter alone is not what was trained.
 const RESIDUAL: [&str; 5] = ["pissa", "olora", "corda", "lora_ga", "loftq"];
 
-const CONVERT: &str = "save the adapter with path_initial_model_for_weight_conversion, which makes it a plain LoRA";
+const CONVERT: &str = "run the peftrs-merge of the Python package, or save the adapter with \
+                       path_initial_model_for_weight_conversion, which makes it a plain LoRA";
 
 /// Variants whose update is not one weight.
 const ONLINE: [&str; 3] = ["use_qalora", "alora_invocation_tokens", "arrow_config"];
 
-const IN_PYTHON: &str = "merge it in Python with PeftModel.from_pretrained(...).merge_and_unload()";
+const IN_PYTHON: &str =
+    "run the peftrs-merge of the Python package, or PeftModel.from_pretrained(...).merge_and_unload()";
 
-/// Refuses an adapter whose method or variant is not merged here, and a base whose weights are packed.
+/// Refuses an adapter whose method or variant nobody at hand can compute, and a base whose weights are packed.
 pub fn check(adapter: &Adapter, model: Option<&Value>) -> Result<()> {
-    check_config(&adapter.config, model)
+    check_config(&adapter.config, adapter.apply.is_some(), model)
 }
 
-fn check_config(config: &AdapterConfig, model: Option<&Value>) -> Result<()> {
-    match &config.method {
-        Method::Lora(lora) => check_lora(lora)?,
-        Method::Oft(oft) => {
-            if let Some(doubt) = &oft.doubt {
-                return Err(Error::Merge(format!("the OFT adapter {doubt}")));
-            }
-        }
-        Method::Ia3(_) => {}
-        Method::Other(_) => {
-            return Err(refused(&format!("adapters of type {} are", show_name(&config.peft_type)), IN_PYTHON));
-        }
+fn check_config(config: &AdapterConfig, can_elsewhere: bool, model: Option<&Value>) -> Result<()> {
+    if let Some(name) = config.lora().and_then(|lora| lora.variants.iter().find(|name| ONLINE.contains(name))) {
+        let way = "its update depends on the input, load it as an adapter";
+        return Err(refused(&format!("adapters with {name} are"), way));
+    }
+    if let Some((what, way)) = elsewhere(config).filter(|_| !can_elsewhere) {
+        return Err(refused(&what, way));
+    }
+    if let Method::Oft(OftFields { doubt: Some(doubt), .. }) = &config.method {
+        return Err(Error::Merge(format!("the OFT adapter {doubt}")));
     }
     if let Some(method) = model.and_then(|model| model.get("quantization_config")).filter(|method| method.is_object()) {
         let name = method.get("quant_method").and_then(Value::as_str).unwrap_or("an unnamed method");
@@ -43,17 +43,20 @@ fn check_config(config: &AdapterConfig, model: Option<&Value>) -> Result<()> {
     Ok(())
 }
 
-fn check_lora(lora: &LoraFields) -> Result<()> {
-    if let Some(name) = lora.variants.first().copied() {
-        let way =
-            if ONLINE.contains(&name) { "its update depends on the input, load it as an adapter" } else { IN_PYTHON };
-        return Err(refused(&format!("adapters with {name} are"), way));
-    }
-    match &lora.init_lora_weights {
-        Init::Named(start) if RESIDUAL.iter().any(|known| start.to_ascii_lowercase().starts_with(known)) => {
-            Err(refused(&format!("adapters with init_lora_weights={} are", show_name(start)), CONVERT))
-        }
-        _ => Ok(()),
+/// What of an adapter has no kernel here, and what to do without one.
+pub fn elsewhere(config: &AdapterConfig) -> Option<(String, &'static str)> {
+    match &config.method {
+        Method::Lora(lora) => match (&lora.init_lora_weights, lora.variants.first()) {
+            (_, Some(name)) => Some((format!("adapters with {name} are"), IN_PYTHON)),
+            (Init::Named(start), None)
+                if RESIDUAL.iter().any(|known| start.to_ascii_lowercase().starts_with(known)) =>
+            {
+                Some((format!("adapters with init_lora_weights={} are", show_name(start)), CONVERT))
+            }
+            _ => None,
+        },
+        Method::Ia3(_) | Method::Oft(_) => None,
+        Method::Other(_) => Some((format!("adapters of type {} are", show_name(&config.peft_type)), IN_PYTHON)),
     }
 }
 
@@ -103,7 +106,7 @@ mod tests {
     #[test]
     fn plain_lora_passes() {
         let config = config(&json!({"peft_type": "LORA", "init_lora_weights": "gaussian", "use_bdlora": null}));
-        check_config(&config, Some(&json!({"quantization_config": null}))).unwrap();
+        check_config(&config, false, Some(&json!({"quantization_config": null}))).unwrap();
     }
 
     #[test]
@@ -115,11 +118,12 @@ mod tests {
             (json!({"peft_type": "LORA", "kasa_config": {}}), "kasa_config"),
             (json!({"peft_type": "LORA", "use_qalora": true}), "use_qalora"),
         ] {
-            let message = check_config(&config(&fields), None).unwrap_err().to_string();
+            let message = check_config(&config(&fields), false, None).unwrap_err().to_string();
             assert!(message.contains(named) && message.contains("; hint: "), "{message}");
         }
         let model = json!({"quantization_config": {"quant_method": "gptq"}});
-        let message = check_config(&config(&json!({"peft_type": "LORA"})), Some(&model)).unwrap_err().to_string();
+        let message =
+            check_config(&config(&json!({"peft_type": "LORA"})), false, Some(&model)).unwrap_err().to_string();
         assert!(message.contains("quantized by gptq"), "{message}");
     }
 }

@@ -1,5 +1,7 @@
 //! What happens to the values of one tensor, one step after the other.
 
+use super::elsewhere::Elsewhere;
+
 /// One adapter's change to a tensor.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Update {
@@ -32,6 +34,8 @@ pub enum Change {
     Scale(Scale),
     /// Inputs or outputs are turned, a block at a time: OFT.
     Turn(Turn),
+    /// What a method without a kernel does.
+    Elsewhere(Box<Elsewhere>),
 }
 
 /// A factor for each row or column of a weight as it is stored.
@@ -108,7 +112,7 @@ impl Change {
     #[must_use]
     pub fn is_on_input(&self) -> bool {
         match self {
-            Self::LowRank(_) | Self::Bias { .. } | Self::Tokens { .. } => false,
+            Self::LowRank(_) | Self::Bias { .. } | Self::Tokens { .. } | Self::Elsewhere(_) => false,
             Self::Scale(scale) => scale.on_input,
             Self::Turn(turn) => turn.on_input,
         }
@@ -120,6 +124,7 @@ impl Change {
         match self {
             Self::LowRank(update) => update.magnitude.is_none(),
             Self::Bias { .. } => true,
+            Self::Elsewhere(update) => update.effect.additive,
             Self::Tokens { .. } | Self::Scale(_) | Self::Turn(_) => false,
         }
     }
@@ -145,6 +150,7 @@ impl Change {
             Self::Bias { scaling, .. } => format!("bias, scaling {scaling}"),
             Self::Tokens { indices, .. } => format!("{} rows replaced", indices.len()),
             Self::Scale(scale) => format!("IA3 on {}", side(scale.on_input)),
+            Self::Elsewhere(_) => "computed by its method in Python".to_owned(),
             Self::Turn(turn) => format!("OFT on {}, blocks of {}", side(turn.on_input), turn.size),
         }
     }

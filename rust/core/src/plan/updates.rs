@@ -1,9 +1,11 @@
 //! From the tensors of an adapter to changes of the base's, each shape checked against the other two.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use super::base::Base;
 use super::draft::Drafts;
+use super::elsewhere::Apply;
 use super::experts::Piece;
 use super::fit::{Fit, Votes};
 use super::homes::{Ambiguous, Homes};
@@ -45,6 +47,10 @@ pub struct Planner<'a> {
     pub index: usize,
     /// What its change is multiplied by.
     pub weight: f64,
+    /// The text of its config.
+    pub config: &'a Arc<str>,
+    /// What computes it, where that is not done here.
+    pub apply: Option<&'a dyn Apply>,
     pub method: &'a Method,
     pub targeting: &'a Targeting,
     /// Whether square weights are stored as (in, out), as far as the two configs know.
@@ -66,6 +72,7 @@ impl Planner<'_> {
         for placed in &placed {
             self.weight(placed, &votes, &mut changes, problems)?;
         }
+        self.elsewhere(sorted, &mut changes, problems)?;
         for (path, module) in &sorted.modules {
             self.bias(path, module, &mut changes, problems)?;
             self.tokens(path, module, &mut changes, problems);
@@ -257,7 +264,7 @@ impl Planner<'_> {
         whole.and_then(|(_, key)| self.adapter.entry(key)).map_or(&entry.shape, |whole| &whole.shape)
     }
 
-    fn push(&self, changes: &mut Drafts, name: String, change: Change) {
+    pub fn push(&self, changes: &mut Drafts, name: String, change: Change) {
         changes.entry(name).or_default().updates.push(Update { adapter: self.index, change });
     }
 }

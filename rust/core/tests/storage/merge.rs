@@ -88,7 +88,7 @@ struct Case {
 impl Case {
     fn new() -> Self {
         let inputs = inputs();
-        let settings = Settings { links: Links::Confined, options: Options::default() };
+        let settings = Settings { links: Links::Confined, options: Options::default(), apply: None };
         let merge =
             Merge::open(&inputs.path().join("base"), &[(inputs.path().join("adapter"), 1.0)], settings).unwrap();
         let empty = Fake::new(0);
