@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +65,29 @@ def test_what_is_written_is_what_memory_holds(case: Case, dtype: torch.dtype, tm
     assert any(not tensor.equal(base[name]) for name, tensor in written.items() if name in base)
     apart = {name: units_apart(tensor, expected[name]) for name, tensor in written.items()}
     assert {name: units for name, units in apart.items() if units > 1} == {}
+
+
+PAIRS = ("lora-linear", "lora-dora", "lora-bias", "ia3-inputs", "oft-exact", "oft-linear")
+PAIRED = {case.id: case for case in CASES if case.id in PAIRS}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("first", "second"), list(itertools.product(PAIRED, PAIRED)))
+def test_two_adapters_apply_in_the_order_of_the_fold(first: str, second: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    for name, case in (("a", PAIRED[first]), ("b", PAIRED[second])):
+        base = case.model()[0].to(dtype)
+        adapted: Any = peftrs.get_peft_model(base, getattr(peftrs, case.config)(**case.arguments))
+        shake(adapted)
+        adapted.save_pretrained(tmp_path / name)
+    base = PAIRED[first].model()[0].to(dtype)
+    save(base, tmp_path / "base")
+    both = peftrs.PeftModel.from_pretrained(base, tmp_path / "a", adapter_name="a")
+    both.load_adapter(tmp_path / "b", adapter_name="b")
+    expected = both.merge_and_unload(adapter_names=["a", "b"]).state_dict()
+    folders = [str(tmp_path / name) for name in ("base", "a", "b")]
+    assert _native.merge_main([*folders, "-o", str(tmp_path / "out"), "--quiet"]) == 0
+    written = load_file(tmp_path / "out" / "model.safetensors")
+    # Where terms cancel, float32 sums of another order round to more than a neighbour.
+    close = {torch.float32: 1e-7, torch.bfloat16: 2**-8}[dtype]
+    for name, tensor in written.items():
+        torch.testing.assert_close(tensor.double(), expected[name].double(), rtol=close, atol=close / 100, msg=name)

@@ -81,6 +81,21 @@ fn a_square_convolution_whose_side_no_config_tells_is_refused() {
     assert!(message.contains("l.q [4, 1] for l.q.weight [4, 6]"), "{message}");
 }
 
+#[test]
+fn what_multiplies_has_no_weight() {
+    let scaled =
+        ia3(&[]).base("l.q.weight", Tensor::new(F32, &[4, 6], 1)).with("l.q.ia3_l", Tensor::new(F32, &[4, 1], 2));
+    let turned =
+        oft().base("l.q.weight", Tensor::new(F32, &[4, 6], 1)).with("l.q.oft_R.weight", Tensor::new(F32, &[3, 1], 2));
+    for case in [scaled, turned] {
+        case.save();
+        let output = case.run(&["base", "adapter@0.5", "-o", "out"]);
+        assert_eq!(output.code, 1);
+        let expected = "error: adapter cannot have the weight 0.5: it does not add to l.q.weight";
+        assert!(output.stderr.starts_with(expected), "{}", output.stderr);
+    }
+}
+
 fn oft() -> Case {
     case(json!({
         "peft_type": "OFT", "target_modules": ["q"], "r": 0, "oft_block_size": 2, "use_cayley_neumann": false,

@@ -13,6 +13,9 @@ use crate::target::nearest_end;
 /// A pattern names a tensor, or a module and all that is in it: by the whole name or the end of it after a dot, in Python's
 /// `re` syntax, as the entries of `modules_to_save` do. Refuses one that matches no tensor of the model.
 pub fn select(drafts: &mut Drafts, base: &Base, only: &[String], skip: &[String]) -> Result<()> {
+    if only.is_empty() && skip.is_empty() {
+        return Ok(());
+    }
     let budget = Budget::default();
     let every: BTreeSet<String> = base.names().chain(drafts.keys().map(String::as_str)).map(str::to_owned).collect();
     for (option, patterns) in
