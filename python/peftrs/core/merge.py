@@ -221,7 +221,7 @@ def check(layer: AdaptedLayer, chain: Chain, *, keep: bool = True) -> None:
     """
     weight, _ = layer.base.parameters(layer.base_layer)
     update = low_rank(layer, chain)
-    if update is None or not isfinite(update.reach()):
+    if update is None or not isfinite(update.reach):
         broken = [f"{a.name}: {slot}" for a in chain for slot, tensor in a.parameters() if not bool(tensor.isfinite().all())]
         if broken:
             raise MergeError(f"{layer.spec.name}: {listed(broken)} holds NaN or infinite values; the adapter seems to be broken")

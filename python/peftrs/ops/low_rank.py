@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -49,14 +50,13 @@ class Update:
         for up, down in zip(matrices(self.up), matrices(self.down), strict=True):
             yield Update(up, down, self.scaling)
 
+    @cached_property
     def reach(self) -> float:
         """What no element of the update exceeds in magnitude, but for rounding; not finite if a factor is not."""
-        longest = [
-            torch.linalg.vector_norm(factor, dim=dim, dtype=torch.promote_types(factor.dtype, torch.float32)).amax()
-            for factor, dim in ((self.up, -1), (self.down, -2))
-            if factor.numel()
-        ]
-        return abs(self.scaling) * float(longest[0] * longest[1]) if len(longest) == 2 else 0.0
+        if not (self.up.numel() and self.down.numel()):
+            return 0.0
+        largest = [max(map(abs, map(float, torch.aminmax(factor)))) for factor in (self.up, self.down)]
+        return abs(self.scaling) * self.up.shape[-1] * largest[0] * largest[1]
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def overflows(weight: Tensor, update: Update) -> bool:
     """Whether the update would make a finite weight infinite; nothing is changed."""
     kind = torch.finfo(weight.dtype)
     # What is less than half of a step at the end of the range rounds to no larger number there; twice that is left as margin.
-    if update.reach() < kind.max * kind.eps / 8:
+    if update.reach < kind.max * kind.eps / 8:
         return False
     return any(
         bool((block.isfinite() & ~total.to(weight.dtype).isfinite()).any())
