@@ -6,10 +6,12 @@ A base holds no tensors: one instance serves every layer of its kind.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules import module as hooks
 
 from peftrs.bases.kinds import Affine, LayerKind
 
@@ -36,9 +38,31 @@ class Base(ABC):
         weight, bias = self.parameters(module)
         return Affine(weight.mT if self.transposed else weight, bias)
 
+    def obstacle(self, module: nn.Module) -> str | None:
+        """Why calling the layer does more than apply its affine map to one input, or None if that is all."""
+        return "its kind of layer has no fused form"
+
     @abstractmethod
     def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
         """The layer's own operation with another affine map. `x` is the first positional input."""
+
+
+def called(module: nn.Module, forward: Callable[..., Any]) -> str | None:
+    """Why calling the module does more than run this forward of its class, or None if that is all."""
+    if type(module).forward is not forward or "forward" in module.__dict__:
+        return "the layer beneath has a forward of its own"
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    ):
+        return "the layer beneath has hooks"
+    return None
 
 
 def as_dtype(affine: Affine, dtype: torch.dtype) -> Affine:

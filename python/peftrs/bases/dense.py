@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from peftrs.bases.base import Base, as_dtype
+from peftrs.bases.base import Base, as_dtype, called
 from peftrs.bases.kinds import Affine, LayerKind
 
 
@@ -20,6 +20,9 @@ class Linear(Base):
     def parameters(self, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
         return cast(nn.Parameter, module.weight), cast("nn.Parameter | None", module.bias)
 
+    def obstacle(self, module: nn.Module) -> str | None:
+        return called(module, nn.Linear.forward)
+
     def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
         return functional.linear(x, *as_dtype(affine, x.dtype))
 
@@ -28,6 +31,10 @@ class TransposedLinear(Linear):
     """transformers' `Conv1D`, a Linear whose weight is stored `(in, out)`."""
 
     transposed = True
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        own = next(kind for kind in type(module).__mro__ if is_conv1d(kind))
+        return called(module, cast(Any, own).forward)
 
 
 class Embedding(Base):
@@ -127,7 +134,12 @@ CONVOLUTION = {
 
 def is_transposed_linear(module: nn.Module) -> bool:
     """Whether the module is transformers' `Conv1D`, told without importing transformers."""
-    return any(kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.") for kind in type(module).__mro__)
+    return any(map(is_conv1d, type(module).__mro__))
+
+
+def is_conv1d(kind: type) -> bool:
+    """Whether this is the class `Conv1D` of transformers itself."""
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
 def resolve(module: nn.Module) -> Base | None:

@@ -46,7 +46,15 @@ class Beneath:
         return outermost.method.forward(outermost, x, Beneath(self.layer, self.chain[:-1], self.rest, self.options))
 
     def dense(self) -> Affine:
-        return fold(self.chain, self.layer.base.dense(self.layer.base_layer))
+        affine = self.layer.base.dense(self.layer.base_layer)
+        return fold(self.chain, affine) if self.chain else affine
+
+    def obstacle(self) -> str | None:
+        if self.chain:
+            return "another adapter lies beneath"
+        if self.rest or self.options:
+            return "the layer beneath takes more than one input"
+        return self.layer.base.obstacle(self.layer.base_layer)
 
     def op(self, x: Tensor, affine: Affine) -> Tensor:
         return cast(Tensor, self.layer.base.op(self.layer.base_layer, x, affine, self.rest, self.options))
@@ -126,6 +134,14 @@ class AdaptedLayer(Switched, nn.Module):
         """The layer as an affine map with the active adapters in it, in its own dtype; differentiable."""
         chain, base = self.acting(), self.base.dense(self.base_layer)
         return as_dtype(fold(chain, base), base.weight.dtype) if chain else base
+
+    def routes(self) -> dict[str, str]:
+        """How each active adapter runs: "fused" with the layer beneath, or "composite: " and why."""
+        found = {}
+        for place, adapter in enumerate(chain := self.acting()):
+            fault = adapter.method.obstacle(adapter, Beneath(self, chain[:place], (), {}))
+            found[adapter.name] = "fused" if fault is None else f"composite: {fault}"
+        return found
 
     def conflict(self, names: Sequence[str]) -> str | None:
         chain = self.chain(names)

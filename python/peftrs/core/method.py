@@ -41,6 +41,9 @@ class Below(Protocol):
     def dense(self) -> Affine:
         """The same as an affine map; to be read, never written."""
 
+    def obstacle(self) -> str | None:
+        """Why the output for `x` is more than the affine map of `dense` applied to it, or None if that is all."""
+
     def op(self, x: Tensor, affine: Affine) -> Tensor:
         """The layer's own operation (its strides, padding, lookup) with another affine map, in the dtype of `x`."""
 
@@ -114,6 +117,10 @@ class Method(ABC):
     def unmergeable(self, adapter: Adapter) -> str | None:
         """Why this adapter cannot become part of the layer's weights, or None if it can."""
         return None
+
+    def obstacle(self, adapter: Adapter, below: Below) -> str | None:
+        """Why this adapter and the layer beneath do not run as one operation, or None if they do."""
+        return f"{self.name} has no fused form"
 
     def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
         """The activation view; by default the layer's own operation with the changed weights."""

@@ -61,7 +61,8 @@ class FittedAdapter:
             leading, transposed = self.method.tied_slots[slot]
             return self.leader[leading].mT if transposed else self.leader[leading]
         container, leaf = self.places[slot]
-        held = getattr(self.layer, container)[self.name]
+        # Not by attribute, which would be looked for in three places before it is found here.
+        held = cast(Any, self.layer._modules[container])[self.name]
         return cast(Tensor, getattr(held, leaf) if leaf else held)
 
     def get(self, slot: str) -> Tensor | None:

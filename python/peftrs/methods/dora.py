@@ -57,6 +57,11 @@ class Dora(Lora):
     def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
         affine = below.dense()
         strength = adapter[MAGNITUDE].flatten() / self.norm(adapter, affine.weight)
+        y = self.joined(adapter, x, below, biased=False)
+        if y is not None:
+            # The strengths start at one: what of them is rounded to a narrow dtype is their distance from it.
+            y = torch.addcmul(y, y, (strength - 1).to(y.dtype))
+            return y if affine.bias is None else y + affine.bias.to(y.dtype)
         strength = along_channels(strength, adapter.spec)
         y = below(x)
         linear = y if affine.bias is None else y - along_channels(affine.bias, adapter.spec)

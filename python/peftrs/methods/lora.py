@@ -21,6 +21,7 @@ from peftrs.bases.kinds import CONVOLUTIONS, Affine, LayerKind, LayerSpec
 from peftrs.config import RUNTIME, LayeredConfig, PeftType
 from peftrs.core.method import Adapter, Additive, Below, Method
 from peftrs.errors import ConfigError
+from peftrs.ops import lora_linear
 from peftrs.registry import method, register
 
 
@@ -189,7 +190,7 @@ class Lora(Additive):
             experts = adapter.spec.shape[0]
             rank = adapter.values["r"]
             return up.view(-1, rank, experts).permute(2, 0, 1), down.view(experts, rank, -1)
-        return up.flatten(1), down.flatten(1)
+        return (up.flatten(1), down.flatten(1)) if up.ndim > 2 else (up, down)
 
     def arranged(self, adapter: Adapter, up: Tensor, down: Tensor) -> dict[str, Tensor]:
         """The values of the slots that have these factors, as `factors` gives them; views where they can be."""
@@ -207,6 +208,39 @@ class Lora(Additive):
         if "lora_B.bias" in adapter and not adapter.spec.bias and bool(adapter["lora_B.bias"].any()):
             return "it has a bias (`lora_bias`) and the layer has none to merge it into"
         return None
+
+    def obstacle(self, adapter: Adapter, below: Below) -> str | None:
+        found = self._obstacle(adapter, below)
+        if found is None:
+            up, down = self.factors(adapter)
+            dropout = adapter.config.lora_dropout if below.training else 0.0
+            found = lora_linear.unfit(below.dense().weight, down, up, dropout)
+        return found
+
+    def _obstacle(self, adapter: Adapter, below: Below) -> str | None:
+        if adapter.spec.kind is not LayerKind.LINEAR:
+            return "its kind of layer has no fused form"
+        if "origin_A.weight" in adapter and below.training and adapter.config.lora_dropout:
+            return "dropout does not act on the factors that its start took out of the weight"
+        return below.obstacle()
+
+    def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
+        y = self.joined(adapter, x, below)
+        return super().forward(adapter, x, below) if y is None else y
+
+    def joined(self, adapter: Adapter, x: Tensor, below: Below, *, biased: bool = True) -> Tensor | None:
+        """The output, computed together with the layer beneath; None where that does not go. `biased` adds that layer's bias."""
+        if self._obstacle(adapter, below) is not None:
+            return None
+        up, down = self.factors(adapter)
+        weight, bias = below.dense()
+        if not biased:
+            bias = None
+        shift = self.shift(adapter)
+        if shift is not None:
+            bias = adapter.scaling * shift if bias is None else torch.add(bias, shift, alpha=adapter.scaling)
+        dropout = adapter.config.lora_dropout if below.training else 0.0
+        return lora_linear.lora_linear(x, weight, bias, down, up, adapter.scaling, dropout)
 
     def path(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
         down, up = (adapter[slot] for slot in _names(adapter))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, TypeVar, cast
 
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ class TunerLayerStatus:
     available_adapters: list[str]
     devices: dict[str, list[str]]
     quantization_backend: str | None
+    routes: dict[str, str] = field(default_factory=dict)
+    """How each active adapter runs in training: "fused" with the layer beneath it, or "composite: " and why."""
 
 
 @dataclass
@@ -73,6 +75,7 @@ def _status(name: str, wrapper: Wrapped) -> TunerLayerStatus:
         available_adapters=sorted(tensors),
         devices={key: sorted({tensor.device.type for tensor in held}) for key, held in tensors.items() if held},
         quantization_backend=None,
+        routes=adapted.routes() if adapted else {},
     )
 
 

@@ -1,0 +1,99 @@
+"""`y = x·Wᵀ + bias + scaling·(x ∘ mask)·Aᵀ·Bᵀ` and its gradients in plain torch operations, the low-rank part first.
+
+Writing the low-rank part first lets the product with the frozen weight accumulate onto it: the sum is rounded once and no pass
+over the output is made for it. All matrices here are two-dimensional: `x (M, in)`, `W (out, in)`, `A (r, in)`, `B (out, r)`,
+`dy (M, out)`. `u = (x ∘ mask)·Aᵀ`, `(M, r)`, is all that the backward pass needs beyond the arguments. `scaling` is the
+strength of the change, divided by the share that dropout keeps.
+
+Factors may be float32 over a narrower `x`. Then `u` is computed in float32, and `B` meets it as two narrow halves where the
+narrow dtype has float32's range, so that nothing but the output is rounded to it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Dropout(NamedTuple):
+    """Dropout whose mask follows from a seed, so that it is made again instead of kept."""
+
+    probability: float
+    seed: int
+
+    def mask(self, x: Tensor) -> Tensor:
+        """Zeros and ones in the shape and dtype of `x`, a function of the seed and the shape alone."""
+        generator = torch.Generator(x.device).manual_seed(self.seed)
+        return torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - self.probability, generator=generator)
+
+
+class Gradients(NamedTuple):
+    """Of `x`, `A` and `B`, each None where it is not asked for."""
+
+    x: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+
+
+def low(x: Tensor, down: Tensor, dropout: Dropout | None) -> Tensor:
+    """`u = (x ∘ mask)·Aᵀ`, `(M, r)`, in the dtype of `A`."""
+    if dropout is not None:
+        x = x * dropout.mask(x)
+    if x.dtype != down.dtype:
+        x = x.to(down.dtype)
+    return x @ down.t()
+
+
+def high(u: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, scaling: float) -> Tensor:
+    """`y = scaling·u·Bᵀ + bias + x·Wᵀ`, `(M, out)`, in the dtype of `x`."""
+    dtype = x.dtype
+    if u.dtype != dtype:
+        if dtype is not torch.bfloat16:
+            product = torch.addmm(bias.to(u.dtype), u, up.t(), alpha=scaling) if bias is not None else scaling * (u @ up.t())
+            return product.to(dtype).addmm_(x, weight.t())
+        u, up = _halves(u, dtype, (0, 1, 0)), _halves(up, dtype, (0, 0, 1))
+    # Written into a tensor made here: a policy of selective checkpointing may keep what `mm` returns, which must not change.
+    y = x.new_empty(x.shape[0], weight.shape[0])
+    if bias is None:
+        return torch.mm(u, up.t(), out=y).addmm_(x, weight.t(), beta=scaling)
+    return torch.addmm(bias, u, up.t(), alpha=scaling, out=y).addmm_(x, weight.t())
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    down: Tensor,
+    up: Tensor,
+    u: Tensor,
+    scaling: float,
+    dropout: Dropout | None,
+    needs: tuple[bool, bool, bool],
+) -> Gradients:
+    """The gradients of `x`, `A` and `B`; all arguments in one dtype. Differentiable if `u` is."""
+    need_x, need_down, need_up = needs
+    # `beta=0` ignores the first argument: it lends its shape, so that the factor is applied where the product accumulates.
+    # Of the two orders of this product, this one reads `dy` along its rows.
+    d_up = torch.addmm(up.t(), u.t(), dy, beta=0, alpha=scaling).t() if need_up else None
+    if not (need_x or need_down):
+        return Gradients(None, None, d_up)
+    mask = None if dropout is None else dropout.mask(x)
+    du = dy @ up
+    d_down = None
+    if need_down:
+        d_down = torch.addmm(down, du.t(), x if mask is None else x * mask, beta=0, alpha=scaling)
+    if not need_x:
+        return Gradients(None, d_down, d_up)
+    dx = du @ down
+    if mask is not None:
+        dx = dx * mask
+    return Gradients(dx.addmm_(dy, weight, beta=scaling), d_down, d_up)
+
+
+def _halves(tensor: Tensor, dtype: torch.dtype, order: tuple[int, int, int]) -> Tensor:
+    """The value rounded to `dtype` and what that lost, side by side in the order given (0 the value, 1 the rest)."""
+    value = tensor.to(dtype)
+    parts = (value, (tensor - value).to(dtype))
+    return torch.cat([parts[at] for at in order], 1)

@@ -1,0 +1,220 @@
+"""Whatever a training step is made of, an adapted layer does the same: fused where that goes, composed where it does not."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.pytorch_utils import Conv1D
+
+import peftrs
+import peftrs.ops
+from peftrs.ops import lora_linear as op
+from tests.laws.cases import distance
+from tests.ops.layers import layer
+
+WIDTH, OUT, ROWS = 12, 8, 6
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 2e-2}
+aten = torch.ops.aten
+
+
+class Fused:
+    """Counts how often the fused operation ran."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.runs = 0
+        original = op.LoraLinear.apply
+
+        def apply(*given: Any) -> Any:
+            self.runs += 1
+            return original(*given)
+
+        monkeypatch.setattr(op.LoraLinear, "apply", apply)
+
+
+@pytest.fixture
+def fused(monkeypatch: pytest.MonkeyPatch) -> Fused:
+    return Fused(monkeypatch)
+
+
+def selective(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Checkpointing that keeps the results of products, as the recipes for large models do."""
+
+    def policy(context: Any, function: Any, *given: Any, **options: Any) -> CheckpointPolicy:
+        products = (aten.mm.default, aten.addmm.default)
+        return CheckpointPolicy.MUST_SAVE if function in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+    return lambda x: checkpoint(run, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
+
+
+def compiled(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    torch._dynamo.reset()
+    return torch.compile(run, fullgraph=True, backend="aot_eager", dynamic=True)
+
+
+MODES: dict[str, Callable[[Callable[[Tensor], Tensor]], Callable[[Tensor], Tensor]]] = {
+    "eager": lambda run: run,
+    "checkpoint": lambda run: lambda x: checkpoint(run, x, use_reentrant=False),
+    "reentrant": lambda run: lambda x: checkpoint(run, x, use_reentrant=True),
+    "selective": selective,
+    "compile": compiled,
+}
+BASES = {"linear": lambda bias: nn.Linear(WIDTH, OUT, bias=bias), "conv1d": lambda _: Conv1D(OUT, WIDTH)}
+CELLS = list(itertools.product(MODES, TOLERANCE, [False, True], [0.0, 0.5], [False, True], BASES))
+
+
+def outcome(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, autocast: bool) -> list[Tensor]:
+    """Output and gradients of two accumulated steps, the second of which uses its input twice."""
+    torch.manual_seed(1)
+    module.zero_grad()
+    leaf = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        first, second = run(leaf), run(leaf) + run(leaf)
+    first.square().sum().backward()
+    second.square().sum().backward()
+    found = [first.detach(), second.detach(), leaf.grad, *(one.grad for one in module.parameters() if one.requires_grad)]
+    assert all(one is not None for one in found)
+    return found
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_every_cell_of_the_matrix_is_right(
+    mode: str, autocast: bool, fused: Fused, record_property: Callable[[str, object], None]
+) -> None:
+    cells = [cell for cell in CELLS if cell[0] == mode and cell[2] is autocast]
+    ran = 0
+    for _, dtype, _, dropout, bias, base in cells:
+        settings = {"r": 4, "lora_dropout": dropout, "fan_in_fan_out": base == "conv1d"}
+        module = layer(peftrs, dtype, WIDTH, OUT, base=BASES[base](bias), **settings)
+        x = torch.randn(2, ROWS // 2, WIDTH).to(dtype)
+        fused.runs = 0
+        found = outcome(MODES[mode](module), module, x, autocast)
+        ran += fused.runs > 0
+        if dropout and mode == "compile":
+            continue  # the composite draws another mask; its laws are torch's own
+        if dropout:
+            wanted = outcome(module, module, x, autocast)
+        else:
+            with peftrs.ops.fused(False):
+                wanted = outcome(module, module, x, autocast)
+        tolerance = TOLERANCE[torch.bfloat16 if autocast else dtype]
+        assert all(distance(one, other) < tolerance for one, other in zip(found, wanted, strict=True)), (dtype, dropout, bias, base)
+    record_property("fused cells", f"{ran} of {len(cells)}")
+    assert ran == (0 if mode == "compile" else len(cells))
+
+
+def plain() -> tuple[nn.Module, Tensor]:
+    return layer(peftrs, torch.float32, WIDTH, OUT, r=4), torch.randn(ROWS, WIDTH)
+
+
+def test_compiled_once_it_takes_other_numbers_of_rows() -> None:
+    module, x = plain()
+    torch._dynamo.reset()
+    run = torch.compile(module, fullgraph=True, backend="aot_eager", dynamic=True)
+    for rows in (2, 5, 3):
+        assert distance(run(x[:rows]), module(x[:rows])) < 2e-6
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:FutureWarning")  # torch's own forward mode still uses it
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
+def test_transforms_of_functions_fall_back() -> None:
+    module, x = plain()
+    parameters = {name: one.detach() for name, one in module.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+    module(x).square().sum().backward()
+    found = torch.func.grad(loss)(parameters, x)
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for name, one in module.named_parameters():
+        if one.requires_grad:
+            assert distance(found[name], one.grad) < 2e-6
+            assert distance(each[name].sum(0), one.grad) < 2e-6
+    _, tangent = torch.func.jvp(lambda x: module(x), (x,), (x,))
+    assert distance(tangent, module(x)) < 2e-6
+    with torch.autograd.forward_ad.dual_level():
+        dual = module(torch.autograd.forward_ad.make_dual(x, x))
+        assert distance(torch.autograd.forward_ad.unpack_dual(dual).tangent, module(x)) < 2e-6
+
+
+def test_a_trace_records_plain_operations(fused: Fused) -> None:
+    module, x = plain()
+    exported = torch.export.export(module.eval(), (x,))
+    assert fused.runs == 0
+    assert distance(exported.module()(x), module(x)) < 2e-6
+
+
+def test_without_gradients_and_in_inference_mode_the_output_is_the_same(fused: Fused) -> None:
+    module, x = plain()
+    expected = module(x).detach()
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            assert torch.equal(module(x), expected)
+    assert fused.runs == 3
+
+
+def hooked(module: nn.Module) -> list[str]:
+    calls: list[str] = []
+    module.base_layer.register_forward_hook(lambda *_: calls.append("hook"))
+    return calls
+
+
+def replaced(module: nn.Module) -> list[str]:
+    calls, own = [], module.base_layer.forward
+    module.base_layer.forward = lambda x: calls.append("forward") or own(x)
+    return calls
+
+
+def subclassed(module: nn.Module) -> list[str]:
+    calls: list[str] = []
+
+    class Told(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append("forward")
+            return super().forward(x)
+
+    module.base_layer.__class__ = Told
+    return calls
+
+
+@pytest.mark.parametrize("watch", [hooked, replaced, subclassed])
+def test_who_watches_the_frozen_layer_sees_it_called(watch: Callable[[nn.Module], list[str]], fused: Fused) -> None:
+    module, x = plain()
+    expected = module(x)
+    calls = watch(module)
+    assert module.routes()["default"].startswith("composite: the layer beneath has ")
+    assert distance(module(x), expected) < 2e-6
+    assert (len(calls), fused.runs) == (1, 1)
+
+
+def test_a_hook_on_all_modules_sees_the_frozen_layer() -> None:
+    module, x = plain()
+    seen = []
+    handle = nn.modules.module.register_module_forward_hook(lambda one, *_: seen.append(one))
+    module(x)
+    handle.remove()
+    assert module.base_layer in seen
+
+
+def test_the_switch_turns_it_off_and_on(fused: Fused) -> None:
+    module, x = plain()
+    with peftrs.ops.fused(False):
+        module(x)
+        assert module.routes() == {"default": "composite: fused operations are turned off"}
+    assert fused.runs == 0
+    module(x)
+    assert (fused.runs, module.routes()) == (1, {"default": "fused"})
+
+
+def test_a_trained_weight_beneath_keeps_its_gradient() -> None:
+    module, x = plain()
+    module.base_layer.weight.requires_grad_(True)
+    module(x).sum().backward()
+    assert module.base_layer.weight.grad is not None
