@@ -84,13 +84,13 @@ def test_the_output_lies_no_further_from_exact_than_pefts(dtype, autocast, shape
 
 @pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 def test_dropout_keeps_the_share_and_the_mean(dtype: torch.dtype) -> None:
-    """With A the identity and B zero but for one column, the output is the dropped input itself."""
+    """Over a weight of zeros, with A and B the identity, the output is the dropped input itself."""
     rows, width, kept = 400, 300, 0.7
     x, eye = torch.ones(rows, width, dtype=dtype), torch.eye(width, dtype=dtype)
     y = lora_linear(x, torch.zeros(width, width, dtype=dtype), None, eye, eye, 1.0, 1 - kept)
     assert y is not None
     share = (y != 0).double()
-    assert distance(y, share / kept) < 2 * UNIT[dtype]
+    assert distance(y, share / kept) < 2 * UNIT[dtype] + 2**-16  # the share is a multiple of 2⁻¹⁶, scaled by as it is
     deviation = (kept * (1 - kept)) ** 0.5
     for found, count in ((share.mean(), share.numel()), (share.mean(0), rows), (share.mean(1), width)):
         assert float((found - kept).abs().max()) < 4.5 * deviation / count**0.5

@@ -17,10 +17,11 @@ from peftrs.bases.kinds import CONVOLUTIONS, Affine, LayerKind, LayerSpec, along
 from peftrs.core.method import Adapter, Below, Method
 from peftrs.errors import ConfigError
 from peftrs.methods.lora import Lora, LoraConfig
+from peftrs.ops.strengths import strengthen
 from peftrs.registry import register
 
 MAGNITUDE = "lora_magnitude_vector"
-ROWS = 1024
+ROWS = 256
 """Rows a block where the weight must be widened to take its norm, so that no wide copy of all of it exists."""
 
 
@@ -60,7 +61,7 @@ class Dora(Lora):
         y = self.joined(adapter, x, below, biased=False)
         if y is not None:
             # The strengths start at one: what of them is rounded to a narrow dtype is their distance from it.
-            y = torch.addcmul(y, y, (strength - 1).to(y.dtype))
+            y = strengthen(y, (strength - 1).to(y.dtype))
             return y if affine.bias is None else y + affine.bias.to(y.dtype)
         strength = along_channels(strength, adapter.spec)
         y = below(x)
@@ -77,8 +78,9 @@ class Dora(Lora):
         up, down = self.factors(adapter)
         rows = weight.flatten(1)
         blocks = [rows] if rows.dtype == down.dtype else list(torch.split(rows, ROWS))
-        squared = torch.cat([torch.linalg.vector_norm(block.to(down.dtype), dim=1) ** 2 for block in blocks])
-        crossed = torch.cat([block.to(down.dtype) @ down.mT for block in blocks])
+        widened = (block.to(down.dtype) for block in blocks)
+        pairs = [(torch.linalg.vector_norm(block, dim=1) ** 2, block @ down.mT) for block in widened]
+        squared, crossed = (torch.cat(parts) for parts in zip(*pairs, strict=True))
         scaling = adapter.scaling
         total = squared + ((2 * scaling * crossed + scaling**2 * (up @ (down @ down.mT))) * up).sum(1)
         return total.clamp_min(0).sqrt()

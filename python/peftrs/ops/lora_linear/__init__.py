@@ -69,8 +69,8 @@ def lora_linear(
     seeded = None
     if dropout:
         # A number on the host, so no tensor to keep; drawn where torch's own dropout would draw, so that checkpointing restores it.
-        seeded = Dropout(dropout, int(torch.randint(2**63 - 1, ())))
-        scaling = scaling / (1 - dropout)
+        seeded = Dropout(min(max(round(dropout * 2**16), 1), 2**16 - 1), int(torch.randint(2**63 - 1, ())))
+        scaling = scaling / seeded.share
     return LoraLinear.apply(x, weight, bias, down, up, scaling, seeded)  # type: ignore[no-any-return]
 
 

@@ -20,13 +20,24 @@ from torch import Tensor
 class Dropout(NamedTuple):
     """Dropout whose mask follows from a seed, so that it is made again instead of kept."""
 
-    probability: float
+    dropped: int
+    """How many of 65,536 elements."""
     seed: int
 
+    @property
+    def share(self) -> float:
+        """The share of elements kept, exactly."""
+        return 1 - self.dropped / 2**16
+
     def mask(self, x: Tensor) -> Tensor:
-        """Zeros and ones in the shape and dtype of `x`, a function of the seed and the shape alone."""
+        """Whether each element of `x` is kept, a function of the seed and the shape alone.
+
+        Four elements take a word of the generator: a quarter of the time of `bernoulli_`.
+        """
         generator = torch.Generator(x.device).manual_seed(self.seed)
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device).bernoulli_(1 - self.probability, generator=generator)
+        count = x.numel()
+        words = torch.empty((count + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
+        return (words.view(torch.int16)[:count] >= self.dropped - 2**15).view(x.shape)
 
 
 class Gradients(NamedTuple):
@@ -75,8 +86,7 @@ def backward(
     """The gradients of `x`, `A` and `B`; all arguments in one dtype. Differentiable if `u` is."""
     need_x, need_down, need_up = needs
     # `beta=0` ignores the first argument: it lends its shape, so that the factor is applied where the product accumulates.
-    # Of the two orders of this product, this one reads `dy` along its rows.
-    d_up = torch.addmm(up.t(), u.t(), dy, beta=0, alpha=scaling).t() if need_up else None
+    d_up = torch.addmm(up, dy.t(), u, beta=0, alpha=scaling) if need_up else None
     if not (need_x or need_down):
         return Gradients(None, None, d_up)
     mask = None if dropout is None else dropout.mask(x)
