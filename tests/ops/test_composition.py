@@ -85,7 +85,7 @@ def outcome(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, autoc
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 def test_every_cell_of_the_matrix_is_right(
-    mode: str, autocast: bool, fused: Fused, record_property: Callable[[str, object], None]
+    mode: str, autocast: bool, fused: Fused, record_testsuite_property: Callable[[str, object], None]
 ) -> None:
     cells = [cell for cell in CELLS if cell[0] == mode and cell[2] is autocast]
     ran = 0
@@ -105,7 +105,7 @@ def test_every_cell_of_the_matrix_is_right(
                 wanted = outcome(module, module, x, autocast)
         tolerance = TOLERANCE[torch.bfloat16 if autocast else dtype]
         assert all(distance(one, other) < tolerance for one, other in zip(found, wanted, strict=True)), (dtype, dropout, bias, base)
-    record_property("fused cells", f"{ran} of {len(cells)}")
+    record_testsuite_property(f"fused cells, {mode}, autocast {autocast}", f"{ran} of {len(cells)}")
     assert ran == (0 if mode == "compile" else len(cells))
 
 

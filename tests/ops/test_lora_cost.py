@@ -23,7 +23,7 @@ modes = pytest.mark.parametrize(("dtype", "autocast"), MODES, ids=lambda value: 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @modes
 def test_storage_kept_for_the_backward_pass_is_a_fiftieth_of_the_input(
-    dtype: torch.dtype, autocast: bool, dropout: float, record_property: Record
+    dtype: torch.dtype, autocast: bool, dropout: float, record_testsuite_property: Record
 ) -> None:
     rows = width = 4096  # what is kept does not depend on the number of outputs, but for B's narrow copy
 
@@ -40,19 +40,19 @@ def test_storage_kept_for_the_backward_pass_is_a_fiftieth_of_the_input(
         return float(ledger.alive() - y.untyped_storage().nbytes()), float(told)
 
     alive, told = ((ours - frozen) / (rows * width * 2) for ours, frozen in zip(kept(peftrs), kept(None), strict=True))
-    record_property("kept of M·K·2", f"{alive:.4f}, told {told:.4f}")
+    record_testsuite_property(f"kept of M·K·2, {dtype}, autocast {autocast}, dropout {dropout}", f"{alive:.4f}, told {told:.4f}")
     assert 0 < alive <= BUDGET
     assert told <= BUDGET
 
 
-def test_under_autocast_a_third_of_the_bytes_move(record_property: Record) -> None:
+def test_under_autocast_a_third_of_the_bytes_move(record_testsuite_property: Record) -> None:
     extra = {}
     for library in (None, peftrs, peft):
         module = layer(library, torch.bfloat16, 1024, 1024)
         x = torch.randn(1024, 1024).bfloat16().requires_grad_()
         extra[library] = count(lambda module=module, x=x: step(module, x, autocast=True)).bytes
     ratio = (extra[peftrs] - extra[None]) / (extra[peft] - extra[None])
-    record_property("bytes moved of PEFT's", f"{ratio:.3f}")
+    record_testsuite_property("bytes moved of PEFT's", f"{ratio:.3f}")
     assert 0 < ratio <= 0.35
 
 
@@ -67,11 +67,11 @@ def test_fewer_bytes_move_in_every_mode(dtype: torch.dtype, autocast: bool) -> N
 
 
 @pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, True)], ids=str)
-def test_fewer_operations_run(dtype: torch.dtype, autocast: bool, record_property: Record) -> None:
+def test_fewer_operations_run(dtype: torch.dtype, autocast: bool, record_testsuite_property: Record) -> None:
     run = {}
     for library in (peftrs, peft):
         module = layer(library, dtype, 16, 16)
         x = torch.randn(4, 16).to(dtype).requires_grad_()
         run[library] = count(lambda module=module, x=x: step(module, x, autocast=autocast)).operations
-    record_property("operations", f"{run[peftrs]}, PEFT {run[peft]}")
+    record_testsuite_property(f"operations, {dtype}, autocast {autocast}", f"{run[peftrs]}, PEFT {run[peft]}")
     assert run[peftrs] < run[peft]
