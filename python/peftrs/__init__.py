@@ -11,7 +11,7 @@ from typing import Any
 from peftrs._native import __version__
 
 _MODULES = {
-    "config": ("PeftConfig", "PeftType", "TaskType"),
+    "config": ("PeftConfig", "PeftType", "PromptLearningConfig", "TaskType"),
     "errors": (
         "AdapterError", "CheckpointError", "ConfigError", "MergeError", "PeftrsError", "PeftrsWarning", "StorageError",
         "TargetError", "is_strict", "set_strict",
@@ -21,6 +21,17 @@ _MODULES = {
     "methods.ia3": ("IA3Config",),
     "methods.lora": ("LoraConfig", "LoraRuntimeConfig"),
     "methods.oft": ("OFTConfig",),
+    "methods.cartridge": (
+        "CartridgeConfig", "CartridgeEncoder", "initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text",
+        "prompt_embeddings_from_past_key_values",
+    ),
+    "methods.cpt": ("CPTConfig", "CPTEmbedding"),
+    "methods.multitask_prompt_tuning": (
+        "MultitaskPromptEmbedding", "MultitaskPromptTuningConfig", "MultitaskPromptTuningInit",
+    ),
+    "methods.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
+    "methods.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
+    "methods.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
     "model.as_lora": ("convert_to_lora", "save_as_lora"),
     "model.auto": (
         "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction", "AutoPeftModelForQuestionAnswering",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, ClassVar, Self, cast
 
@@ -87,6 +87,9 @@ RUNTIME: dict[str, bool] = {"runtime": True}
 class PeftConfig:
     """What every adapter config holds. Raises `ConfigError` on construction, listing every fault at once."""
 
+    sources: ClassVar[tuple[str, ...]] = ()
+    """Fields that name files and the like which are read when an adapter is made, and never when one is loaded."""
+
     task_type: str | TaskType | None = None
     peft_type: str | PeftType | None = None
     auto_mapping: dict[str, Any] | None = None
@@ -110,7 +113,8 @@ class PeftConfig:
         except TypeError as error:
             raise ConfigError(f"{type(self).__name__}: {error}; configs hold plain numbers, strings, lists and dicts") from None
         for warning in _native.check_config(text, type(self).__name__):
-            warnings.warn(warning, PeftrsWarning, stacklevel=4)
+            if not warning.startswith(tuple(f"`{name}`" for name in self.sources)):
+                warnings.warn(warning, PeftrsWarning, stacklevel=4)
 
     @property
     def is_prompt_learning(self) -> bool:
@@ -176,7 +180,7 @@ class PeftConfig:
         """A config from the values of a file. Unknown keys are named in one warning and left out."""
         values = {**values, **replaced}
         peft_type = values.get("peft_type")
-        if peft_type is None and cls in (PeftConfig, TargetedConfig, LayeredConfig):
+        if peft_type is None and cls in (PeftConfig, TargetedConfig, LayeredConfig, PromptLearningConfig):
             raise ConfigError(f"{origin}: has no `peft_type`, so nobody knows what kind of adapter this is")
         if peft_type not in (None, *PeftType):
             raise ConfigError(f"{origin}: peft_type {peft_type!r} is unknown")
@@ -212,6 +216,30 @@ class TargetedConfig(PeftConfig):
             if isinstance(value, (list, tuple, set, frozenset)):
                 setattr(self, name, set(value))
         super().__post_init__()
+
+
+NO_TARGETS = "dummy-target-modules"
+"""What `target_modules` says when no layers are changed: only whole modules or token rows are trained, or a prompt."""
+
+
+@dataclass
+class PromptLearningConfig(TargetedConfig):
+    """A config of a prompt: virtual tokens before the text, or keys and values before those of each attention.
+
+    Sizes that are None are filled in from the model's own config. Layers are never targets here, so files do not name any.
+    """
+
+    target_modules: str | list[str] | set[str] | None = field(default=NO_TARGETS, init=False, metadata=RUNTIME)
+    exclude_modules: str | list[str] | set[str] | None = field(default=None, init=False, metadata=RUNTIME)
+    num_virtual_tokens: int | None = None
+    token_dim: int | None = None
+    num_transformer_submodules: int | None = None
+    num_attention_heads: int | None = None
+    num_layers: int | None = None
+
+    @property
+    def is_prompt_learning(self) -> bool:
+        return True
 
 
 @dataclass
@@ -250,10 +278,12 @@ def _json_value(value: Any) -> Any:
 __all__ = [
     "CONFIG_NAME",
     "FORMAT_VERSION",
+    "NO_TARGETS",
     "RUNTIME",
     "LayeredConfig",
     "PeftConfig",
     "PeftType",
+    "PromptLearningConfig",
     "TargetedConfig",
     "TaskType",
 ]

@@ -10,7 +10,17 @@ from peftrs.errors import ConfigError
 if TYPE_CHECKING:
     from peftrs.core.method import Method
 
-MODULES = {"LORA": "lora", "IA3": "ia3", "OFT": "oft"}
+MODULES = {
+    "LORA": "lora",
+    "IA3": "ia3",
+    "OFT": "oft",
+    "PROMPT_TUNING": "prompt_tuning",
+    "P_TUNING": "p_tuning",
+    "PREFIX_TUNING": "prefix_tuning",
+    "MULTITASK_PROMPT_TUNING": "multitask_prompt_tuning",
+    "CPT": "cpt",
+    "CARTRIDGE": "cartridge",
+}
 """The module under `peftrs.methods` for each `peft_type` that works today."""
 
 VARIANTS = {"DORA": "dora", "TOKEN_ROWS": "trainable_tokens"}

@@ -12,6 +12,7 @@ import peftrs
 from peftrs import AdapterError, ConfigError, IA3Config, LoraConfig, PeftrsWarning
 from peftrs.core.tree import adapted_layers
 from peftrs.model import functional
+from peftrs.registry import MODULES
 from tests.model.tiny import bert, llama, logits, stack
 
 
@@ -172,4 +173,4 @@ def test_an_adapter_needs_a_config_of_a_kind() -> None:
         peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0"]), "a.b")
     assert peftrs.get_peft_config({"peft_type": "LORA", "r": 3}) == LoraConfig(r=3)
     assert peftrs.PEFT_TYPE_TO_CONFIG_MAPPING["LORA"] is LoraConfig
-    assert dict(peftrs.PEFT_TYPE_TO_CONFIG_MAPPING).keys() == {"LORA", "IA3", "OFT"}
+    assert dict(peftrs.PEFT_TYPE_TO_CONFIG_MAPPING).keys() == set(MODULES)

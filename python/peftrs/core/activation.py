@@ -5,6 +5,8 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 
+from torch import nn
+
 from peftrs.errors import AdapterError
 
 
@@ -56,6 +58,10 @@ class Switched:
     @abstractmethod
     def adapter_names(self) -> tuple[str, ...]:
         """The adapters that this module has."""
+
+    @abstractmethod
+    def tensors(self, adapter: str) -> list[nn.Parameter]:
+        """This module's own tensors of an adapter."""
 
     @abstractmethod
     def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:

@@ -16,6 +16,8 @@ from peftrs.core.activation import Activation
 from peftrs.core.dtype import adapter_dtype
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.plan import Plan
+from peftrs.core.prompt import Encoder
+from peftrs.core.prompt_call import plant
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.target import Target
@@ -39,7 +41,7 @@ def adapters(model: nn.Module) -> list[str]:
     """The names of all adapters of a model, in the order in which they came."""
     names: dict[str, None] = {}
     for _, wrapper in wrappers(model):
-        names |= dict.fromkeys(wrapper.adapters if isinstance(wrapper, AdaptedLayer) else wrapper.modules_to_save)
+        names |= dict.fromkeys(wrapper.adapter_names())
     return list(names)
 
 
@@ -54,10 +56,13 @@ def inject(
     adapter: str,
     plan: Plan,
     *,
+    prompt: Encoder | None = None,
     fill: bool = True,
     autocast_adapter_dtype: bool = True,
 ) -> None:
-    """Puts the adapter into the model as planned. Its tensors get first values, or with `fill=False` none (device meta).
+    """Puts the adapter into the model as planned, with its prompt if it has one.
+
+    Its tensors get first values, or with `fill=False` none (device meta).
 
     The first adapter of a model becomes the active one. All parameters that are not adapters' are frozen, but for biases that the
     config trains.
@@ -77,6 +82,8 @@ def inject(
             replaced.train(place.module.training)
             place.put(replaced)
         copies[place.name] = replaced.add(adapter, copies.get(tied) if tied else None)
+    if prompt is not None:
+        plant(model, adapter, prompt, state)
     _keep_calling(model)
     freeze(model, config, state)
     log.info("%s", plan.summary(adapter))
@@ -142,10 +149,7 @@ def own_parameters(model: nn.Module) -> set[int]:
     """The identities of all parameters that belong to adapters."""
     own: set[int] = set()
     for _, wrapper in wrappers(model):
-        if isinstance(wrapper, AdaptedLayer):
-            own |= {id(parameter) for adapter in wrapper.adapters.values() for _, parameter in adapter.parameters()}
-        else:
-            own |= {id(parameter) for parameter in wrapper.modules_to_save.parameters()}
+        own |= {id(parameter) for name in wrapper.adapter_names() for parameter in wrapper.tensors(name)}
     return own
 
 

@@ -159,6 +159,9 @@ class AdaptedLayer(Switched, nn.Module):
     def adapter_names(self) -> tuple[str, ...]:
         return tuple(self.adapters)
 
+    def tensors(self, adapter: str) -> list[nn.Parameter]:
+        return [parameter for _, parameter in self.adapters[adapter].parameters()] if adapter in self.adapters else []
+
     def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:
         """Sets whether the named adapters are trained; `only` freezes all others."""
         for name, adapter in self.adapters.items():

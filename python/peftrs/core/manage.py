@@ -11,6 +11,8 @@ from torch import nn
 from peftrs.core import merge as merging
 from peftrs.core.inject import activation, adapters
 from peftrs.core.layer import AdaptedLayer
+from peftrs.core.prompt import prompts_of
+from peftrs.core.prompt_call import uproot
 from peftrs.core.tree import Wrapped, adapted_layers, places, wrappers
 from peftrs.errors import AdapterError, MergeError, PeftrsWarning
 
@@ -109,6 +111,11 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, track: Track = i
     share are copied for the merge, with a warning that says how many bytes; unmerging ties them again. Raises `AdapterError` for
     an unknown name, `MergeError` for what cannot be merged.
     """
+    prompts = prompts_of(model)
+    if prompts is not None:
+        named = prompts.active_adapters if names is None else names
+        if found := [name for name in named if name in prompts]:
+            raise MergeError(f"{found[0]!r} is a prompt: it changes no weights to be merged into; hint: `unload()` takes it off")
     layers = list(adapted_layers(model))
     chosen = {layer: merging.names_to_merge(layer, names) for layer in layers}
     check_known(model, names or ())
@@ -165,6 +172,7 @@ def unload(model: nn.Module, *, merged: bool, names: Sequence[str] | None = None
                 module = module.modules_to_save[chosen[0]] if chosen else module.original_module
         if module is not place.module:
             place.put(module)
+    uproot(model)
     return model
 
 

@@ -12,7 +12,7 @@ from peftrs import _native
 from peftrs.bases import dense
 from peftrs.bases.base import Base
 from peftrs.bases.kinds import LayerKind
-from peftrs.config import TargetedConfig
+from peftrs.config import NO_TARGETS, TargetedConfig
 from peftrs.core import tying
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.method import Method
@@ -20,9 +20,6 @@ from peftrs.core.replace import ReplacedModule
 from peftrs.core.target import Target, aim
 from peftrs.core.tree import Place, original, places
 from peftrs.errors import ConfigError, TargetError, complain, listed
-
-NO_TARGETS = "dummy-target-modules"
-"""What `target_modules` says when only whole modules or token rows are trained."""
 
 PROJECTION = 2.0
 """PEFT adds the change of an attention's output projection twice when the attention is a target, in its forward and in merging.

@@ -58,6 +58,9 @@ class ReplacedModule(Switched, nn.Module):
     def adapter_names(self) -> tuple[str, ...]:
         return tuple(self.modules_to_save)
 
+    def tensors(self, adapter: str) -> list[nn.Parameter]:
+        return list(self.modules_to_save[adapter].parameters()) if adapter in self.modules_to_save else []
+
     def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:
         """Sets whether the copies of the named adapters are trained; `only` freezes all others."""
         for name, module in self.modules_to_save.items():

@@ -8,9 +8,12 @@ from dataclasses import dataclass
 from torch import nn
 
 from peftrs.core.layer import AdaptedLayer
+from peftrs.core.prompt import Prompts
 from peftrs.core.replace import ReplacedModule
 
 Wrapped = AdaptedLayer | ReplacedModule
+Holder = Wrapped | Prompts
+"""What holds adapters' tensors."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ def places(model: nn.Module) -> Iterator[Place]:
 
 def _places(parent: nn.Module, prefix: str, seen: set[int]) -> Iterator[Place]:
     for attribute, module in parent.named_children():
-        if id(module) in seen:
+        if id(module) in seen or isinstance(module, Prompts):
             continue
         seen.add(id(module))
         name = prefix + attribute
@@ -52,10 +55,10 @@ def original(module: nn.Module) -> nn.Module:
     return module
 
 
-def wrappers(model: nn.Module) -> Iterator[tuple[str, Wrapped]]:
-    """Every adapted layer and replaced module with its full name in memory."""
+def wrappers(model: nn.Module) -> Iterator[tuple[str, Holder]]:
+    """Every adapted layer and replaced module, and the model's prompts, with its full name in memory."""
     for name, module in model.named_modules():
-        if isinstance(module, Wrapped):
+        if isinstance(module, Holder):
             yield name, module
 
 

@@ -19,9 +19,15 @@ from peftrs.core.inject import biases
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.merge import original as before_merging
 from peftrs.core.merge import stored
+from peftrs.core.prompt import Prompts, home_of
+from peftrs.core.prompt_call import word_embeddings
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
-from peftrs.core.tree import Wrapped, original, wrappers
+from peftrs.core.tree import Holder, original, wrappers
+from peftrs.io.checkpoint import PREFIX
+
+SHORT_PREFIX = "base_model."
+"""How names in prompts' files begin: PEFT puts no tuner between its model and the user's there."""
 
 TOKEN_ROWS = "TOKEN_ROWS"
 """The method whose tied layers are not written: what they share stands in the file once, under the embedding's name."""
@@ -53,6 +59,12 @@ class Entry:
     undeclared: bool = False
     """Whether it is the base's own, in a file that the adapter's config does not announce it in."""
 
+    vital: bool = False
+    """Whether nothing but the file can give it values."""
+
+    computed: bool = False
+    """Whether it is made of the model's tensors, so that no `state_dict` holds it."""
+
     again: tuple[str, ...] = ()
     """Other names under which a file may hold the same values once more, which are not read."""
 
@@ -74,11 +86,14 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
     held = [(plain(path), wrapper) for path, wrapper in wrappers(model)]
     paths = {wrapper: path for path, wrapper in held}
     for path, wrapper in held:
-        if isinstance(wrapper, ReplacedModule):
+        if isinstance(wrapper, Prompts):
+            yield from _prompt(model, path, wrapper, adapter)
+        elif isinstance(wrapper, ReplacedModule):
+            file = f"{SHORT_PREFIX}{path.removeprefix(PREFIX)}" if config.is_prompt_learning and path.startswith(PREFIX) else path
             for inner, name, tensor in wrapper.parameters_of(adapter):
                 # PEFT writes these biases once more where it writes all biases.
                 again = (f"{path}.modules_to_save.{inner}",) if inner.endswith("bias") else ()
-                yield Entry(f"{path}.{inner}", f"{path}.{name}", tensor, partial(_overwrite, tensor), again=again)
+                yield Entry(f"{file}.{inner}", f"{path}.{name}", tensor, partial(_overwrite, tensor), again=again)
         elif adapter in wrapper.adapters:
             fitted = wrapper.adapters[adapter]
             if fitted.leader is None:
@@ -91,7 +106,19 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
         yield Entry(name, name, before.get(id(bias), bias), partial(_overwrite, bias), required=".original_module." not in name)
 
 
-def _before_merging(held: Iterable[tuple[str, Wrapped]]) -> dict[int, Tensor]:
+def _prompt(model: nn.Module, path: str, prompts: Prompts, adapter: str) -> Iterator[Entry]:
+    if adapter not in prompts:
+        return
+    encoder = prompts.encoder(adapter)
+    names = {id(parameter): name for name, parameter in encoder.named_parameters()}
+    for key, tensor in encoder.saved().items():
+        own = names.get(id(tensor))
+        home = home_of(word_embeddings(model))
+        bind = partial(encoder.load, key, home=home)
+        yield Entry(key, f"{path}.{adapter}.{own or key}", tensor, bind, vital=True, computed=own is None)
+
+
+def _before_merging(held: Iterable[tuple[str, Holder]]) -> dict[int, Tensor]:
     """The layers' biases as they were before adapters were merged into them, by the identity of the parameter."""
     layers = [wrapper for _, wrapper in held if isinstance(wrapper, AdaptedLayer) and wrapper.merged]
     return {id(bias): before_merging(layer, at) for layer in layers for at, bias in enumerate(stored(layer)) if at > 0}

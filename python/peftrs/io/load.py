@@ -112,6 +112,9 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
             taken.add(entry.key)
     found = {entry.key for entry, _ in match.pairs}
     match.missing = [entry for entry in expected if entry.required and entry.key not in found]
+    match.broken += [
+        f"{entry.key} is missing, which nothing stands in for" for entry in match.missing if entry.vital and entry.empty
+    ]
     return match
 
 

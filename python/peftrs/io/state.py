@@ -51,7 +51,9 @@ def get_peft_model_state_dict(
     found = list(entries(model, adapter_name, config))
     targeted = adapts_embeddings(model, config)
     if save_embedding_layers == "auto":
-        save_embedding_layers = (targeted and not getattr(config, "trainable_token_indices", None)) or _resized(model)
+        save_embedding_layers = not config.is_prompt_learning and (
+            (targeted and not getattr(config, "trainable_token_indices", None)) or _resized(model)
+        )
     if save_embedding_layers:
         extra = list(embeddings(model, targeted=targeted))
         if not extra:
@@ -69,6 +71,8 @@ def _looked_up(found: list[Entry], state_dict: Mapping[str, Tensor]) -> dict[str
         tensor = given.get(entry.name, given.get(f"module.{entry.name}"))
         if tensor is not None:
             tensors[entry.key] = tensor.detach().mT if entry.transposed else tensor.detach()
+        elif entry.computed:
+            tensors[entry.key] = entry.shown.detach()
         elif entry.required:
             lost.append(entry.name)
     if lost:

@@ -9,15 +9,18 @@ from typing import cast
 from torch import nn
 
 from peftrs import registry
-from peftrs.config import PeftConfig, TargetedConfig
+from peftrs.config import PeftConfig, PromptLearningConfig, TargetedConfig
 from peftrs.core.inject import activation, adapters, check_name, inject
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.method import Method
+from peftrs.core.prompt import PromptMethod, prompts_of
+from peftrs.core.prompt_call import uproot, word_embeddings
 from peftrs.core.tree import Wrapped, places, wrappers
 from peftrs.errors import AdapterError, ConfigError, listed
 from peftrs.io.checkpoint import PREFIX
 from peftrs.io.entries import plain
 from peftrs.model.prepare import make_plan
+from peftrs.model.prompting import sizes
 from peftrs.model.replicate import layer_lists, replicate
 
 
@@ -45,11 +48,15 @@ def attach(
         _grow(model, targeted)
         exact = None if names is None else _modules_in(names, model, method, targeted)
         plan, settled = make_plan(model, targeted, method, heads=heads, names=exact, strict=strict)
+        if isinstance(method, PromptMethod):
+            settled |= sizes(model, cast(PromptLearningConfig, config))
         kept = {name: getattr(targeted, name) for name in settled}
         for name, value in settled.items():
             setattr(targeted, name, value)
+        fill = not low_cpu_mem_usage
         try:
-            inject(model, targeted, adapter, plan, fill=not low_cpu_mem_usage, autocast_adapter_dtype=autocast_adapter_dtype)
+            prompt = method.build(config, word_embeddings(model), fill=fill) if isinstance(method, PromptMethod) else None
+            inject(model, targeted, adapter, plan, prompt=prompt, fill=fill, autocast_adapter_dtype=autocast_adapter_dtype)
         except BaseException:
             for name, value in kept.items():
                 setattr(targeted, name, value)
@@ -137,9 +144,12 @@ def _keep(model: nn.Module, configs: dict[str, PeftConfig]) -> None:
 
 def _strip(model: nn.Module, known: set[str], held: set[int]) -> None:
     """Takes off all adapters but the known ones, and all wrappers but those that were there."""
+    prompts = prompts_of(model)
     for name in set(adapters(model)) - known:
         for _, wrapper in wrappers(model):
             wrapper.delete_adapter(name)
+    if prompts is not None and id(prompts) not in held:
+        uproot(model)
     for place in list(places(model))[::-1]:
         module = place.module
         while isinstance(module, Wrapped) and id(module) not in held:

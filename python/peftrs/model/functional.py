@@ -10,7 +10,6 @@ from torch import nn
 from peftrs.core import manage
 from peftrs.core.dtype import NARROW, adapter_dtype
 from peftrs.core.inject import activation
-from peftrs.core.layer import AdaptedLayer
 from peftrs.core.tree import wrappers
 from peftrs.io.state import get_peft_model_state_dict, set_peft_model_state_dict
 from peftrs.model.mapping import inject_adapter_in_model
@@ -55,12 +54,6 @@ def delete_adapter(
 def cast_adapter_dtype(model: nn.Module, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
     """Widens an adapter's tensors to float32 where they are of a narrower floating-point dtype."""
     for _, wrapper in wrappers(model):
-        tensors: list[nn.Parameter] = []
-        if isinstance(wrapper, AdaptedLayer):
-            if adapter_name in wrapper.adapters:
-                tensors = [parameter for _, parameter in wrapper.adapters[adapter_name].parameters()]
-        elif adapter_name in wrapper.modules_to_save:
-            tensors = list(wrapper.modules_to_save[adapter_name].parameters())
-        for tensor in tensors:
+        for tensor in wrapper.tensors(adapter_name):
             if tensor.dtype in NARROW:
                 tensor.data = tensor.data.to(adapter_dtype(tensor, autocast_adapter_dtype))

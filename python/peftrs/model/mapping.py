@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from peftrs import registry
 from peftrs.config import PeftConfig
 from peftrs.core.inject import adapters
-from peftrs.errors import PeftrsWarning
+from peftrs.errors import ConfigError, PeftrsWarning
 from peftrs.model.attach import attach
 from peftrs.model.peft_model import PeftModel
 from peftrs.model.saving import name_of
@@ -65,6 +65,8 @@ def inject_adapter_in_model(
 
     With `state_dict` the layers are those that its keys name, whatever the config's patterns say; its values are not read.
     """
+    if peft_config.is_prompt_learning:
+        raise ConfigError(f"{peft_config.peft_type} is a prompt, not a change to layers: use `get_peft_model`")
     attach(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, names=state_dict)
     return model
 

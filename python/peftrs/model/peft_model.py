@@ -18,6 +18,7 @@ from peftrs.io.checkpoint import WEIGHTS_NAME, FileSource, Renamed, Source
 from peftrs.io.load import Incompatible, load
 from peftrs.model import saving, status
 from peftrs.model.attach import attach, whole_or_not
+from peftrs.model.prompting import Prompting, generating
 from peftrs.model.tuner import Tuner
 
 LOADER_OPTIONS = frozenset(
@@ -26,7 +27,7 @@ LOADER_OPTIONS = frozenset(
 """Keyword arguments that PEFT's loaders take for models spread over devices; adapters follow their layers without being told."""
 
 
-class PeftModel(nn.Module):
+class PeftModel(Prompting, nn.Module):
     """A model with adapters. What it does not know itself, it asks the model inside for.
 
     Raises `ConfigError` or `TargetError` where the adapter does not fit the model, which is then left as it was.
@@ -71,7 +72,8 @@ class PeftModel(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The model's own `generate`, with its adapters acting."""
         refuse_mixed(kwargs)
-        return cast(Any, self.get_base_model()).generate(*args, **kwargs)
+        with generating(self.get_base_model(), args, kwargs) as (inputs, options):
+            return cast(Any, self.get_base_model()).generate(*inputs, **options)
 
     # Adapters.
 

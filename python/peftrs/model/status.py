@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from peftrs.core import manage
 from peftrs.core.layer import AdaptedLayer
-from peftrs.core.tree import Wrapped, wrappers
+from peftrs.core.tree import Holder, wrappers
 from peftrs.errors import AdapterError
 
 Irregular = Literal["irregular"]
@@ -62,8 +62,8 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     return found
 
 
-def _status(name: str, wrapper: Wrapped) -> TunerLayerStatus:
-    tensors = _tensors(wrapper)
+def _status(name: str, wrapper: Holder) -> TunerLayerStatus:
+    tensors = {adapter: wrapper.tensors(adapter) for adapter in wrapper.adapter_names()}
     adapted = wrapper if isinstance(wrapper, AdaptedLayer) else None
     return TunerLayerStatus(
         name=name,
@@ -79,18 +79,11 @@ def _status(name: str, wrapper: Wrapped) -> TunerLayerStatus:
     )
 
 
-def _type_of(wrapper: Wrapped) -> str:
+def _type_of(wrapper: Holder) -> str:
     if isinstance(wrapper, AdaptedLayer):
         methods = {fitted.method.name.lower() for fitted in wrapper.adapters.values()}
         return f"{'+'.join(sorted(methods))}.{type(wrapper.get_base_layer()).__name__}"
     return type(wrapper).__name__
-
-
-def _tensors(wrapper: Wrapped) -> dict[str, list[Tensor]]:
-    """The tensors of each adapter of a layer; none where it shares another layer's."""
-    if isinstance(wrapper, AdaptedLayer):
-        return {name: [tensor for _, tensor in fitted.parameters()] for name, fitted in wrapper.adapters.items()}
-    return {name: list(module.parameters()) for name, module in wrapper.modules_to_save.items()}
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:

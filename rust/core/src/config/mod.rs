@@ -5,6 +5,7 @@
 mod fields;
 mod json;
 mod lora;
+mod prompt;
 mod scaling;
 
 use std::path::Path;
@@ -163,12 +164,11 @@ impl AdapterConfig {
             "LORA" => Method::Lora(Box::new(lora::read(fields, &mut warnings))),
             "IA3" => Method::Ia3(scaling::ia3(fields, &targeting)),
             "OFT" => Method::Oft(scaling::oft(fields)),
-            _ => {
-                for name in ["r", "num_virtual_tokens", "token_dim", "num_layers"] {
-                    if fields.set(name).is_some() {
-                        fields.integer(name, 0..=MAX_SIZE, 0);
-                    }
+            kind => {
+                if fields.set("r").is_some() {
+                    fields.integer("r", 0..=MAX_SIZE, 0);
                 }
+                prompt::check(fields, kind);
                 Method::Other(values.clone())
             }
         };

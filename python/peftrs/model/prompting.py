@@ -1,0 +1,133 @@
+"""Prompts on whole models: the sizes that a model's config decides, and what `PeftModel` shows of its prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftrs.config import PromptLearningConfig, TaskType
+from peftrs.core.prompt import PROMPT, CacheEncoder, Prompts, prompts_of
+from peftrs.core.prompt_call import ONLY, TASKS, fill, is_paired, prepend, word_embeddings
+from peftrs.errors import AdapterError, ConfigError, listed
+
+NAMES = {
+    "num_layers": ("num_hidden_layers", "num_layers", "n_layer"),
+    "token_dim": ("hidden_size", "n_embd", "d_model"),
+    "num_attention_heads": ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads"),
+}
+"""What the configs of architectures call the sizes that a prompt needs."""
+
+
+def sizes(model: nn.Module, config: PromptLearningConfig) -> dict[str, Any]:
+    """The fields of a prompt's config that the model decides. Raises `ConfigError` for what is missing or cannot be."""
+    if str(config.task_type) not in TASKS:
+        raise ConfigError(f"a prompt needs a `task_type`, one of {listed(list(TASKS))}: it says what the model is given to read")
+    if config.num_virtual_tokens is None:
+        raise ConfigError("Please specify `num_virtual_tokens` in `peft_config`")
+    settings: Any = getattr(model, "config", None)
+    settings = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
+    settled: dict[str, Any] = {}
+    for name, spellings in NAMES.items():
+        stated = [value for spelling in spellings if (value := _get(settings, spelling)) is not None]
+        settled[name] = getattr(config, name) if getattr(config, name) is not None or not stated else stated[0]
+        if settled[name] is None:
+            raise ConfigError(f"Please specify `{name}` in `peft_config`: the model's config does not say")
+    heads = _get(settings, "num_key_value_heads")
+    if _in_cache(config) and heads is not None:
+        settled["num_attention_heads"], width = _widest(settings, heads, settled["token_dim"] // settled["num_attention_heads"])
+        settled["token_dim"] = settled["num_attention_heads"] * width
+    if _in_cache(config) and settled["token_dim"] % settled["num_attention_heads"]:
+        raise ConfigError(f"{settled['token_dim']} channels cannot be shared by {settled['num_attention_heads']} heads")
+    if config.num_transformer_submodules is None:
+        settled["num_transformer_submodules"] = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
+    if getattr(config, "encoder_hidden_size", 0) is None:
+        settled["encoder_hidden_size"] = settled["token_dim"]
+    return settled
+
+
+def _in_cache(config: PromptLearningConfig) -> bool:
+    from peftrs import registry
+
+    return issubclass(cast(Any, registry.method(cast(str, config.peft_type))).encoder, CacheEncoder)
+
+
+def _get(settings: Any, name: str) -> Any:
+    return settings.get(name) if isinstance(settings, dict) else getattr(settings, name, None)
+
+
+def _widest(settings: Any, heads: int, width: int) -> tuple[int, int]:
+    """The heads and head size of keys, of the widest layers where layers differ."""
+    layers = _get(settings, "per_layer_config")
+    own = [layers[layer] for layer in range(_get(settings, "num_hidden_layers"))] if layers else []
+    found = [(_get(settings, "head_dim") or width, heads), *((each.head_dim, each.num_key_value_heads) for each in own)]
+    widest = max(found, key=lambda pair: pair[0])
+    return widest[1], widest[0]
+
+
+class Prompting:
+    """What a `PeftModel` shows of its prompts."""
+
+    @property
+    def prompts(self) -> Prompts:
+        """The model's prompts. Raises `AdapterError` if it has none."""
+        found = prompts_of(cast(Any, self).get_base_model())
+        if found is None:
+            raise AdapterError("the model has no prompts: none of its adapters is one")
+        return found
+
+    @property
+    def word_embeddings(self) -> nn.Module:
+        """What embeds the model's tokens."""
+        return word_embeddings(cast(Any, self).get_base_model())
+
+    @property
+    def prompt_tokens(self) -> dict[str, Tensor]:
+        """The numbers of each prompt's rows."""
+        return {name: torch.arange(len(self.prompts.encoder(name).saved()[PROMPT])) for name in self.prompts}
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+        """The active prompt for a batch: (batch, tokens, embedding), or a cache with keys and values in it.
+
+        Raises `AdapterError` if no prompt is active.
+        """
+        name = self.prompts.acting()
+        if name is None:
+            raise AdapterError("no prompt is active")
+        encoder = self.prompts.encoder(name)
+        if isinstance(encoder, CacheEncoder):
+            return fill(None, cast(Any, self).get_base_model(), encoder, batch_size)
+        return encoder.prompt(task_ids).expand(batch_size, -1, -1)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
+        """An adapter's prompt as its file has it, on the CPU."""
+        return self.prompts.encoder(adapter_name).saved()[PROMPT].detach().cpu()
+
+
+@contextmanager
+def generating(
+    model: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """What `generate` is to be called with inside the `with`, for the active prompt to be read.
+
+    `task_ids` says which tasks the rows are of. An encoder is run once, before the steps whose calls the hooks see.
+    """
+    prompts = prompts_of(model)
+    name = prompts.acting() if prompts is not None else None
+    if prompts is None or name is None:
+        yield inputs, options
+        return
+    prompts.task_ids = options.pop("task_ids", None)
+    encoder = prompts.encoder(name)
+    try:
+        if is_paired(model) and not isinstance(encoder, CacheEncoder):
+            if inputs or "inputs" in options:
+                options["input_ids"], inputs = (inputs[0] if inputs else options.pop("inputs")), inputs[1:]
+            options.pop("encoder_outputs", None)
+            prepend(model, encoder, options, ONLY, prompts.task_ids)
+        yield inputs, options
+    finally:
+        prompts.task_ids = None
