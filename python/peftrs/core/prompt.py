@@ -143,7 +143,7 @@ class CacheEncoder(Encoder):
         return [(rows[step * layer % count], rows[(step * layer + 1) % count]) for layer in range(config.num_layers)]
 
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
-        """Takes keys and values from elsewhere, (tokens, layers * 2 * heads * head size). Raises `ValueError` if they do not fit."""
+        """Takes keys and values from elsewhere, a row for each token. Raises `ValueError` if they do not fit."""
         if self.made:
             raise ValueError("Cannot load flattened prompt embeddings when `prefix_projection=True`.")
         if prompt_embeddings.shape != self.shape(self.config):
