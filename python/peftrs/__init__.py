@@ -21,6 +21,7 @@ _MODULES = {
     "methods.ia3": ("IA3Config",),
     "methods.lora": ("LoraConfig", "LoraRuntimeConfig"),
     "methods.oft": ("OFTConfig",),
+    "methods.adaption_prompt": ("AdaptionPromptConfig",),
     "methods.cartridge": (
         "CartridgeConfig", "CartridgeEncoder", "initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text",
         "prompt_embeddings_from_past_key_values",

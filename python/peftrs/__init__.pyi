@@ -18,6 +18,7 @@ from peftrs.errors import set_strict as set_strict
 from peftrs.io.checkpoint import load_peft_weights as load_peft_weights
 from peftrs.io.state import get_peft_model_state_dict as get_peft_model_state_dict
 from peftrs.io.state import set_peft_model_state_dict as set_peft_model_state_dict
+from peftrs.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from peftrs.methods.cartridge import CartridgeConfig as CartridgeConfig
 from peftrs.methods.cartridge import CartridgeEncoder as CartridgeEncoder
 from peftrs.methods.cartridge import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values

@@ -20,6 +20,7 @@ MODULES = {
     "MULTITASK_PROMPT_TUNING": "multitask_prompt_tuning",
     "CPT": "cpt",
     "CARTRIDGE": "cartridge",
+    "ADAPTION_PROMPT": "adaption_prompt",
 }
 """The module under `peftrs.methods` for each `peft_type` that works today."""
 

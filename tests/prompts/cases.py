@@ -105,7 +105,7 @@ class Case:
 
     def configure(self, library: Any, **extra: Any) -> Any:
         """The config, of either library."""
-        count = {} if self.config == "CPTConfig" else {"num_virtual_tokens": 4}
+        count = {} if self.config in ("CPTConfig", "AdaptionPromptConfig") else {"num_virtual_tokens": 4}
         return getattr(library, self.config)(task_type=MODELS[self.model].task, **count, **self.arguments, **extra)
 
 
@@ -133,6 +133,8 @@ CASES = [
     Case("PrefixTuningConfig", "t5", {"prefix_projection": True, "encoder_hidden_size": 8}),
     *(Case("CartridgeConfig", model) for model in ("llama", "gpt2", "t5")),
     Case("CartridgeConfig", "llama", {"num_frozen_tokens": 0}),
+    Case("AdaptionPromptConfig", "llama", {"adapter_len": 4, "adapter_layers": 2}),
+    Case("AdaptionPromptConfig", "gpt2", {"adapter_len": 3, "adapter_layers": 1}),
     Case("CPTConfig", "llama", CONTEXT),
     Case("CPTConfig", "llama", {**CONTEXT, "opt_weighted_loss_type": "decay", "opt_loss_decay_factor": 0.5},
          {"input_type_mask": INPUT_TYPES}),

@@ -314,4 +314,4 @@ def test_what_cannot_be_done_is_said() -> None:
 def test_every_kind_of_prompt_has_a_case() -> None:
     configs = {peftrs.PEFT_TYPE_TO_CONFIG_MAPPING[name].__name__ for name in peftrs.PEFT_TYPE_TO_CONFIG_MAPPING}
     prompts = {name for name in configs if issubclass(getattr(peftrs, name), peftrs.PromptLearningConfig)}
-    assert prompts == {case.config for case in CASES}
+    assert prompts == {case.config for case in CASES} - {"AdaptionPromptConfig"}

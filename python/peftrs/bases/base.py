@@ -22,6 +22,8 @@ class Base(ABC):
     kind: LayerKind
     transposed = False
     """Whether the layer stores `(in, out)`, so that the presented weight is a transposed view of it."""
+    first = "input"
+    """The name of its first argument."""
     opaque = False
     """Whether the owner's forward reads the weight by itself, so that only the weight view can change it."""
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from peftrs.bases import attention
 from peftrs.bases.base import Base, as_dtype, called
 from peftrs.bases.kinds import Affine, LayerKind
 
@@ -153,4 +154,4 @@ def resolve(module: nn.Module) -> Base | None:
     for kind, base in CONVOLUTION.items():
         if isinstance(module, kind):
             return base
-    return TRANSPOSED if is_transposed_linear(module) else None
+    return TRANSPOSED if is_transposed_linear(module) else attention.resolve(module)

@@ -20,6 +20,8 @@ class LayerKind(StrEnum):
     CONV3D = "conv3d"
     ATTENTION = "attention"
     """The joint input projection of `nn.MultiheadAttention`, which its forward reads by itself."""
+    SELF_ATTENTION = "self_attention"
+    """A decoder's attention as a whole, over projections that are layers of their own."""
     PARAMETER = "parameter"
     """A bare parameter that its owner's forward reads by itself, such as a stack of experts."""
 

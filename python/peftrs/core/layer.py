@@ -39,6 +39,14 @@ class Beneath:
     def training(self) -> bool:
         return self.layer.training
 
+    @property
+    def module(self) -> nn.Module:
+        return self.layer.get_base_layer()
+
+    @property
+    def base(self) -> Base:
+        return self.layer.base
+
     def __call__(self, x: Tensor) -> Tensor:
         if not self.chain:
             return cast(Tensor, self.layer.base_layer(x, *self.rest, **self.options))
@@ -107,7 +115,7 @@ class AdaptedLayer(Switched, nn.Module):
             affine = fold(chain, self.base.dense(self.base_layer))
             return self.base.op(self.base_layer, inputs, affine, (), options)
         if not inputs:
-            inputs = (options.pop("input"),)
+            inputs = (options.pop(self.base.first),)
         return Beneath(self, chain, inputs[1:], options)(inputs[0])
 
     def acting(self) -> Chain:

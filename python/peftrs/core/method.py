@@ -15,8 +15,9 @@ from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from peftrs.bases.base import Base
 from peftrs.bases.kinds import Affine, LayerKind, LayerSpec, along_channels
 from peftrs.config import TargetedConfig
 
@@ -34,6 +35,18 @@ class Below(Protocol):
     @property
     def training(self) -> bool:
         """Whether the layer is in training mode, which is when dropout acts."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The frozen layer itself."""
+
+    @property
+    def base(self) -> Base:
+        """What kind of layer it is."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The further arguments of this call, by name."""
 
     def __call__(self, x: Tensor) -> Tensor:
         """The output for `x`, bias included."""
@@ -85,6 +98,10 @@ class Method(ABC):
     def variant(self, config: Any) -> Method:
         """The method that this config asks for: this one, or one that it is the common name of."""
         return self
+
+    def choose(self, config: Any, modules: Sequence[str]) -> set[str] | None:
+        """The names of the modules to change, or None where the config's patterns say. Raises `ConfigError`."""
+        return None
 
     def settle(self, config: Any, spec: LayerSpec) -> dict[str, Any]:
         """The settings of this layer, with the config's patterns resolved. Raises `ConfigError` for what it cannot do."""

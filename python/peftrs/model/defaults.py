@@ -41,7 +41,15 @@ SCALED: dict[str, tuple[str, ...] | str] = {kind: attention + forward for kind, 
 FEEDFORWARD = {kind: forward for kind, (_, forward) in _SCALED.items()}
 """For IA³: those of its layers whose inputs are scaled."""
 
-TARGETS = {PeftType.LORA: ATTENTION, PeftType.OFT: ATTENTION, PeftType.IA3: SCALED}
+PROMPTED: dict[str, tuple[str, ...] | str] = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}
+"""For adaption prompts: what the attention modules are called."""
+
+TARGETS: dict[PeftType, dict[str, tuple[str, ...] | str]] = {
+    PeftType.LORA: ATTENTION,
+    PeftType.OFT: ATTENTION,
+    PeftType.IA3: SCALED,
+    PeftType.ADAPTION_PROMPT: PROMPTED,
+}
 """The table of each method."""
 
 # Layers that a fused kernel of these models reads past, so that an adapter on them would be skipped without a word.

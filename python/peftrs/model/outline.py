@@ -50,7 +50,7 @@ def describe(model: nn.Module, task: str | None = None) -> Outline:
         parameters += [f"{place.name}.{name}" for name in sorted(own)]
         base = dense.resolve(place.module)
         count = sum(one.numel() for one in own.values())
-        if base is not None:
+        if base is not None and own:
             layers.append((place.name, base.kind.value, list(base.parameters(place.module)[0].shape), count))
         elif own:
             stacks = [name for name, one in own.items() if one.ndim >= 2 and name != "weight"]

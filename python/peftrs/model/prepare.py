@@ -88,6 +88,7 @@ def make_plan(
     heads = heads or HEADS.get(str(config.task_type), ())
     if heads:
         planned.modules_to_save = present(planned.modules_to_save or [], heads, modules) or None
+    names = method.choose(planned, modules) if names is None else names
     if names is not None:
         planned.target_modules = exactly(names, modules)
         planned.exclude_modules = None

@@ -216,3 +216,28 @@ fn a_folder_is_read_within_limits() {
     std::fs::write(path.join(ADAPTER_CONFIG), vec![b' '; (16 << 20) + 1]).unwrap();
     assert!(read_text(path).unwrap_err().to_string().contains("at most 16777216 are read"));
 }
+
+#[test]
+fn sizes_of_prompts_are_capped_and_their_choices_closed() {
+    let good = json!({"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 20, "num_layers": 32, "init_weights": null});
+    parse(&good).unwrap();
+    for (name, value) in [
+        ("num_virtual_tokens", json!(0)),
+        ("num_virtual_tokens", json!(true)),
+        ("num_layers", json!(16_385)),
+        ("token_dim", json!(65_537)),
+        ("num_attention_heads", json!(2.0)),
+        ("num_transformer_submodules", json!(3)),
+        ("init_weights", json!("ones")),
+    ] {
+        let mut config = good.clone();
+        config[name] = value;
+        assert!(faults(&config).contains(&format!("`{name}`")), "{config}");
+    }
+    let init = |kind: &str| json!({"peft_type": kind, "prompt_tuning_init": "EXACT_SOURCE_TASK"});
+    parse(&init("MULTITASK_PROMPT_TUNING")).unwrap();
+    assert!(faults(&init("PROMPT_TUNING")).contains("`prompt_tuning_init`"));
+    assert!(faults(&json!({"peft_type": "CPT", "cpt_token_ids": [1, -1]})).contains("`cpt_token_ids`"));
+    assert!(faults(&json!({"peft_type": "P_TUNING", "encoder_dropout": 1.5})).contains("`encoder_dropout`"));
+    assert!(faults(&json!({"peft_type": "CARTRIDGE", "num_frozen_tokens": -1})).contains("`num_frozen_tokens`"));
+}
