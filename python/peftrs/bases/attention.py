@@ -40,7 +40,8 @@ class SelfAttention(Base):
         states = self._heads(module, module.q_proj(x))
         cos, sin = (part.unsqueeze(1) for part in options["position_embeddings"])
         first, second = states.chunk(2, dim=-1)
-        return cast(Tensor, states * cos) + torch.cat((-second, first), dim=-1) * sin
+        turned: Tensor = states * cos + torch.cat((-second, first), dim=-1) * sin
+        return turned
 
     def keys_and_values(self, module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of other input, without positions, repeated for every head."""
