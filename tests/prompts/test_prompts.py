@@ -299,8 +299,8 @@ def test_what_cannot_be_done_is_said() -> None:
     with pytest.raises(ConfigError, match="is a prompt"):
         peftrs.inject_adapter_in_model(copy.deepcopy(KINDS["tokens"]), MODELS["llama"]())
     model = prompted()
-    with pytest.raises(AdapterError, match="default cache"):
-        model.generate(input_ids=TOKENS, max_new_tokens=3, cache_implementation="static")
+    with pytest.raises(AdapterError, match="4 dimensions"):
+        model(input_ids=TOKENS, attention_mask=torch.ones(3, 1, 6, 6))
     with pytest.raises(AdapterError, match="to stand before"):
         model(attention_mask=LEFT)
     model.disable_adapter_layers()

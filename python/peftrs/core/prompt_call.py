@@ -143,8 +143,6 @@ def enter(module: nn.Module, encoder: Encoder, call: dict[str, Any], task_ids: T
         _warn("Token type ids are not supported for parameter efficient tuning. Ignoring token type ids")
     # The model counts it from its cache, which the caller does not know to hold the prompt.
     call.pop("cache_position", None)
-    if getattr(call.get("past_key_values"), "is_compileable", False):
-        raise AdapterError("static caches have no room for a prompt; hint: generate with the default cache")
     cached = length(call.get("past_key_values")) > 0
     if isinstance(encoder, CacheEncoder):
         if not cached:
@@ -200,8 +198,8 @@ def widen(call: dict[str, Any], side: Side, count: int) -> None:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             kind = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             raise AdapterError(
-                f"`{side.mask}` has {kind}, where a prompt needs (batch, tokens) to make room in; hint: static caches ask for such "
-                "masks, so generate with the default cache"
+                f"`{side.mask}` has {kind}, where a prompt needs (batch, tokens) to make room in; hint: pass the mask of the text, "
+                "and to fill a static cache call `generate` of the PeftModel"
             )
         call[side.mask] = torch.cat((mask.new_ones(len(mask), count), mask), dim=1)
     if positions is not None:

@@ -128,6 +128,40 @@ def generating(
                 options["input_ids"], inputs = (inputs[0] if inputs else options.pop("inputs")), inputs[1:]
             options.pop("encoder_outputs", None)
             prepend(model, encoder, options, ONLY, prompts.task_ids)
-        yield inputs, options
+        with _room(model, encoder.config.num_virtual_tokens):
+            yield inputs, options
     finally:
         prompts.task_ids = None
+
+
+@contextmanager
+def _room(model: Any, count: int) -> Iterator[None]:
+    """Makes `generate` take static caches longer by the prompt, and leave it to the model to turn its mask into one for them.
+
+    What is made before the hooks see a call knows nothing of the prompt. The steps are not compiled: the hooks are a part of them.
+    """
+    longer = getattr(model, "_prepare_static_cache", None)
+    if longer is None:
+        yield
+        return
+
+    def static_cache(*inputs: Any, max_cache_len: int, **options: Any) -> Any:
+        return longer(*inputs, max_cache_len=max_cache_len + count, **options)
+
+    def same_mask(attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
+        return attention_mask
+
+    def never(*inputs: Any, **options: Any) -> bool:
+        return False
+
+    ours = {
+        "_prepare_static_cache": static_cache,
+        "create_masks_for_generate": same_mask,
+        "_valid_auto_compile_criteria": never,
+    }
+    model.__dict__ |= ours
+    try:
+        yield
+    finally:
+        for name in ours:
+            del model.__dict__[name]
