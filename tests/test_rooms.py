@@ -27,7 +27,10 @@ ORDER = [
 ]
 HEIGHT = {room: -place for place, rooms in enumerate(ORDER) for room in rooms}
 
-OPTIONAL = {"accelerate", "auto_gptq", "bitsandbytes", "diffusers", "hqq", "huggingface_hub", "torchao", "transformers"}
+OPTIONAL = {
+    "accelerate", "aqlm", "bitsandbytes", "diffusers", "eetq", "gptqmodel", "hqq", "huggingface_hub", "neural_compressor", "torchao",
+    "transformer_engine", "transformers",
+}  # fmt: skip
 OPTIONAL_IN = ("model", "compat", "core/prompt", "bases", "hub")
 
 

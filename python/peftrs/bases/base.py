@@ -26,10 +26,20 @@ class Base(ABC):
     """The name of its first argument."""
     opaque = False
     """Whether the owner's forward reads the weight by itself, so that only the weight view can change it."""
+    quantized = False
+    """Whether the layer stores its weight in another form than numbers of a floating-point dtype; see `bases.quantized`."""
 
     @abstractmethod
     def parameters(self, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
         """The stored weight and bias."""
+
+    def prepare(self, module: nn.Module) -> None:
+        """Makes the layer, before it is wrapped, one that can be trained over; most are."""
+        return
+
+    def shape(self, module: nn.Module) -> tuple[int, ...]:
+        """The shape of the presented weight."""
+        return tuple(self.dense(module).weight.shape)
 
     def groups(self, module: nn.Module) -> int:
         """How many groups the layer's channels fall into."""

@@ -97,6 +97,7 @@ def _wrap(target: Target, state: Activation) -> AdaptedLayer:
         if _same(layer.base, target.base):
             return layer
         layer = layer.base_layer
+    target.base.prepare(original(current))
     wrapped = AdaptedLayer(current, target.base, state, target.spec)
     wrapped.train(current.training)
     wrapped.read_by_owner = isinstance(original(place.parent), nn.MultiheadAttention)
@@ -124,7 +125,7 @@ def _fit(
         return adapter
     weight, *bias = merging.unmerged(layer)
     base = Affine(weight.mT if layer.base.transposed else weight, bias[0] if bias else None)
-    dtype = adapter_dtype(base.weight, autocast_adapter_dtype)
+    dtype = adapter_dtype(merging.stored(layer)[0], autocast_adapter_dtype)
     adapter.allocate(dtype, base.weight.device if fill else torch.device("meta"))
     for slot, value in target.method.origin(adapter, base).items():
         adapter[slot] = nn.Parameter(value.to(dtype).contiguous(), requires_grad=False)

@@ -19,7 +19,7 @@ from peftrs.core import merge as merging
 from peftrs.core.activation import Activation, Switched
 from peftrs.core.method import Side
 from peftrs.core.slots import FittedAdapter
-from peftrs.errors import AdapterError, PeftrsWarning
+from peftrs.errors import AdapterError, MergeError, PeftrsWarning
 
 Chain = tuple[FittedAdapter, ...]
 
@@ -207,7 +207,14 @@ class AdaptedLayer(Switched, nn.Module):
         """
         names = merging.names_to_merge(self, adapter_names)
         merging.check(self, self.chain([*self.merged_adapters, *names]))
+        earlier = self.merged_adapters
         merging.merge(self, names)
+        try:
+            merging.judge([self])
+        except MergeError:
+            self.unmerge()
+            merging.merge(self, earlier)
+            raise
 
     def unmerge(self) -> None:
         """Restores the bits from before the merge, whatever happened to the adapters since."""

@@ -6,9 +6,13 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 
+from peftrs.bases.quantized import Quantized
+from peftrs.bases.resolve import resolve
 from peftrs.core import merge as merging
+from peftrs.core import rounding
 from peftrs.core.inject import activation, adapters
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.prompt import prompts_of
@@ -103,8 +107,18 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             wrapper.require_grad(state.active, only=True)
 
 
-def merge(model: nn.Module, names: Sequence[str] | None = None, track: Track = iter, *, keep: bool = True) -> None:
+def merge(
+    model: nn.Module,
+    names: Sequence[str] | None = None,
+    track: Track = iter,
+    *,
+    keep: bool = True,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Merges adapters (the active ones unless named) into all layers, or into none. `track` sees the layers go by.
+
+    Quantized layers are quantized again, which tells what that loses and is refused where most would be, or with `dtype`, for
+    good, become dense ones.
 
     All is checked first, and a failure on the way takes back what was merged; without `keep`, which is for good, only what no
     check can foresee fails (an interrupt, the end of memory), and merging again then finishes the work. Weights that other modules
@@ -118,6 +132,9 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, track: Track = i
             raise MergeError(f"{found[0]!r} is a prompt: it changes no weights to be merged into; hint: `unload()` takes it off")
     layers = list(adapted_layers(model))
     chosen = {layer: merging.names_to_merge(layer, names) for layer in layers}
+    if dtype is not None:
+        # What a quantized layer was merged with before goes into the dense one as it is, not as it was rounded.
+        chosen |= {layer: [*layer.merged_adapters, *chosen[layer]] for layer in layers if rounding.coarse(layer)}
     check_known(model, names or ())
     chosen = {layer: found for layer, found in chosen.items() if found}
     merged = list(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
@@ -128,7 +145,8 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, track: Track = i
     if faults := [fault for layer, found in chosen.items() if (fault := layer.conflict([*layer.merged_adapters, *found]))]:
         raise MergeError("; ".join(faults[:4]))
     for layer, found in chosen.items():
-        merging.check(layer, layer.chain([*layer.merged_adapters, *found]), keep=keep)
+        together = tuple(dict.fromkeys([*layer.merged_adapters, *found]))
+        merging.check(layer, layer.chain(together), keep=keep, dtype=dtype)
     shared = merging.shared_weights(model, list(chosen))
     if shared:
         copied = [one.parameter.nbytes for its in shared.values() for one in its]
@@ -136,16 +154,25 @@ def merge(model: nn.Module, names: Sequence[str] | None = None, track: Track = i
             f"{len(copied)} tensors that other modules share are copied for the merge: {sum(copied):,} bytes", PeftrsWarning, 3
         )
     done: dict[AdaptedLayer, list[str]] = {}
+    # Quantized layers first: what rounding loses is known before a layer is changed for good.
+    coarse = [layer for layer in chosen if rounding.coarse(layer)]
     try:
-        for layer in track(list(chosen)):
+        for layer in track(coarse + [layer for layer in chosen if not rounding.coarse(layer)]):
+            if len(done) == len(coarse):
+                merging.judge(coarse)
             earlier = layer.merged_adapters
-            merging.merge(layer, chosen[layer], shared.get(layer, ()), keep=keep)
+            merging.merge(layer, chosen[layer], shared.get(layer, ()), keep=keep, dtype=dtype)
             done[layer] = earlier
+        if len(done) == len(coarse):
+            merging.judge(coarse)
     except BaseException:
-        for layer, earlier in done.items() if keep else ():
-            layer.unmerge()
-            merging.merge(layer, earlier, shared.get(layer, ()))
+        for layer, earlier in done.items():
+            if layer.ledger is not None and layer.ledger.kept is not None:
+                layer.unmerge()
+                merging.merge(layer, earlier, shared.get(layer, ()))
         raise
+    for layer in coarse if not keep else ():
+        merging.forget(layer)
 
 
 def unmerge(layers: Sequence[AdaptedLayer]) -> None:
@@ -155,10 +182,20 @@ def unmerge(layers: Sequence[AdaptedLayer]) -> None:
             layer.unmerge()
 
 
-def unload(model: nn.Module, *, merged: bool, names: Sequence[str] | None = None, track: Track = iter) -> nn.Module:
-    """Takes all wrappers off the model, adapters merged into the weights or left out; trained whole modules stay in place."""
+def unload(
+    model: nn.Module,
+    *,
+    merged: bool,
+    names: Sequence[str] | None = None,
+    track: Track = iter,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """Takes all wrappers off the model, adapters merged into the weights or left out; trained whole modules stay in place.
+
+    With `dtype`, all quantized layers of the model become dense ones, adapted or not.
+    """
     if merged:
-        merge(model, names, track, keep=False)
+        merge(model, names, track, keep=False, dtype=dtype)
     else:
         unmerge(list(adapted_layers(model)))
     state = activation(model)
@@ -170,6 +207,9 @@ def unload(model: nn.Module, *, merged: bool, names: Sequence[str] | None = None
             else:
                 chosen = [name for name in names or state.active if name in module.modules_to_save]
                 module = module.modules_to_save[chosen[0]] if chosen else module.original_module
+        base = None if dtype is None else resolve(module)
+        if isinstance(base, Quantized) and dtype is not None:
+            module = base.plain(base.dense(module), dtype).train(module.training)
         if module is not place.module:
             place.put(module)
     uproot(model)

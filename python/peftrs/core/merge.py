@@ -5,6 +5,7 @@ Merging further adapters starts again from the original bits, so that `merge(a);
 
 The ledger keeps what restores every bit even if the factors changed, were deleted, or the model moved to another device: for a
 change of low rank, its factors and which weights subtracting it does not bring back (`peftrs.ops.low_rank`); else the originals.
+A layer that is quantized gets another in its place (`peftrs.core.rounding`), and the ledger keeps the one from before.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from peftrs.bases.kinds import Affine
+from peftrs.core import rounding
 from peftrs.core.method import Additive
 from peftrs.errors import MergeError, PeftrsWarning, listed
 from peftrs.ops.low_rank import NATIVE, Correction, Update, add_low_rank_, overflows
@@ -52,12 +54,16 @@ class Ledger:
 
     names: tuple[str, ...]
     kept: dict[int, Tensor | Correction] | None
-    shared: tuple[Shared, ...]
+    shared: tuple[Shared, ...] = ()
+    layer: nn.Module | None = None
+    """The frozen layer itself from before, where it is quantized and `kept` is empty."""
+    rounding: rounding.Rounding | None = None
 
     @property
     def bytes(self) -> int:
         """How much memory it takes."""
-        return sum(one.bytes if isinstance(one, Correction) else one.nbytes for one in (self.kept or {}).values())
+        held = 0 if self.layer is None else sum(one.nbytes for one in (*self.layer.parameters(), *self.layer.buffers()))
+        return held + sum(one.bytes if isinstance(one, Correction) else one.nbytes for one in (self.kept or {}).values())
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -74,10 +80,18 @@ def names_to_merge(layer: AdaptedLayer, names: Sequence[str] | None) -> list[str
 
 
 @torch.no_grad()
-def merge(layer: AdaptedLayer, names: Sequence[str], shared: tuple[Shared, ...] = (), *, keep: bool = True) -> None:
+def merge(
+    layer: AdaptedLayer,
+    names: Sequence[str],
+    shared: tuple[Shared, ...] = (),
+    *,
+    keep: bool = True,
+    dtype: torch.dtype | None = None,
+) -> None:
     """Merges the named adapters into a layer, beside those merged already; without `keep` for good.
 
-    What `check` lets pass is assumed. Raises `MergeError`, changing nothing.
+    A quantized layer is quantized again, the one from before being kept whatever `keep` says until `forget`, or with `dtype`
+    becomes a dense one for good. What `check` lets pass is assumed. Raises `MergeError`, changing nothing.
     """
     if not names:
         return
@@ -85,6 +99,15 @@ def merge(layer: AdaptedLayer, names: Sequence[str], shared: tuple[Shared, ...] 
     earlier = layer.merged_adapters
     together = tuple(dict.fromkeys([*earlier, *names]))
     chain = layer.chain(together)
+    if rounding.coarse(layer):
+        if dtype is not None:
+            rounding.dequantize(layer, chain, dtype)
+            layer.ledger = Ledger(together, None)
+            return
+        before = rounding.before(layer)
+        layer.base_layer, lost = rounding.requantize(layer, chain)
+        layer.ledger = Ledger(together, {}, layer=before, rounding=lost)
+        return
     if layer.ledger is not None:
         shared = layer.ledger.shared
         unmerge(layer)
@@ -110,7 +133,10 @@ def unmerge(layer: AdaptedLayer) -> None:
     if layer.ledger is None:
         warnings.warn(f"{layer.spec.name}: nothing is merged, nothing to do", PeftrsWarning, 4)
         return
-    for at, was in _kept(layer).items():
+    kept = _kept(layer)
+    if layer.ledger.layer is not None:
+        layer.base_layer = layer.ledger.layer.to(stored(layer)[0].device)
+    for at, was in kept.items():
         parameter = stored(layer)[at].detach()
         if isinstance(was, Tensor):
             parameter.copy_(was)
@@ -129,14 +155,29 @@ def unmerge(layer: AdaptedLayer) -> None:
     layer.ledger = None
 
 
+def judge(layers: Sequence[AdaptedLayer]) -> None:
+    """Tells what rounding did to the updates of layers that are merged. Raises `MergeError` if most of them is lost."""
+    rounding.judge([one.ledger.rounding for one in layers if one.ledger is not None and one.ledger.rounding is not None])
+
+
+def forget(layer: AdaptedLayer) -> None:
+    """Makes the merge of a quantized layer one for good."""
+    if layer.ledger is not None and layer.ledger.layer is not None:
+        layer.ledger = Ledger(layer.ledger.names, None)
+
+
 def unmerged(layer: AdaptedLayer) -> list[Tensor]:
     """The layer's weight and, if it has one, bias, as they are without what is merged."""
+    if rounding.coarse(layer):
+        return [one for one in layer.base.dense(rounding.before(layer)) if one is not None]
     return [original(layer, at) for at in range(len(stored(layer)))]
 
 
 @torch.no_grad()
 def original(layer: AdaptedLayer, at: int) -> Tensor:
     """One of the stored tensors, by its position, as it is without what is merged."""
+    if rounding.coarse(layer):
+        return unmerged(layer)[at]
     now = stored(layer)[at]
     if layer.ledger is None:
         return now
@@ -205,7 +246,7 @@ def shared_weights(model: nn.Module, layers: Sequence[AdaptedLayer]) -> dict[Ada
                         f"{layer.spec.name}: the layer beneath hangs in another place of the model too, which is not adapted "
                         "and which merging would change; give that place a copy of the layer"
                     )
-                if len(places) > 1:
+                if len(places) > 1 and not rounding.coarse(layer):
                     shared.append(Shared(owner, attribute, parameter, at))
         if shared:
             found[layer] = tuple(shared)
@@ -213,7 +254,7 @@ def shared_weights(model: nn.Module, layers: Sequence[AdaptedLayer]) -> dict[Ada
 
 
 @torch.no_grad()
-def check(layer: AdaptedLayer, chain: Chain, *, keep: bool = True) -> None:
+def check(layer: AdaptedLayer, chain: Chain, *, keep: bool = True, dtype: torch.dtype | None = None) -> None:
     """Raises `MergeError` for what can be known before a weight is touched: tensors that are not numbers, maps that do not fit.
 
     Weights that would not be finite are found here if the change is of low rank, or if nothing is to be kept by which the merge
@@ -229,6 +270,9 @@ def check(layer: AdaptedLayer, chain: Chain, *, keep: bool = True) -> None:
         fault = adapter.method.unmergeable(adapter)
         if fault:
             raise MergeError(f"{layer.spec.name}: adapter {adapter.name!r} cannot be merged: {fault}")
+    if rounding.coarse(layer):
+        rounding.check(layer, chain, dtype)
+        return
     if update is not None:
         if overflows(_rows(layer, weight.detach()), update):
             raise _overflow(layer, chain)
@@ -288,7 +332,7 @@ def _tell_not_finite(layer: AdaptedLayer) -> None:
 def low_rank(layer: AdaptedLayer, chain: Chain) -> Update | None:
     """The whole chain's change of the stored weight, if it is of low rank, leaves the bias alone, and can be added in place."""
     weight, _ = layer.base.parameters(layer.base_layer)
-    if not (weight.dtype.is_floating_point and weight.is_contiguous()):
+    if rounding.coarse(layer) or not (weight.dtype.is_floating_point and weight.is_contiguous()):
         return None
     terms: list[tuple[Tensor, Tensor, float]] = []
     for adapter in chain:

@@ -12,6 +12,7 @@ from peftrs import _native
 from peftrs.bases import dense
 from peftrs.bases.base import Base
 from peftrs.bases.kinds import LayerKind
+from peftrs.bases.resolve import resolve
 from peftrs.config import NO_TARGETS, TargetedConfig
 from peftrs.core import tying
 from peftrs.core.layer import AdaptedLayer
@@ -88,6 +89,8 @@ def _saved_faults(saved: list[tuple[Place, str | None]], targets: list[Target]) 
             faults.append(f"{place.name}: a {type(place.module).__name__} cannot be trained whole; name its members")
         elif any(isinstance(module, AdaptedLayer) for module in place.module.modules()):
             faults.append(f"{place.name}: holds layers that other adapters change, so it cannot be trained whole")
+        elif coarse := [name for name, one in place.module.named_parameters() if not one.is_floating_point()]:
+            faults.append(f"{place.name}: {listed(coarse)} are quantized, which cannot be trained whole")
     for target in targets:
         name = target.place.name
         if any(name == other or name.startswith(f"{other}.") for other in whole):
@@ -150,7 +153,7 @@ def _targets(
 def _base(place: Place, parameter: str | None) -> Base | None:
     inner = original(place.module)
     if parameter is None:
-        return dense.resolve(inner)
+        return resolve(inner)
     weight = getattr(inner, parameter)
     if weight.ndim not in (2, 3):
         return None
@@ -170,9 +173,8 @@ def _matched(selection: _native.Selection, config: TargetedConfig, index: int) -
 
 def is_linear(place: Place) -> bool:
     """Whether "all-linear" may stand for the module."""
-    inner = original(place.module)
-    linear = isinstance(inner, nn.Linear) or dense.is_transposed_linear(inner)
-    return linear and not isinstance(place.module, ReplacedModule)
+    base = resolve(original(place.module))
+    return base is not None and base.kind is LayerKind.LINEAR and not isinstance(place.module, ReplacedModule)
 
 
 def _in_attention(place: Place) -> bool:

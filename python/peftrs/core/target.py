@@ -34,7 +34,6 @@ def aim(
 ) -> Target:
     """The target for a place, described by its base. `name` is the place's, unless the target is a parameter of it."""
     inner = original(place.module)
-    affine = base.dense(inner)
-    shape = tuple(affine.weight.shape)
-    spec = LayerSpec(name or place.name, base.kind, shape, affine.bias is not None, base.groups(inner), strength, matched)
+    biased = base.parameters(inner)[1] is not None
+    spec = LayerSpec(name or place.name, base.kind, base.shape(inner), biased, base.groups(inner), strength, matched)
     return Target(place, base, spec, method, tied)

@@ -7,7 +7,7 @@ import os
 import torch
 from torch import nn
 
-from peftrs.bases import dense
+from peftrs.bases.resolve import resolve
 from peftrs.core.plan import is_linear
 from peftrs.core.tree import places
 from peftrs.errors import CheckpointError
@@ -48,7 +48,7 @@ def describe(model: nn.Module, task: str | None = None) -> Outline:
     for place in found:
         own = {name: one for name, one in place.module._parameters.items() if one is not None}
         parameters += [f"{place.name}.{name}" for name in sorted(own)]
-        base = dense.resolve(place.module)
+        base = resolve(place.module)
         count = sum(one.numel() for one in own.values())
         if base is not None and own:
             layers.append((place.name, base.kind.value, list(base.parameters(place.module)[0].shape), count))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from peftrs import registry
@@ -17,6 +18,7 @@ from peftrs.core.layer import AdaptedLayer
 from peftrs.core.tree import adapted_layers
 from peftrs.errors import AdapterError, PeftrsWarning
 from peftrs.model.attach import attach, peft_configs
+from peftrs.model.kbit import no_longer_quantized
 from peftrs.model.weighted import add_weighted
 
 
@@ -170,18 +172,32 @@ class Tuner(nn.Module):
         manage.unmerge(layers)
 
     def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        dtype: torch.dtype | None = None,
     ) -> nn.Module:
-        """The user's model with adapters (the active ones unless named) merged into its weights, and nothing of ours left."""
-        return self._unloaded(merged=True, names=adapter_names, progressbar=progressbar)
+        """The user's model with adapters (the active ones unless named) merged into its weights, and nothing of ours left.
+
+        Quantized layers are quantized again: a warning tells what that left of the update, and where it is less than half the merge
+        is refused, with nothing changed. With `dtype`, such as `torch.bfloat16`, every quantized layer of the model becomes a dense
+        one of that dtype instead, and the model's config no longer says that it is quantized.
+        """
+        return self._unloaded(merged=True, names=adapter_names, progressbar=progressbar, dtype=dtype)
 
     def unload(self) -> nn.Module:
         """The user's model without its adapters; modules that were trained whole stay in it."""
         return self._unloaded(merged=False)
 
-    def _unloaded(self, *, merged: bool, names: list[str] | None = None, progressbar: bool = False) -> nn.Module:
+    def _unloaded(
+        self, *, merged: bool, names: list[str] | None = None, progressbar: bool = False, dtype: torch.dtype | None = None
+    ) -> nn.Module:
         model = self.model
-        manage.unload(model, merged=merged, names=names, track=partial(shown, doing="Merging") if progressbar else iter)
+        track: manage.Track = partial(shown, doing="Merging") if progressbar else iter
+        manage.unload(model, merged=merged, names=names, track=track, dtype=dtype)
+        if dtype is not None:
+            no_longer_quantized(model)
         model.__dict__.pop("peft_config", None)
         untie(model)
         return model

@@ -1,0 +1,108 @@
+"""bitsandbytes: `Linear8bitLt` (LLM.int8(), https://arxiv.org/abs/2208.07339) and `Linear4bit` (nf4 and fp4 of QLoRA,
+https://arxiv.org/abs/2305.14314, with or without double quantization)."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftrs.bases.base import Base
+from peftrs.bases.kinds import Affine
+from peftrs.bases.quantized import Quantized, twin
+
+
+class EightBit(Quantized):
+    """`Linear8bitLt` that holds int8 weights, with one scale a row."""
+
+    def format(self, module: nn.Module) -> str:
+        return "bitsandbytes int8"
+
+    def weight(self, module: nn.Module) -> Tensor:
+        import bitsandbytes
+
+        stored: Any = module.weight
+        # The scales move from the weight to the layer's state in its first forward.
+        scales = stored.SCB if stored.SCB is not None else cast(Any, module.state).SCB
+        return cast(Tensor, bitsandbytes.functional.int8_vectorwise_dequant(stored.data, scales.to(stored.device)))
+
+    def requantized(self, module: nn.Module, affine: Affine) -> nn.Module:
+        import bitsandbytes
+
+        stored: Any = module.weight
+        # The library quantizes when a weight leaves the CPU's floating point, for whatever device.
+        weight = bitsandbytes.nn.Int8Params(affine.weight.cpu(), requires_grad=False, has_fp16_weights=False).to(stored.device)
+        other: Any = twin(module, {"weight": weight, "bias": _bias(module, affine)})
+        other.state = copy.copy(module.state)
+        other.state.reset_grads()
+        return cast(nn.Module, other)
+
+
+class FourBit(Quantized):
+    """`Linear4bit`, blocks of 64 weights or so with one scale each, which may be quantized in turn."""
+
+    def format(self, module: nn.Module) -> str:
+        state = cast(Any, module.weight).quant_state
+        return f"bitsandbytes {state.quant_type}{' with double quantization' if state.nested else ''}"
+
+    def weight(self, module: nn.Module) -> Tensor:
+        import bitsandbytes
+
+        self.prepare(module)
+        stored: Any = module.weight
+        return cast(Tensor, bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state))
+
+    def prepare(self, module: nn.Module) -> None:
+        """Undoes and forbids the packing of CPUs with AVX512-BF16.
+
+        The library packs in the first forward in eval mode. That rounds the scales to bfloat16, and a packed weight neither gives
+        gradients nor is dequantized right.
+        """
+        layer, stored = cast(Any, module), cast(Any, module.weight)
+        if getattr(stored, "quant_state", None) is None:
+            stored.quant_state = layer.quant_state
+        layer.support_avx512bf16_for_cpu = False
+        if getattr(stored.quant_state, "packing_format_for_cpu", False):
+            from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse
+
+            stored.data, state = _convert_weight_packed_for_cpu_inverse(stored.data, stored.quant_state)
+            if not state.nested:
+                # The library leaves these turned round.
+                state.absmax = state.absmax.T.reshape(-1).float()
+            stored.quant_state = layer.quant_state = state
+
+    def requantized(self, module: nn.Module, affine: Affine) -> nn.Module:
+        import bitsandbytes
+
+        stored: Any = module.weight
+        weight = bitsandbytes.nn.Params4bit(
+            affine.weight.to("cpu", stored.quant_state.dtype),
+            requires_grad=False,
+            compress_statistics=stored.compress_statistics,
+            blocksize=stored.blocksize,
+            quant_type=stored.quant_type,
+            quant_storage=stored.quant_storage,
+        ).to(stored.device)
+        other: Any = twin(module, {"weight": weight, "bias": _bias(module, affine)})
+        weight.module, other.quant_state = other, weight.quant_state
+        return cast(nn.Module, other)
+
+
+def _bias(module: nn.Module, affine: Affine) -> nn.Parameter | None:
+    held = cast("nn.Parameter | None", module.bias)
+    if held is None or affine.bias is None:
+        return None
+    return nn.Parameter(affine.bias.to(held.dtype).detach().clone(), requires_grad=held.requires_grad)
+
+
+EIGHT_BIT, FOUR_BIT = EightBit(), FourBit()
+
+
+def resolve(module: nn.Module) -> Base | None:
+    """The base of a quantized layer of the library; None for its embeddings, and for 8-bit layers that keep 16-bit weights."""
+    names = {kind.__name__ for kind in type(module).__mro__}
+    if "Linear4bit" in names:
+        return FOUR_BIT
+    return EIGHT_BIT if "Linear8bitLt" in names and cast(Tensor, module.weight).dtype is torch.int8 else None

@@ -1,0 +1,138 @@
+"""Linear layers that store their weight quantized: what is common to every library of such layers.
+
+The library's own forward runs beneath an adapter. The weight itself, `(out, in)`, is computed where the weight view needs it, one
+layer at a time. Merging never writes into such a layer: it makes a new one, so that taking the old one back is exact.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from peftrs.bases.base import Base, as_dtype
+from peftrs.bases.dense import LINEAR
+from peftrs.bases.kinds import Affine, LayerKind
+from peftrs.errors import MergeError
+
+
+class Quantized(Base):
+    """A linear layer of one library and format."""
+
+    kind = LayerKind.LINEAR
+    quantized = True
+    writes = True
+    """Whether `requantized` can store a weight in the layer's own format."""
+
+    @abstractmethod
+    def format(self, module: nn.Module) -> str:
+        """What the format is called, for people."""
+
+    def parameters(self, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
+        return cast(nn.Parameter, module.weight), cast("nn.Parameter | None", module.bias)
+
+    def shape(self, module: nn.Module) -> tuple[int, ...]:
+        return cast(int, module.out_features), cast(int, module.in_features)
+
+    def dense(self, module: nn.Module) -> Affine:
+        with torch.no_grad():
+            return Affine(self.weight(module), self.parameters(module)[1])
+
+    def weight(self, module: nn.Module) -> Tensor:
+        """The weight in the dtype that the library computes in. By default what the layer makes of the identity, bias aside.
+
+        That is exact where the weight alone is quantized: of every sum that the layer takes, one term is not zero.
+        """
+        stored, bias = self.parameters(module)
+        rows = module(torch.eye(self.shape(module)[1], dtype=self.dtype(module), device=stored.device))
+        return cast(Tensor, rows if bias is None else rows - bias).mT
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The dtype that the library computes in: that of the first floating-point tensor that the layer holds."""
+        held = (one for one in (*module.parameters(), *module.buffers()) if one.is_floating_point())
+        return next((one.dtype for one in held), torch.float16)
+
+    def differentiable(self, module: nn.Module) -> bool:
+        """Whether the library's forward gives its input a gradient. Where it does not, `through` does."""
+        return True
+
+    def prepare(self, module: nn.Module) -> None:
+        through(self, module)
+
+    def obstacle(self, module: nn.Module) -> str | None:
+        return f"the weight beneath is {self.format(module)}"
+
+    def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return LINEAR.op(module, x, affine, rest, options)
+
+    def requantized(self, module: nn.Module, affine: Affine) -> nn.Module:
+        """A layer of the same settings with another weight and bias, quantized again. Raises `MergeError` if it is read only."""
+        raise MergeError(f"{self.format(module)} weights are not written again here; hint: {IN_A_DTYPE}")
+
+    def plain(self, affine: Affine, dtype: torch.dtype) -> nn.Linear:
+        """An `nn.Linear` with this weight and bias, rounded once to the dtype."""
+        weight, bias = as_dtype(affine, dtype)
+        with torch.device("meta"):
+            layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None)
+        layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
+        return layer
+
+
+IN_A_DTYPE = "merge_and_unload(dtype=torch.bfloat16) writes the merged weights in 16 bits"
+
+
+class Readable(Quantized):
+    """A format that only its library's calibration writes: it is read here, and merged in a floating-point dtype."""
+
+    writes = False
+
+
+def twin(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Module:
+    """The same module, in its settings and hooks, with other tensors for these parameters; it shares all else."""
+    other = module.__new__(type(module))
+    other.__dict__.update(module.__dict__)
+    for held in ("_parameters", "_buffers", "_modules"):
+        other.__dict__[held] = dict(module.__dict__[held])
+    for name, tensor in parameters.items():
+        if tensor is not None and not isinstance(tensor, nn.Parameter):
+            tensor = nn.Parameter(tensor, requires_grad=False)
+        other._parameters[name] = tensor
+    other.training = module.training
+    return other
+
+
+def through(base: Quantized, module: nn.Module) -> None:
+    """Gives the layer's input a gradient, `dy·W`, where the library's own forward gives it none. Once a layer."""
+    if not base.differentiable(module) and not any(isinstance(hook, _Through) for hook in module._forward_hooks.values()):
+        module.register_forward_hook(_Through(base))
+
+
+class _Through:
+    def __init__(self, base: Quantized) -> None:
+        self.base = base
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        x, (_, bias) = inputs[0], self.base.parameters(module)
+        if not (torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))):
+            return None
+        return cast(Tensor, _Straight.apply(x, bias, output.detach(), self.base, module))
+
+
+class _Straight(torch.autograd.Function):
+    """The output as it is, with the gradient that the layer's weight gives."""
+
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        _, _, output, *ctx.layer = given
+        return cast(Tensor, output).view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (base, module), dy = ctx.layer, gradients[0]
+        dx = dy @ base.dense(module).weight.to(dy.dtype) if ctx.needs_input_grad[0] else None
+        return dx, dy.flatten(0, -2).sum(0) if ctx.needs_input_grad[1] else None, None, None, None

@@ -1,0 +1,42 @@
+"""Which base presents a module. A library's file is imported when a layer of that library is met, and not before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import cast
+
+from torch import nn
+
+from peftrs.bases import dense
+from peftrs.bases.base import Base
+
+FILES = {
+    "bitsandbytes": ("bnb",),
+    "hqq": ("hqq",),
+    "torchao": ("torchao",),
+    "gptqmodel": ("gptq", "awq"),
+    "awq": ("awq",),
+    "aqlm": ("aqlm",),
+    "eetq": ("eetq",),
+    "neural_compressor": ("inc",),
+    "transformer_engine": ("te",),
+}
+"""The files for each library, by the first name of the modules that its classes come from."""
+
+
+def resolve(module: nn.Module) -> Base | None:
+    """The base that presents a module, or None if no method can change it."""
+    for library in _libraries(module):
+        for file in FILES.get(library, ()):
+            base = import_module(f"peftrs.bases.{file}").resolve(module)
+            if base is not None:
+                return cast(Base, base)
+    return dense.resolve(module)
+
+
+def _libraries(module: nn.Module) -> Iterator[str]:
+    """Where the module's classes come from, and its weight's: some libraries quantize the tensor of an `nn.Linear`."""
+    weight = module._parameters.get("weight")
+    for kind in (*type(module).__mro__, *type(weight).__mro__):
+        yield kind.__module__.partition(".")[0]
