@@ -28,8 +28,8 @@ ORDER = [
 HEIGHT = {room: -place for place, rooms in enumerate(ORDER) for room in rooms}
 
 OPTIONAL = {
-    "accelerate", "aqlm", "bitsandbytes", "diffusers", "eetq", "gptqmodel", "hqq", "huggingface_hub", "neural_compressor", "torchao",
-    "transformer_engine", "transformers",
+    "accelerate", "aqlm", "bitsandbytes", "diffusers", "eetq", "gptqmodel", "hqq", "huggingface_hub", "neural_compressor",
+    "torchao", "transformer_engine", "transformers",
 }  # fmt: skip
 OPTIONAL_IN = ("model", "compat", "core/prompt", "bases", "hub")
 
