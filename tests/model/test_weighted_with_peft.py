@@ -16,7 +16,7 @@ from torch import Tensor
 import peftrs
 from peftrs import LoraConfig, PeftrsWarning
 from peftrs.methods import task_vectors
-from peftrs.model import weighted
+from peftrs.model import habits, weighted
 from tests.model.test_weighted import toy
 from tests.model.tiny import shake
 
@@ -27,9 +27,9 @@ PEFTS = [kind for kind in weighted.KINDS if kind != "exact"]
 
 @pytest.fixture
 def mixing() -> Iterator[None]:
-    before = weighted.mix_linear(True)
+    before = habits.mix_linear(True)
     yield
-    weighted.mix_linear(before)
+    habits.mix_linear(before)
 
 
 def adapters(tmp_path: Path, **settings: Any) -> tuple[Any, Any]:
@@ -77,7 +77,7 @@ def test_every_combination_is_theirs(kind: str, weights: list[float], tmp_path: 
 
 
 def test_linear_says_once_what_it_is(tmp_path: Path, mixing: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(weighted._mixing, "told", False)
+    monkeypatch.setattr(weighted, "_told", set())
     model, _ = adapters(tmp_path)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -1,7 +1,8 @@
 """peftrs under PEFT's names, for libraries that import `peft`: opt-in, and undone as easily.
 
 `install()` puts a finder on `sys.meta_path` that answers for the modules `peft…` and for the distribution's version. It touches
-nothing else, and nothing at all unless called.
+nothing else, and nothing at all unless called; PEFT itself may be there or not. `python -m peftrs.compat SCRIPT|-m MODULE ...`
+runs a program that knows nothing of it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import warnings
 
 from peftrs.compat.finder import Finder
 from peftrs.errors import PeftrsError, PeftrsWarning, is_strict, set_strict
-from peftrs.model.weighted import mix_linear
+from peftrs.model.habits import mix_linear
 
 _installed: list[tuple[Finder, bool, bool]] = []
 

@@ -10,12 +10,17 @@ from os import PathLike
 from types import ModuleType
 from typing import Any
 
-from peftrs.compat.names import MODULES
+from peftrs.compat.names import HOMES, LAYERS, METHODS, MODULES, NAMES
 from peftrs.config import FORMAT_VERSION
+
+METADATA = {
+    "METADATA": f"Metadata-Version: 2.1\nName: peft\nVersion: {FORMAT_VERSION}\nSummary: peftrs under the name of PEFT\n",
+    "top_level.txt": "peft\n",
+}
 
 
 class Finder(DistributionFinder):
-    """Answers for `peft` and its modules as far as the table of names goes."""
+    """Answers for `peft` and its modules as far as the tables of names go."""
 
     def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
         """The spec of a module of the alias, or None for any other module."""
@@ -25,15 +30,15 @@ class Finder(DistributionFinder):
         return ModuleSpec(name, self, is_package=parent, origin="peftrs")  # type: ignore[arg-type]
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        """An empty module that looks names up in the table when they are asked for."""
+        """An empty module that looks names up in the tables when they are asked for."""
         return Alias(spec.name)
 
     def exec_module(self, module: ModuleType) -> None:
-        """Nothing to run: the module answers by its table."""
+        """Nothing to run: the module answers by the tables."""
 
     def find_distributions(self, context: DistributionFinder.Context = DistributionFinder.Context()) -> Iterable[Distribution]:  # noqa: B008
         """The distribution `peft`, of the version whose files and names are followed."""
-        return [AliasDistribution()] if context.name in (None, "peft") else []
+        return [AliasDistribution()] if (context.name or "peft").lower() == "peft" else []
 
 
 class Alias(ModuleType):
@@ -42,20 +47,30 @@ class Alias(ModuleType):
     __peftrs__ = True
 
     def __getattr__(self, name: str) -> Any:
-        table = MODULES[self.__name__]
         if name == "__all__":
-            return sorted(table)
+            return sorted(one for one in NAMES if not one.startswith("_"))
         if f"{self.__name__}.{name}" in MODULES:
             return import_module(f"{self.__name__}.{name}")
-        if name not in table:
+        found = self._found(name)
+        if found is None:
             raise AttributeError(f"peftrs has nothing for `{self.__name__}.{name}`")
-        module, _, attribute = table[name].partition(":")
-        found = getattr(import_module(module), attribute) if attribute else import_module(module)
         setattr(self, name, found)
         return found
 
+    def _found(self, name: str) -> Any:
+        """What a name means in this module, or None."""
+        if self.__name__ in HOMES and (found := getattr(import_module(HOMES[self.__name__]), name, None)) is not None:
+            return found
+        folder = self.__name__.removeprefix("peft.tuners.").partition(".")[0]
+        if folder in METHODS and (found := import_module(LAYERS).layer_class(folder, name)) is not None:
+            return found
+        if name not in NAMES:
+            return None
+        module, _, attribute = NAMES[name].partition(":")
+        return getattr(import_module(module), attribute) if attribute else import_module(module)
+
     def __dir__(self) -> list[str]:
-        return sorted(MODULES[self.__name__])
+        return sorted(NAMES)
 
 
 class AliasDistribution(Distribution):
@@ -63,7 +78,7 @@ class AliasDistribution(Distribution):
 
     def read_text(self, filename: str) -> str | None:
         """The text of a metadata file."""
-        return f"Metadata-Version: 2.1\nName: peft\nVersion: {FORMAT_VERSION}\n" if filename == "METADATA" else None
+        return METADATA.get(filename)
 
     def locate_file(self, path: str | PathLike[str]) -> Any:
         """No file belongs to the alias."""

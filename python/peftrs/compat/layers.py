@@ -2,60 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
-from torch import nn
-
 from peftrs.bases.kinds import LayerKind
-from peftrs.config import CONFIG_NAME
+from peftrs.compat.names import METHODS
 from peftrs.core.layer import AdaptedLayer
 
-WEIGHTS_NAME = "adapter_model.bin"
-SAFETENSORS_WEIGHTS_NAME = "adapter_model.safetensors"
-INCLUDE_LINEAR_LAYERS_SHORTHAND = "all-linear"
+KINDS = {
+    "Linear": LayerKind.LINEAR,
+    "Embedding": LayerKind.EMBEDDING,
+    "Conv1d": LayerKind.CONV1D,
+    "Conv2d": LayerKind.CONV2D,
+    "Conv3d": LayerKind.CONV3D,
+    "MultiheadAttention": LayerKind.ATTENTION,
+    "ParamWrapper": LayerKind.PARAMETER,
+}
+"""The kind of layer that a class of this name is for, the method's name before it or not."""
+
+QUANTIZED = ("Linear4bit", "Linear8bitLt")
+"""Classes for layers of bitsandbytes, whose names they share."""
+
+SLOTS = {
+    "lora": ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
+    "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+    "lokr": ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+}
+"""Containers of tensors that code reads off the class, which may be before peftrs has the method."""
 
 
 class Virtual(type):
     """The class of classes that have no instances of their own, only a test."""
 
+    peft_type: str
+    kind: LayerKind | None
+    base: str | None
+
     def __instancecheck__(cls, module: Any) -> bool:
-        return isinstance(module, AdaptedLayer) and bool(cls.holds(module))  # type: ignore[attr-defined]
+        if not isinstance(module, AdaptedLayer) or (cls.kind is not None and module.spec.kind is not cls.kind):
+            return False
+        if cls.kind is LayerKind.LINEAR:
+            quantized = type(module.get_base_layer()).__name__
+            if (quantized if quantized in QUANTIZED else None) != cls.base:
+                return False
+        return any(adapter.config.peft_type == cls.peft_type for adapter in module.adapters.values())
 
 
-def _virtual(name: str, doc: str, holds: Callable[[AdaptedLayer], bool], names: Sequence[str] = ()) -> type:
-    return Virtual(name, (), {"__doc__": doc, "holds": staticmethod(holds), "adapter_layer_names": tuple(names)})
+@cache
+def layer_class(folder: str, name: str) -> type | None:
+    """The class `name` of `peft.tuners.<folder>`'s modules, or None if it is not one of a layer."""
+    stem = METHODS[folder]
+    bare = name.removeprefix(stem) or name
+    if bare not in KINDS and bare not in QUANTIZED and name != f"{stem}Layer":
+        return None
+    kind = LayerKind.LINEAR if bare in QUANTIZED else KINDS.get(bare)
+    place = f"peft.tuners.{folder}.layer"
+    held = {
+        "__doc__": f"A {kind or 'layer'} with an adapter of the type {folder.upper()}.",
+        "__module__": place,
+        "__new__": _refuse,
+        "peft_type": folder.upper(),
+        "kind": kind,
+        "base": bare if bare in QUANTIZED else None,
+        "adapter_layer_names": SLOTS.get(folder, ()),
+    }
+    parent = None if name == f"{stem}Layer" else layer_class(folder, f"{stem}Layer")
+    return Virtual(name, (parent or AdaptedLayer,), held)
 
 
-def _has(prefix: str, *kinds: LayerKind) -> Callable[[AdaptedLayer], bool]:
-    def holds(layer: AdaptedLayer) -> bool:
-        fits = not kinds or layer.spec.kind in kinds
-        return fits and any(adapter.method.prefix == prefix for adapter in layer.adapters.values())
-
-    return holds
-
-
-_LORA = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector")
-LoraLayer = _virtual("LoraLayer", "A layer with a LoRA adapter.", _has("lora_"), _LORA)
-Linear = _virtual("Linear", "A linear layer with a LoRA adapter.", _has("lora_", LayerKind.LINEAR), _LORA)
-Embedding = _virtual("Embedding", "An embedding with a LoRA adapter.", _has("lora_", LayerKind.EMBEDDING), _LORA)
-Conv2d = _virtual("Conv2d", "A 2-D convolution with a LoRA adapter.", _has("lora_", LayerKind.CONV2D), _LORA)
-Conv3d = _virtual("Conv3d", "A 3-D convolution with a LoRA adapter.", _has("lora_", LayerKind.CONV3D), _LORA)
-ParamWrapper = _virtual("ParamWrapper", "A module with a LoRA adapter on a parameter.", _has("lora_", LayerKind.PARAMETER), _LORA)
-LoHaLayer = _virtual("LoHaLayer", "A layer with a LoHa adapter.", _has("hada_"))
-LoKrLayer = _virtual("LoKrLayer", "A layer with a LoKr adapter.", _has("lokr_"))
-
-
-@contextmanager
-def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """`peft.helpers.disable_input_dtype_casting`: adapters cast their inputs as they must, so there is nothing to turn off."""
-    yield
-
-
-def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
-    parent, _, name = key.rpartition(".")
-    return model.get_submodule(parent), model.get_submodule(key), name
-
-
-__all__ = ["CONFIG_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME"]
+def _refuse(cls: type, *arguments: Any, **options: Any) -> Any:
+    raise TypeError(f"{cls.__name__} only tells layers apart; hint: adapters come into a model by `get_peft_model`")

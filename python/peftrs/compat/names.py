@@ -1,72 +1,78 @@
-"""PEFT's dotted names as a table: for each module, what its names are here (`module:attribute`, or a module alone)."""
+"""PEFT's dotted names: which modules it has, and what a name means in them (`module:attribute`, or a module alone).
+
+A name means one thing wherever PEFT has it, so one table serves all modules. The exceptions are the layer classes, which each
+method's modules have for themselves: `peftrs.compat.layers` makes those.
+"""
 
 from __future__ import annotations
 
 import peftrs
-from peftrs.model import functional
 
 LAYERS = "peftrs.compat.layers"
 FUNCTIONAL = "peftrs.model.functional"
-CONVERSION = "peftrs.compat.weight_conversion"
+OTHER = "peftrs.compat.other"
+TASK_VECTORS = "peftrs.methods.task_vectors"
 
-ROOT = {name: f"peftrs:{name}" for name in peftrs.__all__} | {"__version__": "peftrs.config:FORMAT_VERSION"}
 
-WRAPPERS = {
-    "AuxiliaryTrainingWrapper": "peftrs.core.replace:ReplacedModule",
-    "ModulesToSaveWrapper": "peftrs.core.replace:ReplacedModule",
-}
+def _in(module: str, names: str) -> dict[str, str]:
+    return {name: f"{module}:{name}" for name in names.split()}
 
-STATE: dict[str, str] = {
-    name: ROOT[name] for name in ("get_peft_model_state_dict", "set_peft_model_state_dict", "load_peft_weights")
-}
 
-CONSTANTS = {
-    name: f"{LAYERS}:{name}"
-    for name in ("CONFIG_NAME", "SAFETENSORS_WEIGHTS_NAME", "WEIGHTS_NAME", "INCLUDE_LINEAR_LAYERS_SHORTHAND", "_get_submodules")
-}
-
-LORA = {name: f"{LAYERS}:{name}" for name in ("LoraLayer", "Linear", "Embedding", "Conv2d", "Conv3d", "ParamWrapper")}
-
-TUNERS = {
+NAMES: dict[str, str] = {
+    **_in("peftrs", " ".join(peftrs.__all__)),
+    "__version__": "peftrs.config:FORMAT_VERSION",
     "BaseTuner": "peftrs.model.tuner:Tuner",
     "BaseTunerLayer": "peftrs.core.layer:AdaptedLayer",
-    **{name: f"{FUNCTIONAL}:{name}" for name in ("cast_adapter_dtype", "delete_adapter", "set_adapter", "set_requires_grad")},
+    "AuxiliaryTrainingWrapper": "peftrs.core.replace:ReplacedModule",
+    "ModulesToSaveWrapper": "peftrs.core.replace:ReplacedModule",
+    **_in(FUNCTIONAL, "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
+    **_in("peftrs.compat.weight_conversion", "build_peft_weight_mapping"),
+    **_in(
+        OTHER,
+        "BufferDict CONFIG_NAME DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND "
+        "MIN_TARGET_MODULES_FOR_OPTIMIZATION SAFETENSORS_WEIGHTS_NAME SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME WEIGHTS_NAME "
+        "_get_submodules check_adapters_to_merge check_target_module_exists dequantize_module_weight disable_input_dtype_casting "
+        "gather_params_ctx init_empty_weights replicate_layers transpose",
+    ),
+    **_in(
+        TASK_VECTORS,
+        "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune prune "
+        "random_pruning reshape_weight_task_tensors task_arithmetic ties",
+    ),
 }
+"""What every name means."""
 
-MERGING = {
-    name: f"peftrs.methods.task_vectors:{name}"
-    for name in (
-        "calculate_majority_sign_mask", "dare_linear", "dare_ties", "disjoint_merge", "magnitude_based_pruning", "magnitude_prune",
-        "prune", "random_pruning", "reshape_weight_task_tensors", "task_arithmetic", "ties",
+METHODS = {
+    "adalora": "AdaLora", "adamss": "Adamss", "adaption_prompt": "AdaptionPrompt", "beft": "Beft", "boft": "BOFT", "c3a": "C3A",
+    "cartridge": "Cartridge", "cpt": "CPT", "deft": "Deft", "delora": "Delora", "fourierft": "FourierFT", "frod": "Frod",
+    "glora": "Glora", "gralora": "Gralora", "hira": "Hira", "hra": "HRA", "ia3": "IA3", "lily": "Lily", "ln_tuning": "LNTuning",
+    "loha": "LoHa", "lokr": "LoKr", "lora": "Lora", "miss": "Miss", "multitask_prompt_tuning": "MultitaskPromptTuning",
+    "oft": "OFT", "osf": "OSF", "p_tuning": "PromptEncoder", "peanut": "Peanut", "poly": "Poly", "prefix_tuning": "PrefixTuning",
+    "prompt_tuning": "PromptTuning", "psoft": "Psoft", "pvera": "Pvera", "randlora": "RandLora", "road": "Road",
+    "shadow": "Shadow", "shira": "Shira", "supertuning": "Supertuning", "tinylora": "TinyLora",
+    "trainable_tokens": "TrainableTokens", "unilora": "UniLora", "vblora": "VBLoRA", "vera": "Vera", "waveft": "WaveFT",
+    "xlora": "XLora",
+}  # fmt: skip
+"""How the names of a method's classes begin, by its folder; its `peft_type` is the folder's name in capitals."""
+
+MODULES = {
+    "peft", "peft.auto", "peft.config", "peft.functional", "peft.helpers", "peft.import_utils", "peft.mapping",
+    "peft.mapping_func", "peft.mixed_model", "peft.optimizers", "peft.optimizers.loraplus", "peft.optimizers.lorafa",
+    "peft.optimizers.riemannian", "peft.peft_model", "peft.tuners", "peft.tuners._buffer_dict", "peft.tuners.lycoris_utils",
+    "peft.tuners.mixed", "peft.tuners.mixed.model", "peft.tuners.tuners_utils", "peft.utils", "peft.utils.constants",
+    "peft.utils.error", "peft.utils.hotswap", "peft.utils.incremental_pca", "peft.utils.integrations", "peft.utils.loftq_utils",
+    "peft.utils.merge_utils", "peft.utils.other", "peft.utils.peft_types", "peft.utils.quantization_utils",
+    "peft.utils.save_and_load", "peft.utils.transformers_weight_conversion", "peft.utils.warning",
+}  # fmt: skip
+MODULES |= {f"peft.tuners.{folder}{part}" for folder in METHODS for part in ("", ".bnb", ".config", ".layer", ".model")}
+MODULES |= {
+    f"peft.tuners.lora.{part}"
+    for part in (
+        "aqlm", "arrow", "awq", "conversion", "corda", "dora", "eetq", "eva", "gptq", "hqq", "inc", "intruders", "loraga",
+        "monteclora", "te", "torchao", "tp_layer", "variants", "velora",
     )
 }  # fmt: skip
+"""Every module that can be imported."""
 
-MODULES: dict[str, dict[str, str]] = {
-    "peft": ROOT,
-    "peft.auto": ROOT,
-    "peft.config": ROOT,
-    "peft.mapping": ROOT,
-    "peft.mapping_func": ROOT,
-    "peft.peft_model": ROOT,
-    "peft.functional": {name: f"{FUNCTIONAL}:{name}" for name in functional.__all__},
-    "peft.helpers": {"disable_input_dtype_casting": f"{LAYERS}:disable_input_dtype_casting"},
-    "peft.utils": {**ROOT, **WRAPPERS, **STATE, **CONSTANTS},
-    "peft.utils.other": {**WRAPPERS, **CONSTANTS},
-    "peft.utils.constants": CONSTANTS,
-    "peft.utils.merge_utils": MERGING,
-    "peft.utils.save_and_load": STATE,
-    "peft.utils.transformers_weight_conversion": {"build_peft_weight_mapping": f"{CONVERSION}:build_peft_weight_mapping"},
-    "peft.tuners": {**ROOT, **LORA},
-    "peft.tuners.tuners_utils": TUNERS,
-    "peft.tuners.lora": {**ROOT, **LORA},
-    "peft.tuners.lora.layer": LORA,
-    "peft.tuners.lora.config": ROOT,
-    "peft.tuners.lora.conversion": ROOT,
-    "peft.tuners.lora.model": ROOT,
-    "peft.tuners.ia3": ROOT,
-    "peft.tuners.oft": ROOT,
-    "peft.tuners.loha": {},
-    "peft.tuners.loha.layer": {"LoHaLayer": f"{LAYERS}:LoHaLayer"},
-    "peft.tuners.lokr": {},
-    "peft.tuners.lokr.layer": {"LoKrLayer": f"{LAYERS}:LoKrLayer"},
-}
+HOMES = {"peft.functional": FUNCTIONAL, "peft.import_utils": "peftrs.compat.imports"}
+"""Modules that one of ours is the whole of."""

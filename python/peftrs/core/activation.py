@@ -45,10 +45,9 @@ class Switched:
         return list(self.state.active)
 
     @property
-    def active_adapter(self) -> str | list[str]:
-        """The one active adapter, or all of several."""
-        active = self.active_adapters
-        return active[0] if len(active) == 1 else active
+    def active_adapter(self) -> list[str]:
+        """The same: a list on a layer, even of one."""
+        return self.active_adapters
 
     @property
     def disable_adapters(self) -> bool:

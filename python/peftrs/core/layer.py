@@ -14,7 +14,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from peftrs.bases.base import Base, as_dtype
-from peftrs.bases.kinds import Affine, LayerSpec
+from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
 from peftrs.core import merge as merging
 from peftrs.core.activation import Activation, Switched
 from peftrs.core.method import Side
@@ -259,6 +259,11 @@ class AdaptedLayer(Switched, nn.Module):
         """The attributes that hold adapters' tensors."""
         return tuple(dict.fromkeys(place[0] for adapter in self.adapters.values() for place in adapter.places.values()))
 
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether the frozen layer is a linear one that stores its weight as (in, out)."""
+        return self.spec.kind is LayerKind.LINEAR and self.base.transposed
+
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={adapter.method.name}" for name, adapter in self.adapters.items())
 
@@ -274,6 +279,9 @@ class Setting(MutableMapping[str, Any]):
         fitted = self.adapters[adapter]
         if self.name == "scaling":
             return fitted.scaling
+        if self.name == f"{fitted.method.prefix}dropout":
+            # Called, not read, by code that runs an adapter's tensors itself.
+            return nn.Dropout(getattr(fitted.config, self.name)).train(fitted.layer.training)
         return fitted.values[self.name] if self.name in fitted.values else getattr(fitted.config, self.name)
 
     def __setitem__(self, adapter: str, value: Any) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from peftrs.bases.kinds import LayerSpec
 from peftrs.core.method import Method
@@ -24,6 +25,13 @@ ORIGIN = "origin_"
 
 class Leaves(nn.Module):
     """The tensors of one adapter in one container, by leaf name."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The linear map that a `weight` of two dimensions is, for code that calls `layer.lora_A[name]` and its like itself."""
+        weight, bias = (cast("Tensor | None", self._parameters.get(leaf)) for leaf in ("weight", "bias"))
+        if weight is None or weight.ndim != 2:
+            raise NotImplementedError(f"{self.extra_repr()}: only a weight of two dimensions is a map by itself; call the layer")
+        return functional.linear(x, weight, bias)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self.named_parameters())

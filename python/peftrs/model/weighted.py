@@ -25,6 +25,7 @@ from peftrs.errors import AdapterError, PeftrsWarning, listed
 from peftrs.methods import combine, task_vectors
 from peftrs.model import low_rank
 from peftrs.model.attach import attach, peft_configs, whole_or_not
+from peftrs.model.habits import mixes_linear
 from peftrs.model.low_rank import Change
 
 Merge = Callable[[Sequence[Tensor], Tensor], Tensor]
@@ -36,13 +37,8 @@ ELECTED = {"ties": task_vectors.ties, "dare_ties": task_vectors.dare_ties}
 KINDS = (*SUMS, *(f"{name}{form}" for name in {**PRUNED, **ELECTED} for form in ("", "_svd")))
 """Every `combination_type`. Without `_svd` the pruning kinds act on the factors one by one, with it on the changes themselves."""
 
-_mixing = {"linear": False, "told": False}
-
-
-def mix_linear(mixes: bool) -> bool:
-    """Sets whether "linear" adds up factors as PEFT does, for the whole process; returns what held before."""
-    before, _mixing["linear"] = _mixing["linear"], mixes
-    return before
+_told: set[str] = set()
+"""What was said once already."""
 
 
 @dataclass(frozen=True)
@@ -135,10 +131,10 @@ def _check_recipe(recipe: Recipe) -> bool:
         faults.append(f"`majority_sign_method` is {recipe.sign!r} and must be 'total' or 'frequency'")
     if faults:
         raise AdapterError("; ".join(faults))
-    if recipe.kind != "linear" or not _mixing["linear"]:
+    if recipe.kind != "linear" or not mixes_linear():
         return pruning and not recipe.dense
-    if not _mixing["told"] and len(recipe.sources) > 1:
-        _mixing["told"] = True
+    if "linear" not in _told and len(recipe.sources) > 1:
+        _told.add("linear")
         warnings.warn(
             "combination_type='linear' adds up factors, as PEFT does, and their product is not the weighted sum of the adapters; "
             "hint: 'exact' is that sum, and 'svd' the best one of a small rank",

@@ -1,0 +1,107 @@
+"""Helpers out of PEFT's inner modules that users' code reaches into, and its constants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from peftrs.config import CONFIG_NAME, NO_TARGETS, TargetedConfig
+from peftrs.core import merge as merging
+from peftrs.core.layer import AdaptedLayer
+from peftrs.core.plan import select
+from peftrs.core.tree import Place
+from peftrs.io.checkpoint import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
+from peftrs.io.state import EMBEDDING_LAYER_NAMES
+from peftrs.model.prepare import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peftrs.model.prepare import CLASSIFIERS as SEQ_CLS_HEAD_NAMES
+from peftrs.model.prepare import LONG_LIST as MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from peftrs.model.replicate import replicate as replicate_layers
+
+WEIGHTS_NAME = "adapter_model.bin"
+TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
+DUMMY_TARGET_MODULES = NO_TARGETS
+DUMMY_MODEL_CONFIG = {"model_type": "custom"}
+
+
+class BufferDict(nn.Module, MutableMapping[str, Tensor]):
+    """Tensors by name that go where their module goes and are not trained; `persistent` says whether `state_dict` has them."""
+
+    def __init__(self, buffers: MutableMapping[str, Tensor] | None = None, persistent: bool = False) -> None:
+        super().__init__()
+        self.persistent = persistent
+        self.update(buffers or {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        found = self._buffers[name]
+        if found is None:
+            raise KeyError(name)
+        return found
+
+    def __setitem__(self, name: str, tensor: Tensor) -> None:
+        self.register_buffer(name, tensor, persistent=self.persistent)
+
+    def __delitem__(self, name: str) -> None:
+        del self._buffers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._buffers)
+
+    def __len__(self) -> int:
+        return len(self._buffers)
+
+
+def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, str]:
+    parent, _, name = key.rpartition(".")
+    return model.get_submodule(parent), model.get_submodule(key), name
+
+
+def check_adapters_to_merge(module: AdaptedLayer, adapter_names: Sequence[str] | None = None) -> list[str]:
+    """The adapters to merge into a layer that are not merged yet: those named, else the active ones."""
+    return merging.names_to_merge(module, adapter_names)
+
+
+def check_target_module_exists(config: TargetedConfig, key: str) -> bool:
+    """Whether the config's patterns make a target of a module of this name."""
+    nowhere = nn.Identity()
+    return bool(select([Place(key, nowhere, nowhere, "")], config).targets)
+
+
+def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:
+    """The weight, turned around if it is stored as `(in, out)`."""
+    return weight.mT if fan_in_fan_out else weight
+
+
+def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextManager[Any]:
+    """A context in which modules are made without values (device meta), buffers too."""
+    return torch.device("meta")
+
+
+def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.Module | None = None) -> Any:
+    """A context in which parameters that DeepSpeed ZeRO-3 keeps in shards are whole; without it, one that does nothing."""
+    first = param if isinstance(param, Tensor) else next(iter(param), None)
+    if not hasattr(first, "ds_id"):
+        return nullcontext()
+    import deepspeed  # type: ignore[import-not-found, unused-ignore]
+
+    return deepspeed.zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module)
+
+
+@contextmanager
+def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
+    """`peft.helpers.disable_input_dtype_casting`: adapters cast their inputs as they must, so there is nothing to turn off."""
+    yield
+
+
+__all__ = [
+    "CONFIG_NAME",
+    "EMBEDDING_LAYER_NAMES",
+    "INCLUDE_LINEAR_LAYERS_SHORTHAND",
+    "MIN_TARGET_MODULES_FOR_OPTIMIZATION",
+    "SAFETENSORS_WEIGHTS_NAME",
+    "SEQ_CLS_HEAD_NAMES",
+    "replicate_layers",
+]
