@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -35,6 +36,28 @@ class Affine(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+
+class Deferred:
+    """An affine map that is computed when its weight or bias is read: most first values of adapters need neither."""
+
+    def __init__(self, compute: Callable[[], Affine]) -> None:
+        self.compute = compute
+
+    @cached_property
+    def affine(self) -> Affine:
+        """The map itself."""
+        return self.compute()
+
+    @property
+    def weight(self) -> Tensor:
+        """As of `Affine`."""
+        return self.affine.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        """As of `Affine`."""
+        return self.affine.bias
 
 
 @dataclass(frozen=True)

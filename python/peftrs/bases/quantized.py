@@ -42,13 +42,13 @@ class Quantized(Base):
             return Affine(self.weight(module), self.parameters(module)[1])
 
     def weight(self, module: nn.Module) -> Tensor:
-        """The weight in the dtype that the library computes in. By default what the layer makes of the identity, bias aside.
+        """The weight in the dtype that the library computes in. By default what the layer, without its bias, makes of the identity.
 
         That is exact where the weight alone is quantized: of every sum that the layer takes, one term is not zero.
         """
-        stored, bias = self.parameters(module)
-        rows = module(torch.eye(self.shape(module)[1], dtype=self.dtype(module), device=stored.device))
-        return cast(Tensor, rows if bias is None else rows - bias).mT
+        unbiased = twin(module, {"bias": None})
+        stored, _ = self.parameters(module)
+        return cast(Tensor, unbiased(torch.eye(self.shape(module)[1], dtype=self.dtype(module), device=stored.device))).mT
 
     def dtype(self, module: nn.Module) -> torch.dtype:
         """The dtype that the library computes in: that of the first floating-point tensor that the layer holds."""
@@ -93,12 +93,15 @@ class Readable(Quantized):
 
 
 def twin(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Module:
-    """The same module, in its settings and hooks, with other tensors for these parameters; it shares all else."""
+    """The same module, in its settings and hooks, with other tensors for these parameters or buffers; it shares all else."""
     other = module.__new__(type(module))
     other.__dict__.update(module.__dict__)
     for held in ("_parameters", "_buffers", "_modules"):
         other.__dict__[held] = dict(module.__dict__[held])
     for name, tensor in parameters.items():
+        if name in other._buffers:
+            other._buffers[name] = tensor
+            continue
         if tensor is not None and not isinstance(tensor, nn.Parameter):
             tensor = nn.Parameter(tensor, requires_grad=False)
         other._parameters[name] = tensor

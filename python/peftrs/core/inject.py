@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from peftrs.bases.dense import Parameter
-from peftrs.bases.kinds import Affine
 from peftrs.config import TargetedConfig
 from peftrs.core import merge as merging
 from peftrs.core.activation import Activation
@@ -123,13 +122,13 @@ def _fit(
     if target.tied is not None:
         adapter.leader = fitted[target.tied]
         return adapter
-    weight, *bias = merging.unmerged(layer)
-    base = Affine(weight.mT if layer.base.transposed else weight, bias[0] if bias else None)
-    dtype = adapter_dtype(merging.stored(layer)[0], autocast_adapter_dtype)
-    adapter.allocate(dtype, base.weight.device if fill else torch.device("meta"))
+    stored = merging.stored(layer)[0]
+    base = merging.presented(layer)
+    dtype = adapter_dtype(stored, autocast_adapter_dtype)
+    adapter.allocate(dtype, stored.device if fill else torch.device("meta"))
     for slot, value in target.method.origin(adapter, base).items():
         adapter[slot] = nn.Parameter(value.to(dtype).contiguous(), requires_grad=False)
-    if fill and base.weight.device.type != "meta":
+    if fill and stored.device.type != "meta":
         target.method.init(adapter, base)
     return adapter
 

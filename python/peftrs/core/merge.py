@@ -14,12 +14,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
-from peftrs.bases.kinds import Affine
+from peftrs.bases.kinds import Affine, Deferred
 from peftrs.core import rounding
 from peftrs.core.method import Additive
 from peftrs.errors import MergeError, PeftrsWarning, listed
@@ -171,6 +171,14 @@ def unmerged(layer: AdaptedLayer) -> list[Tensor]:
     if rounding.coarse(layer):
         return [one for one in layer.base.dense(rounding.before(layer)) if one is not None]
     return [original(layer, at) for at in range(len(stored(layer)))]
+
+
+def presented(layer: AdaptedLayer) -> Affine:
+    """The layer as an affine map without what is merged; of a quantized one, computed where it is read."""
+    if rounding.coarse(layer):
+        return cast(Affine, Deferred(lambda: layer.base.dense(rounding.before(layer))))
+    weight, *bias = unmerged(layer)
+    return Affine(weight.mT if layer.base.transposed else weight, bias[0] if bias else None)
 
 
 @torch.no_grad()
