@@ -15,6 +15,7 @@ from peftrs.errors import StorageError as StorageError
 from peftrs.errors import TargetError as TargetError
 from peftrs.errors import is_strict as is_strict
 from peftrs.errors import set_strict as set_strict
+from peftrs.inits.loftq import LoftQConfig as LoftQConfig
 from peftrs.io.checkpoint import load_peft_weights as load_peft_weights
 from peftrs.io.state import get_peft_model_state_dict as get_peft_model_state_dict
 from peftrs.io.state import set_peft_model_state_dict as set_peft_model_state_dict
@@ -51,6 +52,8 @@ from peftrs.model.auto import AutoPeftModelForSeq2SeqLM as AutoPeftModelForSeq2S
 from peftrs.model.auto import AutoPeftModelForSequenceClassification as AutoPeftModelForSequenceClassification
 from peftrs.model.auto import AutoPeftModelForTokenClassification as AutoPeftModelForTokenClassification
 from peftrs.model.extract import extract_lora as extract_lora
+from peftrs.model.kbit import prepare_model_for_kbit_training as prepare_model_for_kbit_training
+from peftrs.model.loftq import replace_lora_weights_loftq as replace_lora_weights_loftq
 from peftrs.model.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as PEFT_TYPE_TO_CONFIG_MAPPING
 from peftrs.model.mapping import get_peft_config as get_peft_config
 from peftrs.model.mapping import get_peft_model as get_peft_model

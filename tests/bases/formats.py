@@ -40,14 +40,14 @@ def four_bit(kind: str, double: bool) -> Quantize:
     return quantize
 
 
-def hqq(bits: int) -> Quantize:
+def hqq(bits: int, dtype: torch.dtype = torch.float32) -> Quantize:
     """HQQ."""
 
     def quantize(dense: nn.Linear) -> nn.Module:
         from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
         settings = BaseQuantizeConfig(nbits=bits, group_size=32)
-        return HQQLinear(copy.deepcopy(dense), settings, compute_dtype=torch.float32, device="cpu")
+        return HQQLinear(copy.deepcopy(dense), settings, compute_dtype=dtype, device="cpu")
 
     return quantize
 

@@ -106,3 +106,13 @@ def resolve(module: nn.Module) -> Base | None:
     if "Linear4bit" in names:
         return FOUR_BIT
     return EIGHT_BIT if "Linear8bitLt" in names and cast(Tensor, module.weight).dtype is torch.int8 else None
+
+
+def rounded(weight: Tensor, bits: int) -> Tensor:
+    """A weight `(out, in)`, quantized to nf4 in blocks of 64 (`bits=4`) or int8 by rows (8) and back, in float32."""
+    from bitsandbytes import functional
+
+    if bits == 4:
+        return cast(Tensor, functional.dequantize_4bit(*functional.quantize_4bit(weight.contiguous(), quant_type="nf4"))).float()
+    codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
+    return cast(Tensor, functional.int8_vectorwise_dequant(codes, scales)).float()

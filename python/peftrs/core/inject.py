@@ -21,7 +21,7 @@ from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.target import Target
 from peftrs.core.tree import original, wrappers
-from peftrs.errors import AdapterError
+from peftrs.errors import AdapterError, ConfigError, listed
 
 log = logging.getLogger("peftrs")
 
@@ -71,6 +71,7 @@ def inject(
     if not state.active:
         state.active = (adapter,)
     fitted: dict[str, FittedAdapter] = {}
+    _check_rebasing(plan, config, fill)
     with torch.no_grad():
         for target in plan.targets:
             fitted[target.spec.name] = _fit(_wrap(target, state), target, config, adapter, fitted, fill, autocast_adapter_dtype)
@@ -128,9 +129,32 @@ def _fit(
     adapter.allocate(dtype, stored.device if fill else torch.device("meta"))
     for slot, value in target.method.origin(adapter, base).items():
         adapter[slot] = nn.Parameter(value.to(dtype).contiguous(), requires_grad=False)
+    rebased = None
     if fill and stored.device.type != "meta":
+        rebased = target.method.rebase(adapter, base) if _rebases(target, config) else None
         target.method.init(adapter, base)
+    elif _rebases(target, config):
+        rebased = target.method.rebase(adapter, base)
+    if rebased is not None:
+        stored.copy_(rebased.mT if layer.base.transposed else rebased)
     return adapter
+
+
+def _rebases(target: Target, config: TargetedConfig) -> bool:
+    """Whether the layer's weights become others, for which they must be such as can be written."""
+    return target.method.rebases(config) and not target.base.quantized
+
+
+def _check_rebasing(plan: Plan, config: TargetedConfig, fill: bool) -> None:
+    targets = [target for target in plan.targets if target.method.rebases(config)]
+    held = [target.spec.name for target in targets if isinstance(target.place.module, AdaptedLayer)]
+    if held:
+        raise ConfigError(f"{listed(held)}: other adapters are for the weights that {config.peft_type} would change here")
+    if fill and (coarse := [target.spec.name for target in targets if target.base.quantized]):
+        raise ConfigError(
+            f"{listed(coarse)}: LoftQ starts from weights that are not quantized yet; hint: init_lora_weights=True, then "
+            "replace_lora_weights_loftq(model, path of the unquantized checkpoint)"
+        )
 
 
 def freeze(model: nn.Module, config: TargetedConfig, state: Activation) -> None:

@@ -123,6 +123,14 @@ class Method(ABC):
         """Tensors kept beside the slots but neither trained nor saved, since they follow from `base`; default none."""
         return {}
 
+    def rebases(self, config: Any) -> bool:
+        """Whether adapters of this config are for a base of other weights, which `rebase` computes."""
+        return False
+
+    def rebase(self, adapter: Adapter, base: Affine) -> Tensor:
+        """The weight, `(out, in)`, that the layer gets beneath the adapter, once and for good."""
+        raise NotImplementedError(f"{self.name} leaves the base as it is")
+
     @abstractmethod
     def apply(self, adapter: Adapter, affine: Affine) -> Affine:
         """The weight view: the changed map, in the dtype of `affine` or a wider one. Must be differentiable."""

@@ -48,7 +48,8 @@ class Dora(Lora):
 
     def init(self, adapter: Adapter, base: Affine) -> None:
         super().init(adapter, base)
-        adapter[MAGNITUDE].copy_(self.norm(adapter, base.weight).view_as(adapter[MAGNITUDE]))
+        weight = self.rebase(adapter, base) if self.rebases(adapter.config) else base.weight
+        adapter[MAGNITUDE].copy_(self.norm(adapter, weight).view_as(adapter[MAGNITUDE]))
 
     def apply(self, adapter: Adapter, affine: Affine) -> Affine:
         weight = super().apply(adapter, affine).weight

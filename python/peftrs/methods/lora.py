@@ -8,9 +8,10 @@ layer's groups. A stack of `E` experts keeps its factors in one pair: row `e·r 
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from peftrs import inits
 from peftrs.bases.kinds import CONVOLUTIONS, Affine, LayerKind, LayerSpec
 from peftrs.config import RUNTIME, LayeredConfig, PeftType
 from peftrs.core.method import Adapter, Additive, Below, Method
-from peftrs.errors import ConfigError
+from peftrs.errors import ConfigError, PeftrsWarning
 from peftrs.ops import lora_linear
 from peftrs.registry import method, register
 
@@ -39,7 +40,7 @@ class LoraConfig(LayeredConfig):
     pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     UNBUILT: ClassVar[tuple[str, ...]] = (
         "eva_config", "corda_config", "lora_ga_config", "megatron_config", "velora_config", "alora_invocation_tokens",
-        "use_qalora", "monteclora_config", "use_bdlora", "arrow_config", "kasa_config", "loftq_config",
+        "monteclora_config", "use_bdlora", "arrow_config", "kasa_config",
     )  # fmt: skip
 
     r: int = 8
@@ -75,14 +76,22 @@ class LoraConfig(LayeredConfig):
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LORA
+        if isinstance(settings := cast(Any, self.loftq_config), inits.LoftQConfig):
+            self.loftq_config = vars(settings)
         super().__post_init__()
         faults = [f"`{name}` is not built yet in peftrs: leave it unset" for name in self.UNBUILT if getattr(self, name)]
+        if self.loftq_config and self.init_lora_weights != "loftq":
+            warnings.warn("`loftq_config` is ignored when `init_lora_weights` is not 'loftq'", PeftrsWarning, stacklevel=3)
+            self.loftq_config = {}
+        start = None
         try:
-            inits.find(self.init_lora_weights)
+            start = inits.find(self.init_lora_weights, self.loftq_config)
         except ConfigError as error:
             faults.append(str(error))
         if self.lora_bias and self.use_dora:
             faults.append("`lora_bias` does not go with `use_dora`, whose magnitude acts on the weight alone")
+        if self.use_qalora and (self.use_dora or start is not None):
+            faults.append(f"`use_qalora` goes neither with `use_dora` nor with init_lora_weights={self.init_lora_weights!r}")
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
             faults.append(f"`lora_bias` does not go with init_lora_weights={self.init_lora_weights!r}: use True or False")
         if faults:
@@ -96,17 +105,19 @@ class Lora(Additive):
     name = "LORA"
     config = LoraConfig
     prefix = "lora_"
-    attributes = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
+    attributes: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
     layers = frozenset(LayerKind)
     tied_slots = MappingProxyType({"lora_A.weight": ("lora_embedding_B", True), "lora_B.weight": ("lora_embedding_A", True)})
 
     def variant(self, config: LoraConfig) -> Method:
+        if config.use_qalora:
+            return method("QALORA")
         return method("DORA") if config.use_dora else self
 
     def settle(self, config: LoraConfig, spec: LayerSpec) -> dict[str, Any]:
         values = {"r": spec.matched.get("rank_pattern", config.r)}
         values["lora_alpha"] = spec.matched.get("alpha_pattern", config.lora_alpha)
-        values["start"] = start = inits.find(config.init_lora_weights)
+        values["start"] = start = inits.find(config.init_lora_weights, config.loftq_config)
         faults = []
         if values["r"] < 1:
             faults.append(f"rank {values['r']} is not a positive integer")
@@ -120,7 +131,7 @@ class Lora(Additive):
             fault = (
                 start.fault(values["r"], spec) if spec.kind in start.kinds and not spec.stacked else f"not for {spec.kind} layers"
             )
-            if fault is None and start.changes_base and values["lora_alpha"] <= 0:
+            if fault is None and (start.changes_base or self.rebases(config)) and values["lora_alpha"] <= 0:
                 fault = f"it divides by the scaling, which lora_alpha={values['lora_alpha']} makes {self.scale(config, values)}"
             faults += [] if fault is None else [f"init_lora_weights={config.init_lora_weights!r}: {fault}"]
         if faults:
@@ -180,6 +191,13 @@ class Lora(Additive):
             )
         factors = start(adapter, base)
         return {"origin_A.weight": factors["lora_A.weight"], "origin_B.weight": factors["lora_B.weight"]}
+
+    def rebases(self, config: LoraConfig) -> bool:
+        return config.init_lora_weights == "loftq"
+
+    def rebase(self, adapter: Adapter, base: Affine) -> Tensor:
+        weight: Tensor = adapter.values["start"].rebase(adapter, base)
+        return weight
 
     def factors(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         down, up = (adapter[slot] for slot in _names(adapter))

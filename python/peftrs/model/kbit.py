@@ -52,7 +52,7 @@ def prepare_model_for_kbit_training(
     """
     options = dict(gradient_checkpointing_kwargs or {})
     found = [base for place in places(model) if (base := resolve(original(place.module))) is not None and base.quantized]
-    enable: Any = getattr(model, "gradient_checkpointing_enable", None)
+    enable = _checkpointing(model)
     if found and use_gradient_checkpointing and enable is None:
         raise ConfigError(
             f"a {type(model).__name__} cannot recompute activations; hint: prepare_model_for_kbit_training(model, "
@@ -68,11 +68,17 @@ def prepare_model_for_kbit_training(
             gc.collect()
             if torch.accelerator.is_available():
                 torch.accelerator.memory.empty_cache() if hasattr(torch.accelerator, "memory") else torch.cuda.empty_cache()
-    if found and use_gradient_checkpointing:
+    if found and use_gradient_checkpointing and enable is not None:
         if options.get("use_reentrant", True):
             ask_for_input_gradients(model)
-        enable(gradient_checkpointing_kwargs=options)
+        enable(gradient_checkpointing_kwargs or None)
     return model
+
+
+def _checkpointing(model: nn.Module) -> Any:
+    """What turns recomputing on, by the name that the model's version of transformers has for it."""
+    newer = "activation_checkpointing_enable"
+    return getattr(model, newer, getattr(model, "gradient_checkpointing_enable", None))
 
 
 def ask_for_input_gradients(model: nn.Module) -> None:

@@ -65,6 +65,7 @@ def settle(config: LoraConfig, ranks: Mapping[str, int], parameters: Sequence[st
         config.rank_pattern |= dict.fromkeys(_keys(ranks, rank), rank)
     config.lora_alpha, config.alpha_pattern = config.r, dict(config.rank_pattern)
     config.use_rslora, config.use_dora, config.init_lora_weights = False, False, True
+    config.use_qalora, config.loftq_config = False, {}
 
 
 def _keys(ranks: Mapping[str, int], rank: int) -> list[str]:
