@@ -14,6 +14,7 @@ import peftrs
 from peftrs.ops.lora_linear import lora_linear
 from tests.laws.cases import distance, seeds
 from tests.ops.layers import layer, step, tensors
+from tests.ops.masks import assert_fair
 
 UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 NARROW = [torch.bfloat16, torch.float16]
@@ -91,13 +92,7 @@ def test_dropout_keeps_the_share_and_the_mean(dtype: torch.dtype) -> None:
     assert y is not None
     share = (y != 0).double()
     assert distance(y, share / kept) < 2 * UNIT[dtype] + 2**-16  # the share is a multiple of 2⁻¹⁶, scaled by as it is
-    deviation = (kept * (1 - kept)) ** 0.5
-    for found, count in ((share.mean(), share.numel()), (share.mean(0), rows), (share.mean(1), width)):
-        assert float((found - kept).abs().max()) < 4.5 * deviation / count**0.5
-    # Neighbours, in a row or in a column, know nothing of each other.
-    for one, other in ((share[1:], share[:-1]), (share[:, 1:], share[:, :-1])):
-        covariance = ((one - kept) * (other - kept)).mean()
-        assert abs(float(covariance)) < 4.5 * deviation**2 / one.numel() ** 0.5
+    assert_fair(share, kept)
     again = lora_linear(x, torch.zeros(width, width, dtype=dtype), None, eye, eye, 1.0, 1 - kept)
     assert not torch.equal(again, y)
 

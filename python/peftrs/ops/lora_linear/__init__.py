@@ -1,25 +1,37 @@
 """A frozen linear layer and a LoRA over it as one operation with one gradient formula.
 
 It keeps for the backward pass what it is given, by reference, and `u (M, r)`: no copy of `x` in another dtype, no mask of
-dropout. The gradient is a `torch.autograd.Function` over plain torch operations, which costs less host time than autograd's own
-graph of them, and far less than an opaque `torch.library` operator.
+dropout. `reference` states the formula in plain torch operations, `triton` the same in kernels, `function` puts either together.
+Eager code runs a `torch.autograd.Function`, compiled code on a GPU an operator (`library`, which says why).
+
+Layers that share one `x` (q, k and v; gate and up) each read it. Reading it once for all was weighed and left out: the forward
+half alone would have the first layer read its siblings' parameters before their turn (offloading hooks and shards that gather a
+module at a time have not brought them yet) and hand `u` on through a cache that is keyed on the identity and version of `x`, which
+a compiler cannot trace and which recomputation under checkpointing fills again without emptying. The backward half, where two
+thirds of those reads are, needs one autograd node for all siblings: a node that a caller who skips, hooks or freezes one of them
+does not have. Where a model joins the projections itself (`qkv_proj`), one layer reads `x` once.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from peftrs.ops import is_fused
-from peftrs.ops.lora_linear import reference
+from peftrs.ops.lora_linear.function import LoraLinear, has_kernels
+from peftrs.ops.lora_linear.library import operator
 from peftrs.ops.lora_linear.reference import Dropout
+
+__all__ = ["LoraLinear", "lora_linear", "unfit"]
 
 NARROW = (torch.bfloat16, torch.float16)
 PLAIN = (Tensor, nn.Parameter)
 """Subclasses of them (sharded, quantized, fake tensors) bring operations of their own."""
+
+
+is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
+"""Whether `torch.export` traces, which from torch 2.7 on is told apart from compiling."""
 
 
 def unfit(weight: Tensor, down: Tensor, up: Tensor, dropout: float = 0.0) -> str | None:
@@ -33,9 +45,16 @@ def unfit(weight: Tensor, down: Tensor, up: Tensor, dropout: float = 0.0) -> str
         return "its factors are neither in the weight's dtype nor in float32 over a narrower one"
     if weight.requires_grad:
         return "the weight beneath is trained"
-    if dropout and (weight.device.type != "cpu" or dropout >= 1):
-        return "its dropout keeps nothing" if dropout >= 1 else "no dropout from a seed on this kind of device"
+    if dropout >= 1:
+        return "its dropout keeps nothing"
+    if dropout and weight.device.type != "cpu" and not has_kernels(weight.device):
+        return "no dropout from a seed on this kind of device"
     return None
+
+
+def is_compiled(device: torch.device) -> bool:
+    """Whether a compiled graph has the operator; where not, the compiler fuses the composite itself."""
+    return has_kernels(device) and not is_exporting()
 
 
 def lora_linear(
@@ -47,14 +66,16 @@ def lora_linear(
     `functional.linear` does. The mask of dropout follows from a number drawn from torch's generator, and is not the one that
     `functional.dropout` would draw.
     """
-    if (
-        torch.compiler.is_compiling()  # the compiler fuses the composite itself
-        or type(x) not in PLAIN
-        or torch._C._functorch.peek_interpreter_stack() is not None  # `torch.func` needs rules that a Function lacks
+    if torch.compiler.is_compiling():
+        if not is_compiled(x.device):
+            return None
+    elif (
+        torch._C._functorch.peek_interpreter_stack() is not None  # `torch.func` needs rules that a Function lacks
         or forward_ad._current_level >= 0
         or torch._C._get_tracing_state() is not None
-        or unfit(weight, down, up, dropout) is not None
     ):
+        return None
+    if type(x) not in PLAIN or unfit(weight, down, up, dropout) is not None:
         return None
     device, dtype = x.device.type, x.dtype
     if torch.is_autocast_enabled(device):
@@ -66,67 +87,21 @@ def lora_linear(
         return None
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    seeded = None
+    dropped = 0
     if dropout:
-        # A number on the host, so no tensor to keep; drawn where torch's own dropout would draw, so that checkpointing restores it.
-        seeded = Dropout(min(max(round(dropout * 2**16), 1), 2**16 - 1), int(torch.randint(2**63 - 1, ())))
-        scaling = scaling / seeded.share
+        dropped = min(max(round(dropout * 2**16), 1), 2**16 - 1)
+        scaling = scaling / (1 - dropped / 2**16)
+    if torch.compiler.is_compiling():
+        return operator(x, weight, bias, down, up, scaling, dropped, drawn(x.device) if dropped else None)
+    seeded = None
+    if dropped:
+        seeded = Dropout(dropped, drawn(x.device) if x.is_cuda else int(torch.randint(2**63 - 1, ())))
     return LoraLinear.apply(x, weight, bias, down, up, scaling, seeded)  # type: ignore[no-any-return]
 
 
-class LoraLinear(torch.autograd.Function):
-    """The gradients of all but the frozen weight."""
+def drawn(device: torch.device) -> Tensor:
+    """A seed drawn where torch's own dropout would draw, so that checkpointing draws it again.
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        down: Tensor,
-        up: Tensor,
-        scaling: float,
-        dropout: Dropout | None,
-    ) -> Tensor:
-        rows, lower, upper = x, down, up
-        if x.ndim != 2:
-            rows = x.reshape(-1, x.shape[-1])
-        dtype = weight.dtype
-        if rows.dtype != dtype:
-            rows = rows.to(dtype)
-        if down.dtype != dtype and torch.is_autocast_enabled(x.device.type):
-            lower, upper = down.to(dtype), up.to(dtype)
-        u = reference.low(rows, lower, dropout)
-        y = reference.high(u, rows, weight, bias, upper, scaling)
-        ctx.save_for_backward(x, weight, down, up, u if u.dtype == dtype else u.to(dtype))
-        ctx.settings = scaling, dropout
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, down, up, u = ctx.saved_tensors
-        device = x.device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return LoraLinear.backward(ctx, *gradients)
-        scaling, dropout = ctx.settings
-        dtype, wide = weight.dtype, down.dtype
-        rows, dy = x, gradients[0]
-        if x.ndim != 2:
-            rows, dy = rows.reshape(-1, weight.shape[1]), dy.reshape(-1, weight.shape[0])
-        if x.dtype != dtype:
-            rows = rows.to(dtype)
-        if wide != dtype:
-            down, up = down.to(dtype), up.to(dtype)
-        need_x, _, need_bias, need_down, need_up, *_ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            # Someone differentiates this formula: `u` must depend on what it was made of.
-            u = reference.low(rows, down, dropout)
-        dx, d_down, d_up = reference.backward(dy, rows, weight, down, up, u, scaling, dropout, (need_x, need_down, need_up))
-        if dx is not None and x.dtype != dtype:
-            dx = dx.to(x.dtype)
-        if dx is not None and x.ndim != 2:
-            dx = dx.view(x.shape)
-        if wide != dtype:
-            d_down, d_up = (None if gradient is None else gradient.to(wide) for gradient in (d_down, d_up))
-        return dx, None, dy.sum(0) if need_bias else None, d_down, d_up, None, None
+    On the device, so that neither the host waits for it nor a captured graph keeps one number.
+    """
+    return torch.randint(2**63 - 1, (1,), device=device)

@@ -22,21 +22,21 @@ class Dropout(NamedTuple):
 
     dropped: int
     """How many of 65,536 elements."""
-    seed: int
-
-    @property
-    def share(self) -> float:
-        """The share of elements kept, exactly."""
-        return 1 - self.dropped / 2**16
+    seed: int | Tensor
+    """Where the mask is made: a number on the CPU, on a GPU a tensor of one, which a CUDA graph can draw anew."""
 
     def mask(self, x: Tensor) -> Tensor:
-        """Whether each element of `x` is kept, a function of the seed and the shape alone.
+        """Whether each element of `x (M, in)` is kept, a function of the seed and the shape alone.
 
-        Four elements take a word of the generator: a quarter of the time of `bernoulli_`.
+        On the CPU four elements take a word of the generator: a quarter of the time of `bernoulli_`.
         """
-        generator = torch.Generator(x.device).manual_seed(self.seed)
+        if x.is_cuda:
+            from peftrs.ops.lora_linear import triton
+
+            return triton.mask(x.shape[0], x.shape[1], self)
+        generator = torch.Generator().manual_seed(int(self.seed))
         count = x.numel()
-        words = torch.empty((count + 3) // 4, dtype=torch.int64, device=x.device).random_(-(2**63), None, generator=generator)
+        words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
         return (words.view(torch.int16)[:count] >= self.dropped - 2**15).view(x.shape)
 
 
@@ -83,10 +83,15 @@ def backward(
     dropout: Dropout | None,
     needs: tuple[bool, bool, bool],
 ) -> Gradients:
-    """The gradients of `x`, `A` and `B`; all arguments in one dtype. Differentiable if `u` is."""
+    """The gradients of `x`, `A` and `B`, each in the dtype of its own, computed in that of `x`. Differentiable if `u` is."""
     need_x, need_down, need_up = needs
+    wide = down.dtype
+    if wide != x.dtype:
+        down, up, u = down.to(x.dtype), up.to(x.dtype), u.to(x.dtype)
     # `beta=0` ignores the first argument: it lends its shape, so that the factor is applied where the product accumulates.
     d_up = torch.addmm(up, dy.t(), u, beta=0, alpha=scaling) if need_up else None
+    if d_up is not None and wide != x.dtype:
+        d_up = d_up.to(wide)
     if not (need_x or need_down):
         return Gradients(None, None, d_up)
     mask = None if dropout is None else dropout.mask(x)
@@ -94,6 +99,8 @@ def backward(
     d_down = None
     if need_down:
         d_down = torch.addmm(down, du.t(), x if mask is None else x * mask, beta=0, alpha=scaling)
+        if wide != x.dtype:
+            d_down = d_down.to(wide)
     if not need_x:
         return Gradients(None, d_down, d_up)
     dx = du @ down
