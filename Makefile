@@ -29,7 +29,7 @@ export UV_NO_PROGRESS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export CARGO_TERM_COLOR ?= auto
 
-.PHONY: help demo smollm2 test test-all test-oldest lint format develop clean test-rust test-python
+.PHONY: help demo smollm2 test test-all test-oldest test-gpu lint format develop clean test-rust test-python
 
 help: ## Lists the commands
 	@grep -hE '^[a-z0-9-]+:.*## ' Makefile | sed -E 's/^([a-z0-9-]+):.*## /\1\t/' | expand -t 16
@@ -52,6 +52,9 @@ test-all: lint test-rust test-python ## Runs `make test` with the long tiers, th
 test-oldest: $(OLDEST)/.installed ## Runs the Python tests with the oldest versions supported
 	mkdir -p $(REPORTS)
 	$(OLDEST)/bin/python -P -m pytest -n $(WORKERS) --junitxml $(REPORTS)/pytest-oldest.xml
+
+test-gpu: $(INSTALLED)/.installed ## Checks and times what needs a GPU, and says so where there is none
+	$(INSTALLED)/bin/python benches/gpu.py
 
 lint: .venv/.synced ## Checks formats, lints, types and the extension's stub
 	cargo fmt --all --check

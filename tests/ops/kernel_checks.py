@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peftrs.ops.lora_linear import reference, triton
+from peftrs.ops.lora_linear import function, library, reference, triton
 from peftrs.ops.lora_linear.reference import Dropout
 from tests.laws.cases import distance
 from tests.ops.masks import assert_fair
@@ -201,3 +201,27 @@ def test_the_passes_drop_what_the_mask_drops(dtype: torch.dtype) -> None:
     ]
     for one, other in zip(run(given, dropout, (True, True, True), 2.0), wanted, strict=True):
         assert distance(one, other) < 6 * UNIT[dtype]
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["function", "operator"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_autograd_over_the_kernels_is_that_of_the_formula(autocast: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(function, "passes", lambda *_: triton)
+    dtype = torch.float32 if autocast else torch.bfloat16
+    given = arguments((33, 70, 45, 5), dtype, torch.float32)
+    x, weight, bias, down, up, dy = given.values()
+    given["x"], given["dy"] = x, dy = x.view(3, 11, 70), dy.view(3, 11, 45)
+    leaves = [one.requires_grad_() for one in (x, down, up)]
+    dropout = seeded()
+    with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+        if compiled:
+            y = library.operator(x, weight, bias, down, up, -1.7, *dropout)
+        else:
+            narrow = torch.bfloat16 if autocast else dtype
+            y = function.LoraLinear.apply(x, weight.to(narrow), bias.to(narrow), down, up, -1.7, dropout)
+    kept = triton.mask(33, 70, dropout).view(3, 11, 70).double()
+    assert y.dtype is torch.bfloat16
+    found = [y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
+    assert [one.dtype for one in found[1:]] == [one.dtype for one in leaves]
+    for one, other in zip(found, exact(given, kept, -1.7)[1:], strict=True):
+        assert distance(one, other) < 6 * UNIT[torch.bfloat16]
