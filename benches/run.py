@@ -41,6 +41,8 @@ class Row:
     make: Callable[[str, bool], Callable[[], object]]
     check: Callable[[bool], None]
     sides: tuple[str, ...] = ("peftrs", "peft")
+    most: int = 99
+    """How often it is run at most, for what takes minutes."""
 
 
 def both_agree(run: Callable[[Any, bool], torch.Tensor], quick: bool, tolerance: float) -> None:
@@ -113,7 +115,7 @@ def run(rows: Sequence[Row], arguments: argparse.Namespace, threads: int = 1) ->
     results = []
     for row in rows:
         if arguments.only in row.name:
-            results.append(measure(row, arguments.quick, arguments.runs or (2 if arguments.quick else 7)))
+            results.append(measure(row, arguments.quick, min(row.most, arguments.runs or (2 if arguments.quick else 7))))
             print(shown(results[-1]), flush=True)
     write(arguments.output, results, threads)
 

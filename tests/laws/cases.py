@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from peftrs import registry
 from peftrs.config import TargetedConfig
-from peftrs.core import inject, plan
+from peftrs.core import inject, plan, tree
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.tree import adapted_layers
@@ -154,7 +154,8 @@ def config(way: str, kind: str) -> TargetedConfig:
 def add(model: nn.Module, settings: TargetedConfig, adapter: str, **options: Any) -> None:
     """Injects an adapter as the model room does, straight through the core."""
     assert settings.peft_type is not None
-    inject.inject(model, settings, adapter, plan.make(model, settings, registry.method(settings.peft_type)), **options)
+    planned = plan.make(list(tree.places(model)), settings, registry.method(settings.peft_type))
+    inject.inject(model, settings, adapter, planned, inject.activation(model), **options)
 
 
 def plain(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:

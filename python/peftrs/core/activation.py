@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from typing import Any
+from weakref import ref
 
 from torch import nn
 
@@ -11,15 +13,40 @@ from peftrs.errors import AdapterError
 
 
 class Activation:
-    """The active adapters, in order, and whether they act. A model's wrapped modules share one: switching is one write."""
+    """The active adapters, in order, and whether they act. A model's wrapped modules share one: switching is one write.
 
-    __slots__ = ("active", "enabled", "overridden")
+    A copy has none of the modules: those that are copied with it join it themselves, and others stay where they are.
+    """
+
+    __slots__ = ("active", "enabled", "joined", "overridden")
 
     def __init__(self, active: Sequence[str] = (), enabled: bool = True) -> None:
         self.active = tuple(active)
         self.enabled = enabled
+        self.joined: list[ref[Switched]] = []
         self.overridden: list[Switched] = []
         """The modules that go their own way."""
+
+    def __reduce__(self) -> Any:
+        return Activation, (self.active, self.enabled)
+
+    @property
+    def members(self) -> list[Switched]:
+        """The modules that share this, in the order in which they came."""
+        return [module for held in self.joined if (module := held()) is not None]
+
+    def adapters(self) -> list[str]:
+        """The names of all adapters that any of them has, in the order in which they came."""
+        names: dict[str, None] = {}
+        last: tuple[str, ...] = ()
+        for module in self.members:
+            if (own := module.adapter_names()) != last:  # layers mostly have the same
+                names |= dict.fromkeys(last := own)
+        return list(names)
+
+    def leave(self, module: Switched) -> None:
+        """Forgets a module that was taken out of the model."""
+        self.joined = [held for held in self.joined if held() not in (module, None)]
 
     def clear(self) -> None:
         """Makes every module follow again."""
@@ -32,7 +59,18 @@ class Switched:
     """A wrapped module whose adapters can be switched: with its model, or alone, as transformers and diffusers do."""
 
     activation: Activation
-    override: Activation | None
+    override: Activation | None = None
+
+    def join(self, activation: Activation) -> None:
+        """Shares this with the other wrapped modules of the model."""
+        self.__dict__["activation"] = activation
+        activation.joined.append(ref(self))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[misc]
+        self.join(self.activation)
+        if self.override is not None:
+            self.activation.overridden.append(self)
 
     @property
     def state(self) -> Activation:
@@ -65,6 +103,10 @@ class Switched:
     @abstractmethod
     def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:
         """Sets whether the named adapters are trained; `only` freezes all others."""
+
+    @abstractmethod
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Takes an adapter off this module, which may not have it."""
 
     def conflict(self, names: Sequence[str]) -> str | None:
         """Why these adapters cannot act on this module together, or None if they can."""

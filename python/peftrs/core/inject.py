@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -20,28 +21,25 @@ from peftrs.core.prompt_call import plant
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.target import Target
-from peftrs.core.tree import original, wrappers
+from peftrs.core.tree import Place, original, wrappers
 from peftrs.errors import AdapterError, ConfigError, listed
 
 log = logging.getLogger("peftrs")
 
 
-def check_name(model: nn.Module, adapter: str) -> None:
+def check_name(state: Activation, adapter: str) -> None:
     """Raises `AdapterError` for a name that is taken, or that could not be a part of parameter names and folders."""
     if not adapter or adapter != adapter.strip() or any(mark in adapter for mark in "./\\\0") or adapter == "__base__":
         raise AdapterError(f"adapter name {adapter!r} must be one path component without dots or surrounding spaces")
     if hasattr(nn.ModuleDict(), adapter) or hasattr(nn.ParameterDict(), adapter):
         raise AdapterError(f"adapter name {adapter!r} is the name of a method of torch's containers; choose another")
-    if adapter in adapters(model):
+    if adapter in state.adapters():
         raise AdapterError(f"Adapter with name {adapter!r} already exists.")
 
 
 def adapters(model: nn.Module) -> list[str]:
     """The names of all adapters of a model, in the order in which they came."""
-    names: dict[str, None] = {}
-    for _, wrapper in wrappers(model):
-        names |= dict.fromkeys(wrapper.adapter_names())
-    return list(names)
+    return activation(model).adapters()
 
 
 def activation(model: nn.Module) -> Activation:
@@ -54,20 +52,21 @@ def inject(
     config: TargetedConfig,
     adapter: str,
     plan: Plan,
+    state: Activation,
     *,
     prompt: Encoder | None = None,
     fill: bool = True,
     autocast_adapter_dtype: bool = True,
 ) -> None:
-    """Puts the adapter into the model as planned, with its prompt if it has one.
+    """Puts the adapter into the model as planned, with its prompt if it has one. `state` is what the model's adapters share.
 
     Its tensors get first values, or with `fill=False` none (device meta).
 
-    The first adapter of a model becomes the active one. All parameters that are not adapters' are frozen, but for biases that the
-    config trains.
+    The first adapter of a model becomes the active one, and all parameters that are not its own are frozen, but for biases that
+    the config trains. What others train stays as it is.
     """
-    check_name(model, adapter)
-    state = activation(model)
+    check_name(state, adapter)
+    first = not state.adapters()
     if not state.active:
         state.active = (adapter,)
     fitted: dict[str, FittedAdapter] = {}
@@ -79,19 +78,25 @@ def inject(
     for place, tied in plan.saved:
         replaced = place.module if isinstance(place.module, ReplacedModule) else ReplacedModule(place.module, state, place.name)
         if replaced is not place.module:
-            replaced.train(place.module.training)
             place.put(replaced)
         copies[place.name] = replaced.add(adapter, copies.get(tied) if tied else None)
     if prompt is not None:
         plant(model, adapter, prompt, state)
-    _keep_calling(model)
-    freeze(model, config, state)
+    _keep_calling(model, plan.found)
+    if first:
+        for parameter in base_parameters(model, plan.found):
+            parameter.requires_grad_(False)
+        for _, bias in biases(model, config):
+            bias.requires_grad_(not config.inference_mode)
+    for member in state.members:
+        member.require_grad((adapter,), requires_grad=adapter in state.active and not config.inference_mode)
     log.info("%s", plan.summary(adapter))
 
 
 def _wrap(target: Target, state: Activation) -> AdaptedLayer:
     place = target.place
-    current = place.parent.get_submodule(place.attribute)
+    # Another target may have wrapped the place since it was found.
+    current = cast(nn.Module, place.parent._modules[place.attribute])
     layer: nn.Module = current
     while isinstance(layer, AdaptedLayer):
         if _same(layer.base, target.base):
@@ -99,8 +104,8 @@ def _wrap(target: Target, state: Activation) -> AdaptedLayer:
         layer = layer.base_layer
     target.base.prepare(original(current))
     wrapped = AdaptedLayer(current, target.base, state, target.spec)
-    wrapped.train(current.training)
-    wrapped.read_by_owner = isinstance(original(place.parent), nn.MultiheadAttention)
+    if isinstance(original(place.parent), nn.MultiheadAttention):
+        wrapped.read_by_owner = True
     place.put(wrapped)
     return wrapped
 
@@ -157,16 +162,11 @@ def _check_rebasing(plan: Plan, config: TargetedConfig, fill: bool) -> None:
         )
 
 
-def freeze(model: nn.Module, config: TargetedConfig, state: Activation) -> None:
-    """Leaves only active adapters trainable, and the biases that the config's `bias` names."""
-    own = own_parameters(model)
-    for parameter in model.parameters():
-        if id(parameter) not in own:
-            parameter.requires_grad_(False)
-    for _, wrapper in wrappers(model):
-        wrapper.require_grad(state.active, only=True, requires_grad=not config.inference_mode)
-    for _, bias in biases(model, config):
-        bias.requires_grad_(not config.inference_mode)
+def base_parameters(model: nn.Module, found: Iterable[Place]) -> list[nn.Parameter]:
+    """The parameters of a model without its adapters', each once; `found` are all its modules but the root."""
+    modules = [model, *(original(place.module) for place in found)]
+    held = [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
+    return list({id(parameter): parameter for parameter in held}.values())
 
 
 def own_parameters(model: nn.Module) -> set[int]:
@@ -192,13 +192,13 @@ def biases(model: nn.Module, config: TargetedConfig) -> list[tuple[str, nn.Param
     return found
 
 
-def _keep_calling(model: nn.Module) -> None:
+def _keep_calling(model: nn.Module, found: list[Place]) -> None:
     """Keeps torch on the path that calls adapted layers.
 
     Its fused encoder reads weights past their modules, unless a hook stands on one of them.
     """
-    for parent in model.modules():
-        if isinstance(parent, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+    for parent in (model, *(original(place.module) for place in found)):
+        if isinstance(parent, (nn.TransformerEncoderLayer, nn.MultiheadAttention)):
             for module in parent.modules():
                 if isinstance(module, AdaptedLayer) and _nothing not in module._forward_pre_hooks.values():
                     module.register_forward_pre_hook(_nothing)

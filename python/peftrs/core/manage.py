@@ -17,7 +17,7 @@ from peftrs.core.inject import activation, adapters
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.prompt import prompts_of
 from peftrs.core.prompt_call import uproot
-from peftrs.core.tree import Wrapped, adapted_layers, places, wrappers
+from peftrs.core.tree import Wrapped, adapted_layers, places
 from peftrs.errors import AdapterError, MergeError, PeftrsWarning
 
 Track = Callable[[list[AdaptedLayer]], Iterable[AdaptedLayer]]
@@ -26,7 +26,7 @@ Track = Callable[[list[AdaptedLayer]], Iterable[AdaptedLayer]]
 
 def check_known(model: nn.Module, names: Sequence[str]) -> None:
     """Raises `AdapterError` naming the adapters that the model does not have."""
-    known = adapters(model)
+    known = adapters(model) if names else ()
     for name in names:
         if name not in known:
             raise AdapterError(f"Adapter {name} not found. The model has {known}.")
@@ -39,26 +39,26 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
     """
     chosen = [names] if isinstance(names, str) else list(names)
     check_known(model, chosen)
-    held = list(wrappers(model))
-    if faults := [fault for _, wrapper in held if (fault := wrapper.conflict(chosen))]:
-        raise AdapterError("; ".join(faults[:4]))
     state = activation(model)
-    merged = [wrapper for _, wrapper in held if isinstance(wrapper, AdaptedLayer) and wrapper.merged]
+    members = state.members
+    if len(chosen) > 1 and (faults := [fault for member in members if (fault := member.conflict(chosen))]):
+        raise AdapterError("; ".join(faults[:4]))
+    merged = [member for member in members if isinstance(member, AdaptedLayer) and member.ledger is not None]
     if any(layer.merged_adapters != [name for name in chosen if name in layer.adapters] for layer in merged):
         warnings.warn(f"{merged[0].merged_adapters} were merged and are unmerged now", PeftrsWarning, 3)
         unmerge(merged)
     state.active = tuple(chosen)
     state.clear()
-    for _, wrapper in held:
-        wrapper.require_grad(chosen, only=True, requires_grad=not inference_mode)
+    for member in members:
+        member.require_grad(chosen, only=True, requires_grad=not inference_mode)
 
 
 def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Sets whether the named adapters are trained, leaving the others as they are."""
     chosen = [names] if isinstance(names, str) else list(names)
     check_known(model, chosen)
-    for _, wrapper in wrappers(model):
-        wrapper.require_grad(chosen, requires_grad=requires_grad)
+    for member in activation(model).members:
+        member.require_grad(chosen, requires_grad=requires_grad)
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
@@ -66,8 +66,8 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
     state = activation(model)
     state.enabled = enabled
     state.clear()
-    for _, wrapper in wrappers(model):
-        wrapper.require_grad(state.active if enabled else (), only=True)
+    for member in state.members:
+        member.require_grad(state.active if enabled else (), only=True)
 
 
 @contextmanager
@@ -89,22 +89,22 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Takes an adapter off every layer. The next one becomes active, with a warning, where it was the only active one."""
     check_known(model, [name])
-    held = list(wrappers(model))
-    merged = [wrapper.spec.name for _, wrapper in held if isinstance(wrapper, AdaptedLayer) and name in wrapper.merged_adapters]
+    state = activation(model)
+    members, was_active = state.members, name in state.active
+    merged = [one.spec.name for one in members if isinstance(one, AdaptedLayer) and name in one.merged_adapters]
     if merged:
         raise AdapterError(f"Cannot delete adapter {name!r} while it is merged into {len(merged)} layers; unmerge it first")
-    state, was_active = activation(model), name in activation(model).active
-    for _, wrapper in held:
-        wrapper.delete_adapter(name)
+    for member in members:
+        member.delete_adapter(name)
     state.active = tuple(other for other in state.active if other != name)
-    left = adapters(model)
+    left = state.adapters()
     if was_active and not state.active and left:
         state.active = (left[0],)
-        following = [wrapper for _, wrapper in held if wrapper.override is None]
+        following = [member for member in members if member.override is None]
         if following:
             warnings.warn(f"adapter {name!r} was active and is deleted; {left[0]!r} is active now", PeftrsWarning, 3)
-        for wrapper in following:
-            wrapper.require_grad(state.active, only=True)
+        for member in following:
+            member.require_grad(state.active, only=True)
 
 
 def merge(

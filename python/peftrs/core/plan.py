@@ -19,7 +19,7 @@ from peftrs.core.layer import AdaptedLayer
 from peftrs.core.method import Method
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.target import Target, aim
-from peftrs.core.tree import Place, original, places
+from peftrs.core.tree import Place, original
 from peftrs.errors import ConfigError, TargetError, complain, listed
 
 PROJECTION = 2.0
@@ -29,8 +29,12 @@ The files of such adapters were trained for that, so that it is what they mean."
 
 @dataclass(frozen=True)
 class Plan:
-    """The layers that an adapter changes, the modules it replaces, each with the one it is tied to, and what matched."""
+    """The layers that an adapter changes, the modules it replaces, each with the one it is tied to, and what matched.
 
+    `found` are all modules of the model.
+    """
+
+    found: list[Place]
     targets: list[Target]
     saved: list[tuple[Place, str | None]]
     selection: _native.Selection
@@ -44,7 +48,7 @@ class Plan:
 
 
 def make(
-    model: nn.Module,
+    found: list[Place],
     config: TargetedConfig,
     method: Method,
     *,
@@ -52,13 +56,12 @@ def make(
     input_embeddings: str | None = None,
     strict: bool | None = None,
 ) -> Plan:
-    """Finds what the adapter changes, changing nothing.
+    """Finds what the adapter changes among a model's modules, changing nothing.
 
     `output_layers` are left out of "all-linear"; `input_embeddings` names the table that a plain list of `trainable_token_indices`
     is for. Raises `TargetError` where nothing matches or entries of a list match nothing (a warning unless `strict`), `ConfigError`
     where layers cannot be adapted as asked: every fault of a kind at once.
     """
-    found = list(places(model))
     selection = select(found, config, output_layers)
     _check_matches(selection, config, strict)
     faults: list[str] = []
@@ -78,7 +81,7 @@ def make(
     faults += _saved_faults(saved, targets)
     if faults:
         raise ConfigError("; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else ""))
-    return Plan(targets, saved, selection)
+    return Plan(found, targets, saved, selection)
 
 
 def _saved_faults(saved: list[tuple[Place, str | None]], targets: list[Target]) -> list[str]:
@@ -104,6 +107,7 @@ def select(found: list[Place], config: TargetedConfig, output_layers: frozenset[
     """The config's patterns applied to the names of these modules."""
     layers = getattr(config, "layers_to_transform", None)
     pattern = getattr(config, "layers_pattern", None)
+    parameters = getattr(config, "target_parameters", None)
     return _native.select(
         [place.name for place in found],
         target_modules=_in_order(config.target_modules),
@@ -113,8 +117,8 @@ def select(found: list[Place], config: TargetedConfig, output_layers: frozenset[
         layers_pattern=[pattern] if isinstance(pattern, str) else pattern,
         modules_to_save=config.modules_to_save,
         feedforward_modules=_in_order(getattr(config, "feedforward_modules", None)),
-        parameters=[f"{place.name}.{name}" for place in found for name in sorted(original(place.module)._parameters)],
-        target_parameters=getattr(config, "target_parameters", None),
+        parameters=[f"{p.name}.{name}" for p in found for name in sorted(original(p.module)._parameters)] if parameters else [],
+        target_parameters=parameters,
         patterns={name: list(getattr(config, name) or {}) for name in config.pattern_fields},
     )
 
@@ -131,7 +135,8 @@ def _targets(
         if owner in modules:
             faults.append(f"{name}: its module is a target too; name either the module or its parameters")
     targets: list[Target] = []
-    for index, (name, place, parameter) in enumerate(wanted):
+    matched_by = _matched(selection, config, len(wanted))
+    for (name, place, parameter), matched in zip(wanted, matched_by, strict=True):
         if _in_attention(place) and place.name.rpartition(".")[0] in modules:
             continue
         base = _base(place, parameter)
@@ -141,7 +146,6 @@ def _targets(
                 f"Target module {name} is not supported: {method.name} adapts {', '.join(sorted(method.layers))} layers, not {kind}"
             )
             continue
-        matched = _matched(selection, config, index)
         targets.append(aim(place, base, method, matched, name=name))
         if base.kind is LayerKind.ATTENTION:
             inner = original(place.module)
@@ -160,14 +164,17 @@ def _base(place: Place, parameter: str | None) -> Base | None:
     return dense.Parameter(parameter, transposed=weight.ndim == 3 and bool(getattr(inner, "is_transposed", False)))
 
 
-def _matched(selection: _native.Selection, config: TargetedConfig, index: int) -> dict[str, Any]:
-    matched: dict[str, Any] = {}
+def _matched(selection: _native.Selection, config: TargetedConfig, count: int) -> list[dict[str, Any]]:
+    """The value that each pattern field of the config gives each of the layers selected, where a key of it matched."""
+    matched: list[dict[str, Any]] = [{} for _ in range(count)]
     for field in config.pattern_fields:
-        key = selection.pattern_index(field)[index]
-        if key >= 0:
-            matched[field] = list(getattr(config, field).values())[key]
-    if index < len(selection.targets) and hasattr(config, "feedforward_modules"):
-        matched["feedforward_modules"] = selection.feedforward[index]
+        values = list((getattr(config, field) or {}).values())
+        for one, key in zip(matched, selection.pattern_index(field) if values else (), strict=False):
+            if key >= 0:
+                one[field] = values[key]
+    if hasattr(config, "feedforward_modules"):
+        for one, is_feedforward in zip(matched, selection.feedforward, strict=False):
+            one["feedforward_modules"] = is_feedforward
     return matched
 
 

@@ -190,8 +190,7 @@ class Prompts(Switched, nn.ModuleDict):
 
     def __init__(self, activation: Activation) -> None:
         super().__init__()
-        self.activation = activation
-        self.override: Activation | None = None
+        self.join(activation)
         self.hosts: dict[str, str] = {}
         """The path of the module whose calls get the prompt, by adapter name."""
         self.task_ids: Tensor | None = None

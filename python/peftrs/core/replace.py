@@ -16,10 +16,10 @@ class ReplacedModule(Switched, nn.Module):
 
     def __init__(self, original_module: nn.Module, activation: Activation, name: str) -> None:
         super().__init__()
+        self.training = original_module.training
         self.original_module = original_module
         self.modules_to_save = nn.ModuleDict()
-        self.activation = activation
-        self.override: Activation | None = None
+        self.join(activation)
         self.name = name
 
     def __getattr__(self, name: str) -> Any:

@@ -70,8 +70,13 @@ class FittedAdapter:
             return self.leader[leading].mT if transposed else self.leader[leading]
         container, leaf = self.places[slot]
         # Not by attribute, which would be looked for in three places before it is found here.
-        held = cast(Any, self.layer._modules[container])[self.name]
-        return cast(Tensor, getattr(held, leaf) if leaf else held)
+        held: Any = self.layer._modules[container]
+        if leaf:
+            held = held._modules[self.name]
+        name = leaf or self.name
+        tensor = held._parameters.get(name)
+        # Libraries that gather parameters for a while hang them beside the registered ones.
+        return cast(Tensor, getattr(held, name) if tensor is None else tensor)
 
     def get(self, slot: str) -> Tensor | None:
         """The tensor of a slot, or None if this adapter has no such slot."""
@@ -89,10 +94,11 @@ class FittedAdapter:
             # `add_module` would find the container of a layer adapted beneath this one, which answers for what this one lacks.
             self.layer._modules[container] = held
         if leaf:
-            modules = cast(nn.ModuleDict, held)
-            if self.name not in modules:
-                modules[self.name] = Leaves()
-            setattr(modules[self.name], leaf, parameter)
+            leaves = held._modules.get(self.name)
+            if leaves is None:
+                # The name is known to be good: `add_module` would look for it among all attributes.
+                leaves = held._modules[self.name] = Leaves()
+            leaves._parameters[leaf] = parameter
         else:
             cast(nn.ParameterDict, held)[self.name] = parameter
         self.places[slot] = (container, leaf)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from torch import nn
 
@@ -14,10 +14,11 @@ from peftrs.core.replace import ReplacedModule
 Wrapped = AdaptedLayer | ReplacedModule
 Holder = Wrapped | Prompts
 """What holds adapters' tensors."""
+_WRAPPED = (AdaptedLayer, ReplacedModule)  # told from others faster than by the union
+_HOLDER = (*_WRAPPED, Prompts)
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A module of the model: its name, itself (the outermost wrapper if it is adapted), and where it hangs."""
 
     name: str
@@ -32,36 +33,63 @@ class Place:
 
 def places(model: nn.Module) -> Iterator[Place]:
     """Every module below the root, parents first, each once; inside wrappers only what the original module holds."""
-    seen: set[int] = {id(model)}
-    yield from _places(model, "", seen)
-
-
-def _places(parent: nn.Module, prefix: str, seen: set[int]) -> Iterator[Place]:
-    for attribute, module in parent.named_children():
+    seen = {id(model)}
+    # Not by recursion, which would pass every module up through every level.
+    waiting = _children(model, "")
+    while waiting:
+        place = waiting.pop()
+        module = place.module
         if id(module) in seen or isinstance(module, Prompts):
             continue
-        seen.add(id(module))
-        name = prefix + attribute
-        yield Place(name, module, parent, attribute)
         inner = original(module)
-        seen.add(id(inner))
-        yield from _places(inner, f"{name}.", seen)
+        seen |= {id(module), id(inner)}
+        if inner._modules:
+            waiting += _children(inner, f"{place.name}.")
+        yield place
+
+
+def _children(parent: nn.Module, prefix: str) -> list[Place]:
+    """The last first."""
+    return [
+        Place(prefix + attribute, module, parent, attribute)
+        for attribute, module in reversed(parent._modules.items())
+        if module is not None
+    ]
 
 
 def original(module: nn.Module) -> nn.Module:
     """The module under all wrappers."""
-    while isinstance(module, Wrapped):
+    while isinstance(module, _WRAPPED):
         module = module.base_layer if isinstance(module, AdaptedLayer) else module.original_module
     return module
 
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Holder]]:
     """Every adapted layer and replaced module, and the model's prompts, with its full name in memory."""
-    for name, module in model.named_modules():
-        if isinstance(module, Holder):
+    seen: set[int] = set()
+    waiting: list[tuple[str, nn.Module]] = [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        children: Iterable[tuple[str, nn.Module | None]] = module._modules.items()
+        if isinstance(module, _HOLDER):
             yield name, module
+            # What adapters hold themselves is never adapted.
+            children = () if isinstance(module, Prompts) else [_beneath(module)]
+        elif not children:
+            continue
+        prefix = f"{name}." if name else ""
+        waiting += [(prefix + attribute, child) for attribute, child in reversed(list(children)) if child is not None]
+
+
+def _beneath(module: Wrapped) -> tuple[str, nn.Module]:
+    if isinstance(module, AdaptedLayer):
+        return "base_layer", module.base_layer
+    return "original_module", module.original_module
 
 
 def adapted_layers(model: nn.Module) -> Iterator[AdaptedLayer]:
     """Every adapted layer."""
-    return (module for module in model.modules() if isinstance(module, AdaptedLayer))
+    return (wrapper for _, wrapper in wrappers(model) if isinstance(wrapper, AdaptedLayer))

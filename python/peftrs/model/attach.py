@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -10,12 +11,13 @@ from torch import nn
 
 from peftrs import registry
 from peftrs.config import PeftConfig, PromptLearningConfig, TargetedConfig
-from peftrs.core.inject import activation, adapters, check_name, inject
+from peftrs.core.activation import Activation, Switched
+from peftrs.core.inject import activation, base_parameters, check_name, inject
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.method import Method
 from peftrs.core.prompt import PromptMethod, prompts_of
 from peftrs.core.prompt_call import uproot, word_embeddings
-from peftrs.core.tree import Wrapped, places, wrappers
+from peftrs.core.tree import Wrapped, places
 from peftrs.errors import AdapterError, ConfigError, listed
 from peftrs.io.checkpoint import PREFIX
 from peftrs.io.entries import plain
@@ -40,12 +42,11 @@ def attach(
     The config is filled in with what the model decides (default targets). `names` are the keys of a state dict that says which
     layers are targets, instead of the config. Raises `AdapterError`, `ConfigError` or `TargetError`, with nothing changed.
     """
-    configs = peft_configs(model)
-    method = check(model, config, adapter, configs)
+    configs, state = peft_configs(model), activation(model)
+    method = check(config, adapter, configs, state)
     targeted = cast(TargetedConfig, config)
-    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()] if adapters(model) else []
-    with whole_or_not(model):
-        _grow(model, targeted)
+    with whole_or_not(model, state):
+        _grow(model, targeted, state)
         exact = None if names is None else _modules_in(names, model, method, targeted)
         plan, settled = make_plan(model, targeted, method, heads=heads, names=exact, strict=strict)
         if isinstance(method, PromptMethod):
@@ -56,13 +57,11 @@ def attach(
         fill = not low_cpu_mem_usage
         try:
             prompt = method.build(config, word_embeddings(model), fill=fill) if isinstance(method, PromptMethod) else None
-            inject(model, targeted, adapter, plan, prompt=prompt, fill=fill, autocast_adapter_dtype=autocast_adapter_dtype)
+            inject(model, targeted, adapter, plan, state, prompt=prompt, fill=fill, autocast_adapter_dtype=autocast_adapter_dtype)
         except BaseException:
             for name, value in kept.items():
                 setattr(targeted, name, value)
             raise
-    for parameter, requires_grad in before:
-        parameter.requires_grad_(requires_grad)
     configs[adapter] = config
 
 
@@ -75,13 +74,13 @@ def peft_configs(model: nn.Module) -> dict[str, PeftConfig]:
     return cast("dict[str, PeftConfig]", held)
 
 
-def check(model: nn.Module, config: PeftConfig, adapter: str, configs: dict[str, PeftConfig]) -> Method:
+def check(config: PeftConfig, adapter: str, configs: dict[str, PeftConfig], state: Activation) -> Method:
     """The method that a config asks for. Raises `AdapterError` or `ConfigError` if the model cannot get this adapter."""
     if not isinstance(config, PeftConfig):
         raise ConfigError(f"an adapter's config is a PeftConfig such as LoraConfig, not a {type(config).__name__}")
     if config.peft_type is None or not isinstance(config, TargetedConfig):
         raise ConfigError(f"{type(config).__name__} does not say what kind of adapter it is for: use one such as LoraConfig")
-    check_name(model, adapter)
+    check_name(state, adapter)
     method = registry.method(config.peft_type)
     biased = [name for name, other in {**configs, adapter: config}.items() if getattr(other, "bias", "none") != "none"]
     if len(biased) > 1:
@@ -91,11 +90,11 @@ def check(model: nn.Module, config: PeftConfig, adapter: str, configs: dict[str,
     return method
 
 
-def _grow(model: nn.Module, config: TargetedConfig) -> None:
+def _grow(model: nn.Module, config: TargetedConfig, state: Activation) -> None:
     ranges = getattr(config, "layer_replication", None)
     if not ranges:
         return
-    if adapters(model):
+    if state.adapters():
         raise AdapterError("`layer_replication` changes the model's layers and works for its first adapter only")
     replicate(model, ranges)
 
@@ -114,12 +113,18 @@ def _modules_in(keys: Iterable[str], model: nn.Module, method: Method, config: T
 
 
 @contextmanager
-def whole_or_not(model: nn.Module) -> Iterator[None]:
-    """Leaves the model as it was if what happens inside fails: no new adapters or wrappers, the same active ones and gradients."""
-    known, held = set(adapters(model)), {id(wrapper) for _, wrapper in wrappers(model)}
-    active = activation(model).active
-    gradients = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    lists = layer_lists(model)
+def whole_or_not(model: nn.Module, state: Activation | None = None) -> Iterator[None]:
+    """Leaves the model as it was if what happens inside fails: no new adapters or wrappers, the same active ones and gradients.
+
+    `state` is what the model's adapters share, if it was looked for already.
+    """
+    collecting = gc.isenabled()
+    # Thousands of objects are made here that all stay: going through them time and again takes longer than making them.
+    gc.disable()
+    state, found = state or activation(model), list(places(model))
+    known, held, active = set(state.adapters()), set(state.members), state.active
+    gradients = [(parameter, parameter.requires_grad) for parameter in base_parameters(model, found)]
+    lists = layer_lists(found)
     configs = dict(peft_configs(model))
     try:
         yield
@@ -132,6 +137,9 @@ def whole_or_not(model: nn.Module) -> Iterator[None]:
         for parameter, requires_grad in gradients:
             parameter.requires_grad_(requires_grad)
         raise
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _keep(model: nn.Module, configs: dict[str, PeftConfig]) -> None:
@@ -142,17 +150,19 @@ def _keep(model: nn.Module, configs: dict[str, PeftConfig]) -> None:
         del model.__dict__["peft_config"]
 
 
-def _strip(model: nn.Module, known: set[str], held: set[int]) -> None:
+def _strip(model: nn.Module, known: set[str], held: set[Switched]) -> None:
     """Takes off all adapters but the known ones, and all wrappers but those that were there."""
-    prompts = prompts_of(model)
-    for name in set(adapters(model)) - known:
-        for _, wrapper in wrappers(model):
-            wrapper.delete_adapter(name)
-    if prompts is not None and id(prompts) not in held:
+    prompts, state = prompts_of(model), activation(model)
+    for name in set(state.adapters()) - known:
+        for member in state.members:
+            member.delete_adapter(name)
+    if prompts is not None and prompts not in held:
         uproot(model)
+        state.leave(prompts)
     for place in list(places(model))[::-1]:
         module = place.module
-        while isinstance(module, Wrapped) and id(module) not in held:
+        while isinstance(module, Wrapped) and module not in held:
+            state.leave(module)
             module = module.base_layer if isinstance(module, AdaptedLayer) else module.original_module
         if module is not place.module:
             place.put(module)

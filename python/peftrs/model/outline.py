@@ -57,6 +57,6 @@ def describe(model: nn.Module, task: str | None = None) -> Outline:
             layers += [(f"{place.name}.{name}", "parameter", list(own[name].shape), own[name].numel()) for name in stacks]
             if not stacks:
                 layers.append((place.name, "other", list(next(iter(own.values())).shape), count))
-    heads = output_layers(model, task)
+    heads = output_layers(model, found, task)
     linear = [place.name for place in found if is_linear(place) and place.name not in heads]
     return [place.name for place in found], layers, parameters, linear

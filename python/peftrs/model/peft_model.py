@@ -50,8 +50,9 @@ class PeftModel(Prompting, nn.Module):
         if isinstance(model, PeftModel):
             model = model.get_base_model()
         self.base_model = Tuner(model)
+        checkpoints = _checkpoints(model)  # asks every module, of which there are fewer now
         self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, strict=strict)
-        if _checkpoints(model):
+        if checkpoints:
             self.prepare_model_for_gradient_checkpointing(model)
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
             # Sliced projections read weights past their layers.

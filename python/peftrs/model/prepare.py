@@ -16,7 +16,7 @@ from peftrs.config import PeftType, TargetedConfig, TaskType
 from peftrs.core import plan as planning
 from peftrs.core.method import Method
 from peftrs.core.plan import Plan
-from peftrs.core.tree import original, places
+from peftrs.core.tree import Place, original, places
 from peftrs.errors import ConfigError, PeftrsWarning
 from peftrs.model.defaults import FEEDFORWARD, SKIPPED, SKIPPING, TARGETS
 
@@ -83,7 +83,8 @@ def make_plan(
     `heads` are modules to train whole if the model has them. `names` are the exact targets, whatever the config's patterns say.
     """
     settled = settle(model, config, method)
-    modules = [place.name for place in places(model)]
+    found = list(places(model))
+    modules = [place.name for place in found]
     planned = changed(config, settled)
     heads = heads or HEADS.get(str(config.task_type), ())
     if heads:
@@ -96,11 +97,11 @@ def make_plan(
             if hasattr(planned, field):
                 setattr(planned, field, None)
     plan = planning.make(
-        model,
+        found,
         planned,
         method,
-        output_layers=output_layers(model, config.task_type),
-        input_embeddings=input_embeddings(model),
+        output_layers=output_layers(model, found, config.task_type),
+        input_embeddings=input_embeddings(model, found),
         strict=strict,
     )
     _check_skipped(plan, config, model_type(model))
@@ -122,20 +123,20 @@ def present(names: list[str], heads: tuple[str, ...], modules: list[str]) -> lis
     return [name for name in names if name not in heads or any(module == name or module.endswith(f".{name}") for module in modules)]
 
 
-def output_layers(model: nn.Module, task_type: Any = None) -> frozenset[str]:
+def output_layers(model: nn.Module, found: list[Place], task_type: Any = None) -> frozenset[str]:
     """The layers that "all-linear" leaves out: the output embedding, else a classifier's head."""
     if not hasattr(model, "get_output_embeddings"):
         return frozenset()
     output = _ask(model, "get_output_embeddings")
     if output is None and task_type == TaskType.SEQ_CLS:
         output = next((head for name in CLASSIFIERS if (head := getattr(model, name, None)) is not None), None)
-    return frozenset() if output is None else frozenset(_name_of(model, output))
+    return frozenset() if output is None else frozenset(_name_of(found, output))
 
 
-def input_embeddings(model: nn.Module) -> str | None:
+def input_embeddings(model: nn.Module, found: list[Place]) -> str | None:
     """The name of the layer that embeds the model's inputs, where it says so."""
     layer = _ask(model, "get_input_embeddings")
-    return None if layer is None else next(iter(_name_of(model, layer)), None)
+    return None if layer is None else next(iter(_name_of(found, layer)), None)
 
 
 def _ask(model: nn.Module, getter: str) -> nn.Module | None:
@@ -145,8 +146,9 @@ def _ask(model: nn.Module, getter: str) -> nn.Module | None:
         return None
 
 
-def _name_of(model: nn.Module, layer: nn.Module) -> list[str]:
-    return [place.name for place in places(model) if original(place.module) is original(layer)]
+def _name_of(found: list[Place], layer: nn.Module) -> list[str]:
+    sought = original(layer)
+    return [place.name for place in found if original(place.module) is sought]
 
 
 def _check_skipped(plan: Plan, config: TargetedConfig, kind: str) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
+from peftrs.core.tree import Place
 from peftrs.errors import ConfigError
 
 LISTS = ("layers", "encoder.layer", "h")
@@ -30,10 +31,9 @@ class LayerList:
             _tell(self.owner, len(self.layers))
 
 
-def layer_lists(model: nn.Module) -> list[LayerList]:
-    """Every list of layers of a model as it is now."""
-    children = [(module, name, child) for module in model.modules() for name, child in module._modules.items()]
-    return [LayerList(module, name, child) for module, name, child in children if isinstance(child, nn.ModuleList)]
+def layer_lists(found: Iterable[Place]) -> list[LayerList]:
+    """Every list of layers among a model's modules as they are now."""
+    return [LayerList(place.parent, place.attribute, place.module) for place in found if isinstance(place.module, nn.ModuleList)]
 
 
 def replicate(model: nn.Module, ranges: Sequence[Sequence[int]]) -> None:

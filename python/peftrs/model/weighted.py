@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from peftrs.config import PeftConfig, PeftType
-from peftrs.core.inject import check_name
+from peftrs.core.inject import activation, check_name
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.manage import check_known
 from peftrs.core.method import Additive
@@ -81,7 +81,7 @@ def add_weighted(model: nn.Module, name: str, adapters: Sequence[str], weights: 
     if not all(math.isfinite(weight) for weight in weights):
         raise AdapterError(f"the weights {list(weights)} are not all finite numbers")
     check_known(model, adapters)
-    check_name(model, name)
+    check_name(activation(model), name)
     recipe = Recipe(dict(zip(adapters, map(float, weights), strict=True)), **options)
     kinds = {configs[each].peft_type for each in adapters}
     if kinds == {PeftType.LORA}:
