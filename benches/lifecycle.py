@@ -54,13 +54,8 @@ def imported(statement: str, name: str, quick: bool) -> Callable[[], object]:
 
 
 def large(quick: bool) -> nn.Module:
-    settings = LlamaConfig(
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_hidden_layers=2 if quick else 80,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-    )
+    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+    settings = LlamaConfig(num_hidden_layers=2 if quick else 80, **sizes)
     with torch.device("meta"):
         return LlamaForCausalLM(settings)
 
@@ -216,14 +211,13 @@ def unchecked(quick: bool) -> None:
     """What is built here is compared elsewhere."""
 
 
+MORE = ("peftrs beside 1", "peftrs beside 99", "peft beside 1", "peft beside 99")
 ROWS = [
     Row("import", partial(imported, "import {0}"), unchecked),
     Row("import of three names", partial(imported, NAMES), unchecked),
     Row("get_peft_model, 70B, lazy", partial(inject, True), unchecked),
     Row("get_peft_model, 70B", partial(inject, False), unchecked),
-    Row(
-        "one adapter more, 8 layers", next_adapter, unchecked, tuple(f"{n} beside {k}" for n in ("peftrs", "peft") for k in (1, 99))
-    ),
+    Row("one adapter more, 8 layers", next_adapter, unchecked, MORE),
     Row("100 adapters, 8 layers", hundred, unchecked, most=3),
     Row("disable_adapter, 70B", disable, unchecked),
     Row("set_adapter, 70B", switch, check_switch),

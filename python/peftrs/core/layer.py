@@ -90,7 +90,7 @@ class AdaptedLayer(Switched, nn.Module):
 
     def __init__(self, base_layer: nn.Module, base: Base, activation: Activation, spec: LayerSpec) -> None:
         super().__init__()
-        self._modules["base_layer"] = base_layer
+        self.base_layer = base_layer
         # Not one by one as attributes, each of which torch would look over for parameters and modules.
         self.__dict__ |= {"base": base, "spec": spec, "adapters": {}, "training": base_layer.training}
         self.join(activation)
@@ -103,6 +103,10 @@ class AdaptedLayer(Switched, nn.Module):
             return cast(nn.Module, self._modules["base_layer"])
         except KeyError:
             raise AttributeError("base_layer") from None
+
+    @base_layer.setter
+    def base_layer(self, module: nn.Module) -> None:
+        self._modules["base_layer"] = module
 
     def __getattr__(self, name: str) -> Any:
         try:
