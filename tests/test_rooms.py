@@ -14,7 +14,7 @@ LONGEST = 400
 # A room imports itself and what stands below it.
 ORDER = [
     {"cli", "compat"},
-    {"model"},
+    {"model", "optimizers"},
     {"io"},
     {"methods"},
     {"inits"},

@@ -9,12 +9,13 @@ from importlib import import_module
 from typing import Any
 
 from peftrs._native import __version__
+from peftrs.registry import COMING
 
 _MODULES = {
     "config": ("PeftConfig", "PeftType", "PromptLearningConfig", "TaskType"),
     "errors": (
-        "AdapterError", "CheckpointError", "ConfigError", "MergeError", "PeftrsError", "PeftrsWarning", "StorageError",
-        "TargetError", "is_strict", "set_strict",
+        "AdapterError", "CheckpointError", "ConfigError", "MergeError", "NoMatchingPeftModuleError", "PeftError", "PeftWarning",
+        "PeftrsError", "PeftrsWarning", "StorageError", "TargetError", "is_strict", "set_strict",
     ),
     "io.checkpoint": ("load_peft_weights",),
     "io.state": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
@@ -34,22 +35,35 @@ _MODULES = {
     "methods.p_tuning": ("PromptEncoder", "PromptEncoderConfig", "PromptEncoderReparameterizationType"),
     "methods.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
     "methods.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
+    "methods.trainable_tokens": ("TrainableTokensConfig",),
     "model.as_lora": ("convert_to_lora", "save_as_lora"),
     "model.auto": (
         "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction", "AutoPeftModelForQuestionAnswering",
         "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
     ),
+    "model.base_state": ("cast_mixed_precision_params", "get_base_model_state_dict", "set_base_model_state_dict"),
+    "model.compose": ("compose_cartridge_adapters",),
     "model.extract": ("extract_lora",),
+    "model.kappa": ("find_kappa_target_modules",),
     "model.kbit": ("prepare_model_for_kbit_training",),
     "model.loftq": ("replace_lora_weights_loftq",),
-    "model.mapping": ("PEFT_TYPE_TO_CONFIG_MAPPING", "get_peft_config", "get_peft_model", "inject_adapter_in_model"),
+    "model.mapping": (
+        "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config",
+        "get_peft_model", "inject_adapter_in_model",
+    ),
     "model.peft_model": ("PeftModel",),
+    "model.preview": ("TargetPlan", "plan"),
     "model.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
     "model.tasks": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
         "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
     ),
+    "model.tuners": ("AdaptionPromptModel", "IA3Model", "LoraModel", "OFTModel", "TrainableTokensModel"),
+    "model.utilities": (
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "bloom_model_postprocess_past_key_value", "shift_tokens_right",
+    ),
+    "model.coming": tuple(name for names in COMING.values() for name in names if name != "MontecloraTrainerMixin"),
 }  # fmt: skip
 """Every public name, by the module that has it."""
 

@@ -1,6 +1,7 @@
 """The exceptions that peftrs raises: one tree under `PeftrsError`, each also a builtin class where that says it already."""
 
 import warnings
+from typing import Literal
 
 from peftrs._native import CheckpointError, ConfigError, MergeError, PeftrsError, StorageError, TargetError
 
@@ -9,9 +10,13 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "MergeError",
+    "NoMatchingPeftModuleError",
+    "PeftError",
+    "PeftWarning",
     "PeftrsError",
     "PeftrsWarning",
     "StorageError",
+    "Strict",
     "TargetError",
     "complain",
     "is_strict",
@@ -26,8 +31,18 @@ class AdapterError(PeftrsError, ValueError):
     """An adapter's name is unknown, taken or unfit, or the adapter cannot do what was asked."""
 
 
+class NoMatchingPeftModuleError(TargetError):
+    """Nothing in the model is what an adapter's config names. Whoever adds such an adapter on purpose catches this."""
+
+
 class PeftrsWarning(UserWarning):
     """Something that works but is probably not what was meant."""
+
+
+PeftError = PeftrsError
+"""PEFT's name for the root of all errors."""
+PeftWarning = PeftrsWarning
+"""PEFT's name for the class of all warnings."""
 
 
 def set_strict(strict: bool) -> None:
@@ -36,12 +51,16 @@ def set_strict(strict: bool) -> None:
     _strict = strict
 
 
-def is_strict(strict: bool | None = None) -> bool:
+Strict = bool | Literal["warn"] | None
+"""Whether doubtful input is an error: True, not but warned of: False or "warn", or as the process has it: None."""
+
+
+def is_strict(strict: Strict = None) -> bool:
     """Whether doubtful input is an error: as the argument says, or as the process does."""
-    return _strict if strict is None else strict
+    return _strict if strict is None else strict is True
 
 
-def complain(message: str, error: type[PeftrsError], strict: bool | None = None) -> None:
+def complain(message: str, error: type[PeftrsError], strict: Strict = None) -> None:
     """Raises the error where input is judged strictly, else warns with the same words."""
     if is_strict(strict):
         raise error(message)

@@ -21,11 +21,57 @@ MODULES = {
     "CPT": "cpt",
     "CARTRIDGE": "cartridge",
     "ADAPTION_PROMPT": "adaption_prompt",
+    "TRAINABLE_TOKENS": "trainable_tokens",
 }
 """The module under `peftrs.methods` for each `peft_type` that works today."""
 
 VARIANTS = {"DORA": "dora", "QALORA": "qalora", "TOKEN_ROWS": "trainable_tokens"}
 """Methods that no file names: a config of another method asks for them."""
+
+COMING = {
+    "ADALORA": ("AdaLoraConfig", "AdaLoraModel"),
+    "ADAMSS": ("AdamssConfig", "AdamssModel"),
+    "BEFT": ("BeftConfig", "BeftModel"),
+    "BOFT": ("BOFTConfig", "BOFTModel"),
+    "C3A": ("C3AConfig", "C3AModel"),
+    "DEFT": ("DeftConfig", "DeftModel"),
+    "DELORA": ("DeloraConfig", "DeloraModel"),
+    "FOURIERFT": ("FourierFTConfig", "FourierFTModel"),
+    "FROD": ("FrodConfig", "FrodModel"),
+    "GLORA": ("GloraConfig", "GloraModel"),
+    "GRALORA": ("GraloraConfig", "GraloraModel"),
+    "HIRA": ("HiraConfig", "HiraModel"),
+    "HRA": ("HRAConfig", "HRAModel"),
+    "LILY": ("LilyConfig", "LilyModel"),
+    "LN_TUNING": ("LNTuningConfig", "LNTuningModel"),
+    "LOHA": ("LoHaConfig", "LoHaModel"),
+    "LOKR": ("LoKrConfig", "LoKrModel"),
+    "MISS": ("MissConfig", "MissModel"),
+    "OSF": ("OSFConfig", "OSFModel"),
+    "PEANUT": ("PeanutConfig", "PeanutModel"),
+    "POLY": ("PolyConfig", "PolyModel"),
+    "PSOFT": ("PsoftConfig", "PsoftModel"),
+    "PVERA": ("PveraConfig", "PveraModel"),
+    "RANDLORA": ("RandLoraConfig", "RandLoraModel"),
+    "ROAD": ("RoadConfig", "RoadModel"),
+    "SHADOW": ("ShadowConfig", "ShadowModel"),
+    "SHIRA": ("ShiraConfig", "ShiraModel"),
+    "SUPERTUNING": ("SupertuningConfig", "SupertuningModel"),
+    "TINYLORA": ("TinyLoraConfig", "TinyLoraModel"),
+    "UNILORA": ("UniLoraConfig", "UniLoraModel"),
+    "VBLORA": ("VBLoRAConfig", "VBLoRAModel"),
+    "VERA": ("VeraConfig", "VeraModel"),
+    "WAVEFT": ("WaveFTConfig", "WaveFTModel"),
+    "XLORA": ("XLoraConfig", "XLoraModel"),
+    "Arrow": ("ArrowConfig", "create_arrow_model"),
+    "BdLoRA": ("BdLoraConfig",),
+    "EVA": ("EvaConfig", "get_eva_state_dict", "initialize_lora_eva_weights"),
+    "KaSA": ("KasaConfig",),
+    "LoRA-GA": ("LoraGAConfig", "preprocess_loraga"),
+    "MonteCLoRA": ("MontecloraConfig", "MontecloraTrainerMixin"),
+    "VeLoRA": ("VeloraConfig",),
+}
+"""What PEFT has and this version lacks, by `peft_type` or a name for people: the names that stand for it meanwhile."""
 
 _methods: dict[str, Method] = {}
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import peftrs
-from peftrs import LoraConfig, PeftModel, PeftrsError, PeftrsWarning
+from peftrs import CheckpointError, LoraConfig, PeftModel, PeftrsError, PeftrsWarning
 from tests.model.tiny import fingerprint, shake, stack
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
@@ -220,8 +220,11 @@ def test_weights_of_the_model_are_refused_leniently_too(folder: Path) -> None:
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_no_numbers_are_named(folder: Path, value: float) -> None:
     tensors(lambda held: held[A].__setitem__((0, 0), value))(folder)
-    with pytest.warns(PeftrsWarning, match=r"1 tensors hold NaN or infinite values: '.*layers\.0\.lora_A\.weight'"):
-        model = PeftModel.from_pretrained(stack(), folder)
+    message = r"1 tensors hold NaN or infinite values: '.*layers\.0\.lora_A\.weight'"
+    with pytest.raises(CheckpointError, match=message):
+        PeftModel.from_pretrained(stack(), folder)
+    with pytest.warns(PeftrsWarning, match=message):
+        model = PeftModel.from_pretrained(stack(), folder, strict=False)
     with pytest.raises(peftrs.MergeError, match="NaN"):
         model.merge_and_unload()
 

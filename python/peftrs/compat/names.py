@@ -35,6 +35,30 @@ NAMES: dict[str, str] = {
         "gather_params_ctx init_empty_weights replicate_layers transpose",
     ),
     **_in(
+        "peftrs.model.defaults",
+        "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING "
+        "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING",
+    ),
+    **_in(
+        "peftrs.model.helpers",
+        "DoraCaching check_if_peft_model rescale_adapter_scale update_forward_signature update_generate_signature update_signature",
+    ),
+    **_in(
+        "peftrs.model.hotswap",
+        "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap",
+    ),
+    "KappaTuneSelector": "peftrs.model.kappa:KappaTuneSelector",
+    "MixedModel": "peftrs.model.tuner:Tuner",
+    "MontecloraTrainerMixin": "peftrs.model.coming:MontecloraTrainerMixin",
+    "PEFT_TYPE_TO_PREFIX_MAPPING": "peftrs.model.mapping:PEFT_TYPE_TO_PREFIX_MAPPING",
+    "TrainableTokensWrapper": "peftrs.core.layer:AdaptedLayer",
+    **_in(
+        "peftrs.model.utilities",
+        "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES _freeze_adapter _get_batch_size _get_input_embeddings_name _is_valid_match "
+        "_prepare_prompt_learning_config _set_adapter id_tensor_storage infer_device map_cache_to_layer_device_map",
+    ),
+    **_in("peftrs.optimizers", "create_lorafa_optimizer create_loraplus_optimizer create_riemannian_optimizer"),
+    **_in(
         TASK_VECTORS,
         "calculate_majority_sign_mask dare_linear dare_ties disjoint_merge magnitude_based_pruning magnitude_prune prune "
         "random_pruning reshape_weight_task_tensors task_arithmetic ties",

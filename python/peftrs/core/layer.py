@@ -261,17 +261,17 @@ class AdaptedLayer(Switched, nn.Module):
         """Sets an adapter's strength, as a multiple of the one that its config gives."""
         if adapter in self.adapters:
             fitted = self.adapters[adapter]
-            fitted.scaling = scale * fitted.own_scaling
+            fitted.rescale(scale * fitted.own_scaling)
 
     def scale_layer(self, scale: float) -> None:
         """Multiplies the strength of the active adapters."""
         for adapter in self.chain(self.active_adapters):
-            adapter.scaling *= scale
+            adapter.rescale(adapter.scaling * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
         """Divides the strength of the active adapters, or without `scale` sets it back to what their configs give."""
         for adapter in self.chain(self.active_adapters):
-            adapter.scaling = adapter.own_scaling if scale is None else adapter.scaling / scale
+            adapter.rescale(adapter.own_scaling if scale is None else adapter.scaling / scale)
 
     def get_base_layer(self) -> nn.Module:
         """The frozen layer, below all layers adapted around it."""
@@ -311,7 +311,7 @@ class Setting(MutableMapping[str, Any]):
     def __setitem__(self, adapter: str, value: Any) -> None:
         if self.name != "scaling":
             raise AdapterError(f"{self.name} of an adapter that exists cannot change: only its scaling can")
-        self.adapters[adapter].scaling = value
+        self.adapters[adapter].rescale(value)
 
     def __delitem__(self, adapter: str) -> None:
         raise AdapterError(f"delete the adapter {adapter!r}, not its {self.name}")

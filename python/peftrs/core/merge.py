@@ -350,7 +350,7 @@ def low_rank(layer: AdaptedLayer, chain: Chain) -> Update | None:
         factors = method.factors(adapter)
         if factors is None:
             return None
-        terms.append((*factors, adapter.scaling))
+        terms.append((*factors, float(adapter.scaling)))
     if len(terms) == 1:
         update = Update(*terms[0])
     else:

@@ -89,6 +89,8 @@ class Method(ABC):
     """Settings that a layer shows by adapter name, as `layer.r["default"]`."""
     tied_slots: Mapping[str, tuple[str, bool]] = MappingProxyType({})
     """For an output layer tied to an adapted embedding: each of its slots, the embedding's that it is, and whether transposed."""
+    tied_kinds: frozenset[LayerKind] = frozenset({LayerKind.LINEAR})
+    """The kinds of layers that may be so tied."""
     side: Side = Side.OUTPUT
 
     def side_of(self, adapter: Adapter) -> Side:

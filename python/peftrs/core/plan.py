@@ -20,7 +20,7 @@ from peftrs.core.method import Method
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.target import Target, aim
 from peftrs.core.tree import Place, original
-from peftrs.errors import ConfigError, TargetError, complain, listed
+from peftrs.errors import ConfigError, NoMatchingPeftModuleError, Strict, TargetError, complain, listed
 
 PROJECTION = 2.0
 """PEFT adds the change of an attention's output projection twice when the attention is a target, in its forward and in merging.
@@ -54,7 +54,7 @@ def make(
     *,
     output_layers: frozenset[str] = frozenset(),
     input_embeddings: str | None = None,
-    strict: bool | None = None,
+    strict: Strict = None,
 ) -> Plan:
     """Finds what the adapter changes among a model's modules, changing nothing.
 
@@ -192,11 +192,11 @@ def _in_order(value: Any) -> Any:
     return sorted(value) if isinstance(value, (set, frozenset)) else value
 
 
-def _check_matches(selection: _native.Selection, config: TargetedConfig, strict: bool | None) -> None:
+def _check_matches(selection: _native.Selection, config: TargetedConfig, strict: Strict) -> None:
     targets = _in_order(config.target_modules)
     wants_none = targets in (NO_TARGETS, [NO_TARGETS]) or (not targets and bool(getattr(config, "trainable_token_indices", None)))
     if not selection.targets and not selection.parameters and not wants_none:
-        raise TargetError(_nothing(selection, config))
+        raise NoMatchingPeftModuleError(_nothing(selection, config))
     lost = [
         f"{field}: {entry!r}" + (f" (the nearest name is {nearest!r})" if nearest else "")
         for field, entry, count, nearest in selection.report

@@ -254,13 +254,14 @@ def fill(held: Any, module: nn.Module, encoder: CacheEncoder, batch: int) -> Any
     last = (getattr(settings, "num_hidden_layers", None) or encoder.config.num_layers) - (
         getattr(settings, "num_kv_shared_layers", None) or 0
     )
-    left_out = []
+    left_out, homes = [], layer_devices(module)
     for layer, (keys, values) in enumerate(encoder.key_values(batch, cast(Any, module).dtype)):
         shape = _shape(settings, layer) or (keys.shape[1], keys.shape[3])
         fits = shape[0] <= keys.shape[1] and shape[1] <= keys.shape[3]
         layers = getattr(own, "layers", ())
         if layer < last and fits and (layer >= len(layers) or hasattr(layers[layer], "update")):
-            own.update(*(states[:, : shape[0], :, : shape[1]] for states in (keys, values)), layer)
+            home = homes.get(layer, keys.device)
+            own.update(*(states[:, : shape[0], :, : shape[1]].to(home) for states in (keys, values)), layer)
         else:
             left_out.append(layer)
     if len(left_out) == encoder.config.num_layers:
@@ -269,6 +270,15 @@ def fill(held: Any, module: nn.Module, encoder: CacheEncoder, batch: int) -> Any
     if left_out:
         _warn(f"the prompt is left out of layers {left_out}, which take other keys and values or share another layer's")
     return held
+
+
+def layer_devices(module: nn.Module) -> dict[int, Any]:
+    """Where each numbered layer of a model that is spread over devices computes; offloaded ones do on the first of them."""
+    held: dict[str, Any] = getattr(module, "hf_device_map", None) or {}
+    main = next((device for device in held.values() if device not in ("cpu", "disk")), None)
+    numbered = [([part for part in name.split(".") if part.isdigit()], device) for name, device in held.items()]
+    found = {int(numbers[0]): main if device in ("cpu", "disk") else device for numbers, device in numbered if numbers}
+    return {} if main is None else found
 
 
 def _shape(settings: Any, layer: int) -> tuple[int, int] | None:

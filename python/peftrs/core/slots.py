@@ -47,10 +47,18 @@ class FittedAdapter:
         self.config = config
         self.spec = spec
         self.values = method.settle(config, spec)
-        self.scaling = self.own_scaling
+        self.scaling: Any = self.own_scaling
+        """The strength: a number, or a tensor where it is to change under compiled code."""
         self.places: dict[str, tuple[str, str]] = {}
         self.leader: FittedAdapter | None = None
         """The adapter whose tensors this one shares, on the layer that this one's is tied to."""
+
+    def rescale(self, scaling: float) -> None:
+        """Sets the strength; in place where it is a tensor, so that what was compiled with it goes on being right."""
+        if isinstance(self.scaling, Tensor):
+            self.scaling.fill_(scaling)
+        else:
+            self.scaling = scaling
 
     @property
     def own_scaling(self) -> float:
@@ -112,6 +120,15 @@ class FittedAdapter:
         """The slot's name in the layer's `state_dict`."""
         container, leaf = self.places[slot]
         return f"{container}.{self.name}.{leaf}" if leaf else f"{container}.{self.name}"
+
+    def rename(self, name: str) -> None:
+        """Gives the adapter another name on this layer. Whoever holds the name must be gone."""
+        for container in {place[0] for place in self.places.values()}:
+            held = cast("nn.ModuleDict | nn.ParameterDict", self.layer._modules[container])
+            held[name] = held.pop(self.name)
+        del self.layer.adapters[self.name]
+        self.layer.adapters[name] = self
+        self.name = name
 
     def remove(self) -> None:
         """Takes the adapter's tensors off the layer, and the containers that this leaves empty."""

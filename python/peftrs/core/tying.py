@@ -49,15 +49,16 @@ def token_rows(found: list[Place], config: Any, input_embeddings: str | None, fa
 
 
 def followers(found: list[Place], config: Any, targets: list[Target]) -> list[Target]:
-    """With `ensure_weight_tying`, targets for the output layers tied to embeddings that are targets, sharing their tensors."""
+    """With `ensure_weight_tying`, targets for the layers tied to embeddings that are targets, sharing their tensors."""
     if not getattr(config, "ensure_weight_tying", False):
         return []
     extra = []
     for target in targets:
         if target.spec.kind is LayerKind.EMBEDDING and target.method.name != "TOKEN_ROWS":
-            for place in (p for p in tied(found, target.place) if isinstance(original(p.module), nn.Linear)):
-                matched = dict(target.spec.matched)
-                extra.append(aim(place, dense.LINEAR, target.method, matched, tied=target.spec.name))
+            for place in tied(found, target.place):
+                base = dense.EMBEDDING if isinstance(original(place.module), nn.Embedding) else dense.LINEAR
+                if base.kind in target.method.tied_kinds:
+                    extra.append(aim(place, base, target.method, dict(target.spec.matched), tied=target.spec.name))
     return extra
 
 

@@ -39,6 +39,9 @@ class Source(Protocol):
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU or where it lies."""
 
+    def original(self, name: str) -> str:
+        """What the tensor is called where it really comes from."""
+
 
 class FileSource:
     """The weights in an adapter's folder, or with `model` a model's. Opening it checks all headers; see `_native.Checkpoint`."""
@@ -58,6 +61,9 @@ class FileSource:
 
     def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return self._entries
+
+    def original(self, name: str) -> str:
+        return name
 
     def kinds(self) -> dict[str, str]:
         """What each layer seems to be, by its name and the shape of its weight."""
@@ -79,6 +85,9 @@ class MemorySource:
 
     def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
+
+    def original(self, name: str) -> str:
+        return name
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach()
@@ -109,6 +118,9 @@ class Renamed:
 
     def read(self, name: str) -> Tensor:
         return self._source.read(self._names[name])
+
+    def original(self, name: str) -> str:
+        return self._source.original(self._names[name])
 
 
 def _renamed(name: str, key_mapping: Mapping[str, str]) -> str:

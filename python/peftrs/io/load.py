@@ -6,6 +6,7 @@ import difflib
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from peftrs.config import TargetedConfig
 from peftrs.core.slots import FittedAdapter
-from peftrs.errors import CheckpointError, PeftrsWarning, complain, is_strict
+from peftrs.errors import CheckpointError, PeftrsWarning, Strict, complain, is_strict
 from peftrs.io.checkpoint import PREFIX, Source
 from peftrs.io.entries import Entry, device_of, embeddings, entries, plain
 
@@ -29,6 +30,17 @@ class Incompatible(NamedTuple):
     unexpected_keys: list[str]
 
 
+class LoadReport(Incompatible):
+    """The same with what became of every tensor of the source, by the names that it has there."""
+
+    used: list[str]
+    """Read under the names that files have for them, or the model."""
+    remapped: dict[str, str]
+    """Read under another name, which is given: by `key_mapping`, or for a prefix that was missing or too much."""
+    unused: list[str]
+    """Not read: unexpected, of another shape, or the same values once more."""
+
+
 @dataclass
 class Match:
     """Which tensor of a source belongs where, and what speaks against loading it."""
@@ -42,6 +54,15 @@ class Match:
     broken: list[str] = field(default_factory=list)
     """Names given twice, or with dtypes that do not fit."""
 
+    def report(self, source: Source) -> LoadReport:
+        """What is told of it when it has been loaded."""
+        found = LoadReport([entry.name for entry in self.missing], self.unexpected)
+        names = {name: (source.original(name), entry.key if name != entry.name else name) for entry, name in self.pairs}
+        found.used = [old for old, new in names.values() if old == new]
+        found.remapped = {old: new for old, new in names.values() if old != new}
+        found.unused = [source.original(name) for name in source.described() if name not in names]
+        return found
+
 
 def load(
     model: nn.Module,
@@ -49,26 +70,30 @@ def load(
     config: TargetedConfig,
     source: Source,
     *,
-    strict: bool | None,
+    strict: Strict,
     report: bool = False,
     ignore_mismatched_sizes: bool = False,
-) -> Incompatible:
+) -> LoadReport:
     """Fills an adapter that the model has from a source, after checking all of it against the model.
 
-    Missing and unexpected tensors are an error (a warning unless `strict`), or with `report` only returned. Slots that still wait
-    for values and find none get the method's first ones. Raises `CheckpointError` listing every fault, with nothing changed.
+    Missing and unexpected tensors are an error (a warning unless `strict`), or with `report` only returned; so are values that are
+    no numbers, but for `report`. Slots that still wait for values and find none get the method's first ones. Raises
+    `CheckpointError` listing every fault, with nothing changed.
     """
     match = compare(model, adapter, config, source)
     _judge(match, adapter, source, strict=strict, report=report, ignore_mismatched_sizes=ignore_mismatched_sizes)
-    odd, replaced = [], []
+    read = {name: source.read(name) for _, name in match.pairs}
+    odd = [name for name, value in read.items() if not is_finite(value)]
+    if odd:
+        text = f"{source.origin}: {len(odd)} tensors hold NaN or infinite values: {_names(odd)}"
+        complain(text, CheckpointError, False if report else strict)
+    replaced = []
     values: dict[FittedAdapter, dict[str, Tensor]] = {}
     with torch.no_grad():
         for entry, name in match.pairs:
-            value = source.read(name)
+            value = read[name]
             if entry.undeclared and not torch.equal(value.to(entry.shown), entry.shown):
                 replaced.append(name)
-            if value.is_floating_point() and not bool(value.isfinite().all()):
-                odd.append(name)
             entry.bind(value)
             if entry.owner is not None:
                 values.setdefault(entry.owner, {})[entry.slot] = value
@@ -80,10 +105,7 @@ def load(
             "right where the vocabulary was resized for training, else do not trust the file"
         )
         warnings.warn(text, PeftrsWarning, stacklevel=3)
-    if odd:
-        text = f"{source.origin}: {len(odd)} tensors hold NaN or infinite values: {_names(odd)}"
-        warnings.warn(text, PeftrsWarning, stacklevel=3)
-    return Incompatible([entry.name for entry in match.missing], match.unexpected)
+    return match.report(source)
 
 
 def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Source) -> Match:
@@ -118,7 +140,15 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
     return match
 
 
-def _judge(match: Match, adapter: str, source: Source, *, strict: bool | None, report: bool, ignore_mismatched_sizes: bool) -> None:
+def is_finite(value: Tensor) -> bool:
+    """Whether all values are numbers. The smallest and the largest are found far faster than each value is looked at."""
+    if not value.is_floating_point() or not value.numel():
+        return True
+    least, most = torch.aminmax(value)
+    return isfinite(least.item()) and isfinite(most.item())
+
+
+def _judge(match: Match, adapter: str, source: Source, *, strict: Strict, report: bool, ignore_mismatched_sizes: bool) -> None:
     fatal = [f"{len(match.broken)} do not fit: {_few(match.broken)}"] if match.broken else []
     if match.foreign:
         fatal.append(
@@ -132,8 +162,10 @@ def _judge(match: Match, adapter: str, source: Source, *, strict: bool | None, r
         lenient.append(f"{len(missing)} missing: {_names(entry.key for entry in missing)}")
     if match.unexpected and not report:
         near = _nearest(match.unexpected[0], match)
-        hint = f" (nearest in the model: {near!r})" if near else ""
+        hint = (f" (nearest in the model: {near!r})" if near else "") + _mapping(match)
         lenient.append(f"{len(match.unexpected)} unexpected: {_names(match.unexpected)}{hint}")
+    if match.missing and not match.pairs and not report and (strict is not None or is_strict()):
+        fatal.append("none of them is used")
     head = f"{source.origin}: the tensors are not those of adapter {adapter!r} on this model"
     if fatal or (lenient and is_strict(strict)):
         raise CheckpointError(f"{head}: {'; '.join(fatal + lenient)}")
@@ -167,6 +199,20 @@ def _nearest(name: str, match: Match) -> str | None:
     known = [entry.key for entry in match.missing] or [entry.key for entry, _ in match.pairs]
     found = difflib.get_close_matches(name[:SHOWN], known[:2000], n=1, cutoff=0.5)
     return found[0] if found else None
+
+
+def _mapping(match: Match) -> str:
+    """The `key_mapping` that would make unexpected names the missing ones, where a prefix is all that differs."""
+    wanted = {entry.key.removeprefix(PREFIX) for entry in match.missing}
+    given = {name.removeprefix(PREFIX) for name in match.unexpected}
+    first = min(given)
+    for name in wanted:
+        for long, short, mapping in ((first, name, "{{'^{}': ''}}"), (name, first, "{{'^': '{}'}}")):
+            more = long[: len(long) - len(short)]
+            renamed = {one.removeprefix(more) for one in given} if long is first else {more + one for one in given}
+            if more.endswith(".") and long == more + short and renamed <= wanted:
+                return f"; hint: key_mapping={mapping.format(more.replace('.', chr(92) + '.') if long is first else more)}"
+    return ""
 
 
 def _cut(name: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from peftrs.config import TargetedConfig
+from peftrs.config import PeftType, TargetedConfig
 from peftrs.core.plan import select
 from peftrs.core.tree import places
 from peftrs.errors import AdapterError, PeftrsWarning, complain, listed
@@ -51,9 +51,7 @@ def get_peft_model_state_dict(
     found = list(entries(model, adapter_name, config))
     targeted = adapts_embeddings(model, config)
     if save_embedding_layers == "auto":
-        save_embedding_layers = not config.is_prompt_learning and (
-            (targeted and not getattr(config, "trainable_token_indices", None)) or _resized(model)
-        )
+        save_embedding_layers = not config.is_prompt_learning and ((targeted and not trains_rows(config)) or _resized(model))
     if save_embedding_layers:
         extra = list(embeddings(model, targeted=targeted))
         if not extra:
@@ -96,6 +94,11 @@ def set_peft_model_state_dict(
     config = config_of(model, adapter_name)
     source = MemorySource(peft_model_state_dict, "the state dict")
     return load(model, adapter_name, config, source, strict=None, report=True, ignore_mismatched_sizes=ignore_mismatched_sizes)
+
+
+def trains_rows(config: TargetedConfig) -> bool:
+    """Whether the adapter's file holds all that it changes in embeddings, since it replaces rows of them."""
+    return bool(getattr(config, "trainable_token_indices", None)) or config.peft_type == PeftType.TRAINABLE_TOKENS
 
 
 def adapts_embeddings(model: nn.Module, config: Any) -> bool:

@@ -238,6 +238,8 @@ class Lora(Additive):
     def _obstacle(self, adapter: Adapter, below: Below) -> str | None:
         if adapter.spec.kind is not LayerKind.LINEAR:
             return "its kind of layer has no fused form"
+        if isinstance(cast(Any, adapter.scaling), Tensor):
+            return "its strength is a tensor, so that it can change under compiled code"
         if "origin_A.weight" in adapter and below.training and adapter.config.lora_dropout:
             return "dropout does not act on the factors that its start took out of the weight"
         return below.obstacle()

@@ -7,45 +7,70 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.nn import functional
 
 from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
+from peftrs.config import RUNTIME, PeftType, TargetedConfig
 from peftrs.core.method import Adapter, Below, Method
 from peftrs.errors import ConfigError
 from peftrs.registry import register
 
-ROWS = "token_adapter.trainable_tokens_delta"
+
+@dataclass
+class TrainableTokensConfig(TargetedConfig):
+    """The settings of an adapter that trains rows of embeddings and nothing else: PEFT's names, defaults and file format.
+
+    Without `target_modules` the model's input embedding is meant. What is tied to an embedding stays so.
+    """
+
+    ensure_weight_tying: ClassVar[bool] = True
+
+    exclude_modules: str | list[str] | set[str] | None = field(default=None, init=False, metadata=RUNTIME)
+    modules_to_save: list[str] | None = field(default=None, init=False, metadata=RUNTIME)
+    token_indices: list[int] = field(default_factory=list)
+    init_weights: bool = True
+
+    def __post_init__(self) -> None:
+        self.peft_type = PeftType.TRAINABLE_TOKENS
+        super().__post_init__()
 
 
 @register
 class TrainableTokens(Method):
-    """What `trainable_token_indices` of other methods' configs adds to embeddings."""
+    """The rows of the tokens that the config names."""
 
-    name = "TOKEN_ROWS"
-    prefix = "token_adapter"
-    layers = frozenset({LayerKind.EMBEDDING, LayerKind.LINEAR})
-    tied_slots = MappingProxyType({ROWS: (ROWS, False)})
+    name = "TRAINABLE_TOKENS"
+    config = TrainableTokensConfig
+    prefix = "trainable_tokens_"
+    indices = "token_indices"
+    """The config's field that names the tokens."""
+    rows = "trainable_tokens_delta"
+    layers = tied_kinds = frozenset({LayerKind.EMBEDDING, LayerKind.LINEAR})
+    tied_slots = MappingProxyType({rows: (rows, False)})
 
     def settle(self, config: Any, spec: LayerSpec) -> dict[str, Any]:
-        tokens = list(spec.matched["trainable_token_indices"])
+        tokens = list(spec.matched.get(self.indices) or getattr(config, self.indices))
         rows = spec.in_features if spec.kind is LayerKind.EMBEDDING else spec.out_features
         outside = [token for token in tokens if not 0 <= token < rows]
         if outside or len(set(tokens)) < len(tokens):
             fault = f"{outside} lie outside" if outside else "some are named twice for"
-            raise ConfigError(f"`trainable_token_indices`: {fault} the table of {rows} rows")
+            raise ConfigError(f"`{self.indices}`: {fault} the table of {rows} rows")
         return {"tokens": tokens}
 
     def slots(self, config: Any, spec: LayerSpec, values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         width = spec.out_features if spec.kind is LayerKind.EMBEDDING else spec.in_features
-        return {ROWS: (len(values["tokens"]), width)}
+        return {self.rows: (len(values["tokens"]), width)}
 
     def init(self, adapter: Adapter, base: Affine) -> None:
         table = base.weight.mT if adapter.spec.kind is LayerKind.EMBEDDING else base.weight
-        adapter[ROWS].copy_(table[adapter.values["tokens"]])
+        adapter[self.rows].copy_(table[adapter.values["tokens"]])
+        if not getattr(adapter.config, "init_weights", True):
+            adapter[self.rows].normal_()
 
     def conflict(self, adapters: Sequence[Adapter]) -> str | None:
         counts = Counter(token for adapter in adapters for token in adapter.values["tokens"])
@@ -53,13 +78,13 @@ class TrainableTokens(Method):
         return f"{len(adapters)} adapters each replace the rows of tokens {twice[:8]}" if twice else None
 
     def apply(self, adapter: Adapter, affine: Affine) -> Affine:
-        rows, dimension = adapter[ROWS].to(affine.weight.dtype), 0
+        rows, dimension = adapter[self.rows].to(affine.weight.dtype), 0
         if adapter.spec.kind is LayerKind.EMBEDDING:
             rows, dimension = rows.mT, 1
         return Affine(affine.weight.index_copy(dimension, self.tokens(adapter, rows), rows), affine.bias)
 
     def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
-        y, rows = below(x), adapter[ROWS]
+        y, rows = below(x), adapter[self.rows]
         tokens = self.tokens(adapter, rows)
         if adapter.spec.kind is LayerKind.LINEAR:
             bias = below.dense().bias
@@ -73,3 +98,14 @@ class TrainableTokens(Method):
     def tokens(self, adapter: Adapter, like: Tensor) -> Tensor:
         """The indices of the trained rows, on the device of `like`."""
         return like.new_tensor(adapter.values["tokens"]).long()
+
+
+@register
+class TokenRows(TrainableTokens):
+    """What `trainable_token_indices` of other methods' configs adds to embeddings."""
+
+    name = "TOKEN_ROWS"
+    prefix = "token_adapter"
+    indices = "trainable_token_indices"
+    rows = "token_adapter.trainable_tokens_delta"
+    tied_slots = MappingProxyType({rows: (rows, False)})

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftrs.bases.kinds import Affine
+from peftrs.config import PeftType
 from peftrs.core import merge as merging
 from peftrs.core.inject import activation, adapters
 from peftrs.core.manage import check_known, delete_adapter
@@ -47,7 +48,8 @@ def convert_to_lora(
     check_known(inner, [adapter_name])
     config = peft_configs(inner)[adapter_name]
     held = [layer.adapters[adapter_name] for layer in adapted_layers(inner) if adapter_name in layer.adapters]
-    _check(held, config)
+    if faults := _faults(held, config):
+        raise AdapterError("; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else ""))
     with torch.no_grad():
         own = [fitted.layer for fitted in held if fitted.leader is None]
         layers = shown(own, "Converting") if progressbar else own
@@ -79,6 +81,13 @@ def save_as_lora(
     write(path, config.to_json(), tensors, {})
 
 
+def supports(model: nn.Module, adapter_name: str) -> bool:
+    """Whether `convert_to_lora` can take the adapter. Raises `AdapterError` for an unknown one."""
+    check_known(model, [adapter_name])
+    held = [layer.adapters[adapter_name] for layer in adapted_layers(model) if adapter_name in layer.adapters]
+    return not _faults(held, peft_configs(model)[adapter_name])
+
+
 def check_rank(rank: int | float) -> float | None:
     """The energy to keep that a rank stands for, None for a whole number. Raises `AdapterError` for what is neither."""
     if isinstance(rank, float):
@@ -90,19 +99,18 @@ def check_rank(rank: int | float) -> float | None:
     return None
 
 
-def _check(held: list[FittedAdapter], config: Any) -> None:
+def _faults(held: list[FittedAdapter], config: Any) -> list[str]:
     faults = []
     if getattr(config, "bias", "none") != "none":
         faults.append(f"bias={config.bias!r} trains biases of the base, which a LoRA's change does not hold")
     for fitted in held:
-        if fitted.method.name == TOKEN_ROWS:
+        if fitted.method.name in (TOKEN_ROWS, PeftType.TRAINABLE_TOKENS):
             faults.append(f"{fitted.spec.name}: trained token rows are no change of low rank")
         elif fitted.spec.groups > 1:
             faults.append(f"{fitted.spec.name}: a LoRA over {fitted.spec.groups} groups of channels reaches across them")
     if not held:
         faults.append("the adapter changes no layer")
-    if faults:
-        raise AdapterError("; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else ""))
+    return faults
 
 
 def _change(fitted: FittedAdapter, rank: int | None, energy: float | None) -> Change:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import cast
@@ -18,10 +19,10 @@ from peftrs.core.method import Method
 from peftrs.core.prompt import PromptMethod, prompts_of
 from peftrs.core.prompt_call import uproot, word_embeddings
 from peftrs.core.tree import Wrapped, places
-from peftrs.errors import AdapterError, ConfigError, listed
+from peftrs.errors import AdapterError, ConfigError, PeftrsWarning, Strict, listed
 from peftrs.io.checkpoint import PREFIX
 from peftrs.io.entries import plain
-from peftrs.model.prepare import make_plan
+from peftrs.model.prepare import make_plan, uneven
 from peftrs.model.prompting import sizes
 from peftrs.model.replicate import layer_lists, replicate
 
@@ -35,7 +36,7 @@ def attach(
     autocast_adapter_dtype: bool = True,
     names: Iterable[str] | None = None,
     heads: tuple[str, ...] = (),
-    strict: bool | None = None,
+    strict: Strict = None,
 ) -> None:
     """Puts an adapter into a model, whose other adapters keep what they train; `low_cpu_mem_usage` leaves it without values.
 
@@ -49,6 +50,8 @@ def attach(
         _grow(model, targeted, state)
         exact = None if names is None else _modules_in(names, model, method, targeted)
         plan, settled = make_plan(model, targeted, method, heads=heads, names=exact, strict=strict)
+        for text in uneven(targeted, plan) if exact is None else ():
+            warnings.warn(f"{text}; hint: peftrs.plan(model, config) shows each layer", PeftrsWarning, stacklevel=5)
         if isinstance(method, PromptMethod):
             settled |= sizes(model, cast(PromptLearningConfig, config))
         kept = {name: getattr(targeted, name) for name in settled}

@@ -41,6 +41,11 @@ SCALED: dict[str, tuple[str, ...] | str] = {kind: attention + forward for kind, 
 FEEDFORWARD = {kind: forward for kind, (_, forward) in _SCALED.items()}
 """For IA³: those of its layers whose inputs are scaled."""
 
+TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING = TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING = ATTENTION
+TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING = SCALED
+TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING = FEEDFORWARD
+"""PEFT's names of these tables."""
+
 PROMPTED: dict[str, tuple[str, ...] | str] = {"llama": "self_attn", "mistral": "self_attn", "gpt2": "attn"}
 """For adaption prompts: what the attention modules are called."""
 

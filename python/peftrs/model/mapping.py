@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
 from peftrs import registry
-from peftrs.config import PeftConfig
+from peftrs.config import PeftConfig, PeftType
 from peftrs.core.inject import adapters
+from peftrs.core.prompt import PromptMethod
 from peftrs.errors import ConfigError, PeftrsWarning
 from peftrs.model.attach import attach
 from peftrs.model.peft_model import PeftModel
 from peftrs.model.saving import name_of
 from peftrs.model.tasks import PeftMixedModel, class_for
+from peftrs.model.tuners import TUNERS
 
 
 def get_peft_model(
@@ -76,20 +78,47 @@ def get_peft_config(config_dict: dict[str, Any]) -> PeftConfig:
     return PeftConfig.from_peft_type(**config_dict)
 
 
-class _ByType(Mapping[str, type[PeftConfig]]):
-    """The config classes by `peft_type`, each imported when it is asked for."""
+Value = TypeVar("Value")
 
-    def __getitem__(self, peft_type: str) -> type[PeftConfig]:
+
+class _ByType(Mapping[str, Value]):
+    """A value for each of some `peft_type`s, looked up when it is asked for, so that no method is imported before."""
+
+    def __init__(self, find: Callable[[str], Value], types: Iterable[str]) -> None:
+        self._find = find
+        self._types = tuple(PeftType(name) for name in types)
+
+    def __getitem__(self, peft_type: str) -> Value:
         key = str(getattr(peft_type, "value", peft_type))
-        if key not in registry.MODULES:
+        if key not in self._types:
             raise KeyError(peft_type)
-        return cast("type[PeftConfig]", registry.method(key).config)
+        return self._find(key)
 
     def __iter__(self) -> Iterator[str]:
-        return iter(registry.MODULES)
+        return iter(self._types)
 
     def __len__(self) -> int:
-        return len(registry.MODULES)
+        return len(self._types)
 
 
-PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[str, type[PeftConfig]] = _ByType()
+def _config(peft_type: str) -> type[PeftConfig]:
+    return registry.method(peft_type).config
+
+
+def _tuner(peft_type: str) -> type:
+    method = registry.method(peft_type)
+    return method.encoder if isinstance(method, PromptMethod) else TUNERS[PeftType(peft_type)]
+
+
+def _prefix(peft_type: str) -> str:
+    return registry.method(peft_type).prefix
+
+
+PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[str, type[PeftConfig]] = _ByType(_config, registry.MODULES)
+"""The config class of each method."""
+PEFT_TYPE_TO_TUNER_MAPPING: Mapping[str, type] = _ByType(_tuner, registry.MODULES)
+"""The class of tuners with adapters of each method; for a prompt, the class of what makes it."""
+PEFT_TYPE_TO_MIXED_MODEL_MAPPING: Mapping[str, type] = _ByType(_tuner, TUNERS)
+"""The methods whose adapters can act together with others': all that change layers."""
+PEFT_TYPE_TO_PREFIX_MAPPING: Mapping[str, str] = _ByType(_prefix, registry.MODULES)
+"""How the names of each method's tensors begin."""

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from peftrs.config import CONFIG_NAME, PeftConfig, PeftType, TargetedConfig
 from peftrs.core import manage
 from peftrs.core.inject import activation
-from peftrs.errors import AdapterError, ConfigError, TargetError
+from peftrs.errors import AdapterError, ConfigError, Strict, TargetError
 from peftrs.hub import HUB_OPTIONS, local_folder
 from peftrs.io.checkpoint import WEIGHTS_NAME, FileSource, Renamed, Source
-from peftrs.io.load import Incompatible, load
+from peftrs.io.load import LoadReport, load
 from peftrs.model import saving, status
 from peftrs.model.attach import attach, whole_or_not
 from peftrs.model.prompting import Prompting, generating
@@ -44,12 +44,13 @@ class PeftModel(Prompting, nn.Module):
         autocast_adapter_dtype: bool = True,
         low_cpu_mem_usage: bool = False,
         *,
-        strict: bool | None = None,
+        strict: Strict = None,
     ) -> None:
         super().__init__()
         if isinstance(model, PeftModel):
             model = model.get_base_model()
         self.base_model = Tuner(model)
+        self.load_reports: dict[str, LoadReport] = {}
         checkpoints = _checkpoints(model)  # asks every module, of which there are fewer now
         self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, strict=strict)
         if checkpoints:
@@ -134,7 +135,7 @@ class PeftModel(Prompting, nn.Module):
         low_cpu_mem_usage: bool = False,
         autocast_adapter_dtype: bool = True,
         *,
-        strict: bool | None = None,
+        strict: Strict = None,
     ) -> None:
         """Adds an adapter, not active unless it is the first; the others keep what they train.
 
@@ -218,13 +219,14 @@ class PeftModel(Prompting, nn.Module):
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         *,
-        strict: bool | None = None,
+        strict: Strict = None,
         **kwargs: Any,
     ) -> Self:
         """The model with an adapter from a local folder or repository, as the class that its task type names.
 
         Everything is checked against the model before a tensor is read: missing, unexpected and misshapen tensors are one
-        `CheckpointError` (the first two are a warning with `strict=False`), and the model is left as it was.
+        `CheckpointError` (the first two are a warning with `strict=False` or "warn"), and the model is left as it was. What
+        became of each tensor of the file stands in `load_reports`.
         """
         from peftrs.model.tasks import class_for
 
@@ -236,7 +238,7 @@ class PeftModel(Prompting, nn.Module):
             chosen = class_for(config, cls)
             with _blaming(origin):
                 # The tensors say what was adapted: an entry that never matched anything is worth a warning, no more.
-                loaded = chosen(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, strict=bool(strict))
+                loaded = chosen(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, strict=strict is True)
             loaded._fill(model_id, adapter_name, key_mapping, strict, kwargs)
         if not is_trainable:
             loaded.eval()
@@ -253,18 +255,19 @@ class PeftModel(Prompting, nn.Module):
         low_cpu_mem_usage: bool = False,
         key_mapping: Mapping[str, str] | None = None,
         *,
-        strict: bool | None = None,
+        strict: Strict = None,
         **kwargs: Any,
-    ) -> Incompatible:
+    ) -> LoadReport:
         """Loads an adapter beside the others, or new tensors into one that is there; which are active stays as it is.
 
-        Tensors go to the devices of their layers, whatever `torch_device` says. See `from_pretrained` for what is checked.
+        Returns what became of each tensor. They go to the devices of their layers, whatever `torch_device` says. See
+        `from_pretrained` for what is checked.
         """
         with whole_or_not(self.get_base_model()):
             if adapter_name not in self.peft_config:
                 config = read_config(model_id, None, is_trainable, kwargs)
                 with _blaming(_origin(model_id, kwargs)):
-                    self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, strict=bool(strict))
+                    self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, strict=strict is True)
             result = self._fill(model_id, adapter_name, key_mapping, strict, kwargs)
         if not is_trainable:
             self.eval()
@@ -275,9 +278,9 @@ class PeftModel(Prompting, nn.Module):
         model_id: str | os.PathLike[str],
         adapter: str,
         key_mapping: Mapping[str, str] | None,
-        strict: bool | None,
+        strict: Strict,
         options: Mapping[str, Any],
-    ) -> Incompatible:
+    ) -> LoadReport:
         hub = {key: value for key, value in options.items() if key in HUB_OPTIONS}
         folder = local_folder(model_id, [CONFIG_NAME, WEIGHTS_NAME], options.get("subfolder"), **hub)
         source: Source = FileSource(folder)
@@ -285,7 +288,9 @@ class PeftModel(Prompting, nn.Module):
             key_mapping = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
         if key_mapping:
             source = Renamed(source, key_mapping)
-        return load(self, adapter, cast(TargetedConfig, self.peft_config[adapter]), source, strict=strict)
+        report = load(self, adapter, cast(TargetedConfig, self.peft_config[adapter]), source, strict=strict)
+        self.load_reports[adapter] = report
+        return report
 
     # What there is.
 
@@ -305,6 +310,12 @@ class PeftModel(Prompting, nn.Module):
     def get_model_status(self) -> status.TunerModelStatus:
         """The state of the model's adapters as a whole."""
         return status.get_model_status(self)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether `convert_to_lora` can take the adapter."""
+        from peftrs.model.as_lora import supports
+
+        return supports(self.get_base_model(), adapter_name)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
         """Makes the embeddings' outputs need gradients: checkpointing that re-enters cuts off a graph whose inputs need none."""

@@ -14,10 +14,11 @@ from peftrs import _native
 from peftrs.bases import dense
 from peftrs.config import PeftType, TargetedConfig, TaskType
 from peftrs.core import plan as planning
+from peftrs.core.coverage import coverage
 from peftrs.core.method import Method
 from peftrs.core.plan import Plan
 from peftrs.core.tree import Place, original, places
-from peftrs.errors import ConfigError, PeftrsWarning
+from peftrs.errors import ConfigError, PeftrsWarning, Strict
 from peftrs.model.defaults import FEEDFORWARD, SKIPPED, SKIPPING, TARGETS
 
 ALL_LINEAR = "all-linear"
@@ -41,6 +42,8 @@ def settle(model: nn.Module, config: TargetedConfig, method: Method) -> dict[str
     kind = model_type(model)
     if config.target_modules is None:
         default = TARGETS.get(PeftType(method.name), {}).get(kind)
+        if method.name == PeftType.TRAINABLE_TOKENS:
+            default = ((input_embeddings(model, list(places(model))) or "embed_tokens").rpartition(".")[2],)
         if default is not None:
             settled["target_modules"] = default if isinstance(default, str) else set(default)
         elif not getattr(config, "target_parameters", None):
@@ -76,7 +79,7 @@ def make_plan(
     *,
     heads: tuple[str, ...] = (),
     names: set[str] | None = None,
-    strict: bool | None = None,
+    strict: Strict = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """What the adapter changes, and the config's fields as they are to be kept; nothing is changed yet.
 
@@ -116,6 +119,20 @@ def make_plan(
     if hasattr(config, "fan_in_fan_out"):
         settled |= _orientation(plan, config.fan_in_fan_out)
     return plan, settled
+
+
+def uneven(config: TargetedConfig, plan: Plan) -> list[str]:
+    """What to say of lists of layers that short names of a config match in few of: hybrid models, more often than not.
+
+    Whoever numbers layers, or gives a pattern, means some of them.
+    """
+    stated = config.target_modules
+    numbered = isinstance(stated, str) and stated.lower() != "all-linear"
+    numbered = numbered or any(part.isdecimal() for name in stated or () for part in name.split(".") if not isinstance(stated, str))
+    if numbered or config.inference_mode or getattr(config, "layers_to_transform", None) is not None or config.is_adaption_prompt:
+        return []
+    found = coverage([place.name for place in plan.found], [target.spec.name for target in plan.targets])
+    return [f"{one}: the others have no module that the config names" for one in found if one.uneven]
 
 
 def present(names: list[str], heads: tuple[str, ...], modules: list[str]) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 from peftrs.config import PeftConfig, TaskType
@@ -40,7 +41,12 @@ class PeftModelForFeatureExtraction(PeftModel):
 
 
 class PeftMixedModel(PeftModel):
-    """Adapters of several kinds on one model, which every `PeftModel` here takes; the class is there for its name."""
+    """Adapters of several kinds on one model, which every `PeftModel` here takes; this one has no task and several names."""
+
+    def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
+        """Takes one or several adapters out of the model."""
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            super().delete_adapter(name)
 
 
 MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
@@ -55,4 +61,5 @@ MODEL_TYPE_TO_PEFT_MODEL_MAPPING: dict[str, type[PeftModel]] = {
 
 def class_for(config: PeftConfig, default: type[PeftModel] = PeftModel) -> type[PeftModel]:
     """The class for a config's task type, or the default if it names none."""
-    return default if config.task_type is None else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type), default)
+    named = config.task_type is not None and default is not PeftMixedModel
+    return default if not named else MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(str(config.task_type), default)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,13 @@ from peftrs import registry
 from peftrs.config import PeftConfig
 from peftrs.core import manage
 from peftrs.core.inject import activation, adapters
-from peftrs.core.layer import AdaptedLayer
 from peftrs.core.tree import adapted_layers
 from peftrs.errors import AdapterError, PeftrsWarning
 from peftrs.model.attach import attach, peft_configs
 from peftrs.model.kbit import no_longer_quantized
 from peftrs.model.weighted import add_weighted
+
+Layer = TypeVar("Layer")
 
 
 class Tuner(nn.Module):
@@ -203,13 +204,13 @@ class Tuner(nn.Module):
         return model
 
 
-def shown(layers: list[AdaptedLayer], doing: str) -> Iterable[AdaptedLayer]:
+def shown(layers: list[Layer], doing: str) -> Iterable[Layer]:
     """The layers, with a bar that shows how many went by where tqdm is installed."""
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]
     except ImportError:
         return layers
-    return cast(Iterable[AdaptedLayer], tqdm(layers, desc=doing, unit="layer"))
+    return cast(Iterable[Layer], tqdm(layers, desc=doing, unit="layer"))
 
 
 def untie(model: nn.Module) -> None:

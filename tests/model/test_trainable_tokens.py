@@ -1,0 +1,78 @@
+"""Rows of embeddings trained alone: files and outputs are PEFT's both ways, and what is tied stays tied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import T5Config, T5ForConditionalGeneration
+
+import peftrs
+from tests.model.tiny import TOKENS, llama, shake
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::FutureWarning", "ignore::UserWarning:peft", "ignore:the input and output embeddings"
+)
+ROWS = sorted({int(token) for token in TOKENS[0]})
+
+
+def t5() -> Any:
+    torch.manual_seed(0)
+    return T5ForConditionalGeneration(
+        T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=64, decoder_start_token_id=0)
+    ).eval()
+
+
+BASES = {"untied": llama, "tied": lambda: llama(tied=True), "encoder-decoder": t5}
+
+
+def output(model: Any) -> Tensor:
+    more = {"decoder_input_ids": TOKENS} if hasattr(model.get_base_model(), "decoder") else {}
+    with torch.no_grad():
+        return model(input_ids=TOKENS, **more).logits
+
+
+def close(one: Tensor, other: Tensor) -> None:
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_files_interchange_both_ways(base: str, tmp_path: Path) -> None:
+    theirs = peft.get_peft_model(BASES[base](), peft.TrainableTokensConfig(token_indices=ROWS))
+    plain = output(theirs)
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = peftrs.PeftModel.from_pretrained(BASES[base](), tmp_path / "theirs")
+    close(output(ours), output(theirs))
+    assert not torch.allclose(output(ours), plain)
+    ours.save_pretrained(tmp_path / "ours")
+    files = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("theirs", "ours")]
+    assert files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][name], files[1][name]) for name in files[0])
+    close(output(peft.PeftModel.from_pretrained(BASES[base](), tmp_path / "ours").eval()), output(theirs))
+    merged = ours.merge_and_unload()
+    with torch.no_grad():
+        more = {"decoder_input_ids": TOKENS} if base == "encoder-decoder" else {}
+        close(merged(input_ids=TOKENS, **more).logits, output(theirs))
+
+
+def test_only_the_rows_are_trained_and_a_fresh_adapter_changes_nothing() -> None:
+    plain = llama()(TOKENS).logits
+    model = peftrs.get_peft_model(llama(), peftrs.TrainableTokensConfig(token_indices=ROWS))
+    assert torch.equal(output(model), plain)
+    assert model.peft_config["default"].target_modules == {"embed_tokens"}
+    trained = {name: tuple(one.shape) for name, one in model.named_parameters() if one.requires_grad}
+    assert list(trained.values()) == [(len(ROWS), 32)]
+    assert isinstance(model.base_model, peftrs.TrainableTokensModel)
+    random = peftrs.get_peft_model(llama(), peftrs.TrainableTokensConfig(token_indices=ROWS, init_weights=False))
+    assert not torch.allclose(output(random), plain)
+
+
+def test_tokens_that_no_table_has_are_refused() -> None:
+    with pytest.raises(peftrs.ConfigError, match=r"`token_indices`: \[64\] lie outside"):
+        peftrs.get_peft_model(llama(), peftrs.TrainableTokensConfig(token_indices=[1, 64]))
