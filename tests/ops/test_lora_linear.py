@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import peft
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import peftrs
-from peftrs.ops.lora_linear import lora_linear
+from peftrs.ops.lora_linear import Unstored, lora_linear
 from tests.laws.cases import distance, seeds
 from tests.ops.layers import layer, step, tensors
 from tests.ops.masks import assert_fair
@@ -133,3 +135,31 @@ def test_a_seed_makes_the_run_repeatable_and_the_next_step_another() -> None:
         assert not torch.equal(*outcomes[0][:2])
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_weight_that_is_computed_is_gone_between_the_passes(checkpointed: bool, autocast: bool) -> None:
+    stored, alive = torch.randn(24, 40).to(torch.float32 if autocast else torch.bfloat16), []
+
+    def compute() -> Tensor:
+        made = stored.clone()
+        alive.append(weakref.ref(made.untyped_storage()))
+        return made
+
+    weight = Unstored(compute, stored.shape, stored.dtype, stored.device)
+    x, down, up = torch.randn(6, 40).bfloat16(), torch.randn(4, 40), torch.randn(24, 4)
+    given = [one.requires_grad_() for one in (x, down, up)]
+
+    def run(x: Tensor, weight: Tensor | Unstored) -> Tensor | None:
+        return lora_linear(x, weight, None, down, up, 2.0, 0.5)
+
+    outcomes = []
+    for one in (stored, weight):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = checkpoint(run, x, one, use_reentrant=False) if checkpointed else run(x, one)
+        assert [held for held in alive if held() is not None] == []
+        outcomes.append([y, *torch.autograd.grad(y, given, torch.ones_like(y))])
+    assert all(torch.equal(one, other) for one, other in zip(*outcomes, strict=True))
+    assert len(alive) == 2 + checkpointed

@@ -21,9 +21,9 @@ from torch.autograd import forward_ad
 from peftrs.ops import is_fused
 from peftrs.ops.lora_linear.function import LoraLinear, has_kernels
 from peftrs.ops.lora_linear.library import operator
-from peftrs.ops.lora_linear.reference import Dropout
+from peftrs.ops.lora_linear.reference import Dropout, Unstored
 
-__all__ = ["LoraLinear", "lora_linear", "unfit"]
+__all__ = ["LoraLinear", "Unstored", "lora_linear", "unfit"]
 
 NARROW = (torch.bfloat16, torch.float16)
 PLAIN = (Tensor, nn.Parameter)
@@ -34,11 +34,11 @@ is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)
 """Whether `torch.export` traces, which from torch 2.7 on is told apart from compiling."""
 
 
-def unfit(weight: Tensor, down: Tensor, up: Tensor, dropout: float = 0.0) -> str | None:
+def unfit(weight: Tensor | Unstored, down: Tensor, up: Tensor, dropout: float = 0.0) -> str | None:
     """Why `lora_linear` does not take these whatever `x` is, or None if it does."""
     if not is_fused():
         return "fused operations are turned off"
-    if type(weight) not in PLAIN or type(down) not in PLAIN or type(up) not in PLAIN:
+    if type(weight) not in (*PLAIN, Unstored) or type(down) not in PLAIN or type(up) not in PLAIN:
         return "its tensors are of a class with operations of its own"
     dtype = down.dtype
     if dtype != up.dtype or (dtype != weight.dtype and not (dtype is torch.float32 and weight.dtype in NARROW)):
@@ -58,7 +58,7 @@ def is_compiled(device: torch.device) -> bool:
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropout: float = 0.0
+    x: Tensor, weight: Tensor | Unstored, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropout: float = 0.0
 ) -> Tensor | None:
     """`x·Wᵀ + bias + s·dropout(x)·Aᵀ·Bᵀ`, or None where the caller must compose it of plain operations.
 
@@ -67,7 +67,7 @@ def lora_linear(
     `functional.dropout` would draw.
     """
     if torch.compiler.is_compiling():
-        if not is_compiled(x.device):
+        if isinstance(weight, Unstored) or not is_compiled(x.device):
             return None
     elif (
         torch._C._functorch.peek_interpreter_stack() is not None  # `torch.func` needs rules that a Function lacks
@@ -91,7 +91,7 @@ def lora_linear(
     if dropout:
         dropped = min(max(round(dropout * 2**16), 1), 2**16 - 1)
         scaling = scaling / (1 - dropped / 2**16)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() and isinstance(weight, Tensor):
         return operator(x, weight, bias, down, up, scaling, dropped, drawn(x.device) if dropped else None)
     seeded = None
     if dropped:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peftrs.ops.lora_linear import reference
-from peftrs.ops.lora_linear.reference import Dropout, Gradients
+from peftrs.ops.lora_linear.reference import Dropout, Gradients, Unstored
 
 
 @cache
@@ -90,17 +90,18 @@ class LoraLinear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        weight: Tensor,
+        weight: Tensor | Unstored,
         bias: Tensor | None,
         down: Tensor,
         up: Tensor,
         scaling: float,
         dropout: Dropout | None,
     ) -> Tensor:
-        y, u = forward(x, weight, bias, down, up, scaling, dropout)
+        y, u = forward(x, weight.compute() if isinstance(weight, Unstored) else weight, bias, down, up, scaling, dropout)
         if u.dtype != weight.dtype and not u.is_cuda:  # there the kernels round it as they read it
             u = u.to(weight.dtype)
-        ctx.save_for_backward(x, weight, down, up, u)
+        stored, ctx.unstored = (None, weight) if isinstance(weight, Unstored) else (weight, None)
+        ctx.save_for_backward(x, stored, down, up, u)
         ctx.settings = scaling, dropout
         return y
 
@@ -111,6 +112,8 @@ class LoraLinear(torch.autograd.Function):
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return LoraLinear.backward(ctx, *gradients)
+        if weight is None:
+            weight = ctx.unstored.compute()
         need_x, _, need_bias, need_down, need_up, *_ = ctx.needs_input_grad
         dy, needs = gradients[0], (need_x, need_down, need_up)
         scaling, dropout = ctx.settings

@@ -11,7 +11,9 @@ narrow dtype has float32's range, so that nothing but the output is rounded to i
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,6 +40,25 @@ class Dropout(NamedTuple):
         count = x.numel()
         words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
         return (words.view(torch.int16)[:count] >= self.dropped - 2**15).view(x.shape)
+
+
+@dataclass(frozen=True)
+class Unstored:
+    """A frozen weight, `(out, in)`, that is computed each time a pass reads it, as from a quantized one, and not kept in between.
+
+    What `compute` returns may be a workspace that the next weight overwrites: a pass is done with it before another is read.
+    """
+
+    compute: Callable[[], Tensor]
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    requires_grad: ClassVar[bool] = False
+
+    def to(self, dtype: torch.dtype) -> Unstored:
+        """The same in another dtype."""
+        return self if dtype == self.dtype else replace(self, compute=lambda: self.compute().to(dtype), dtype=dtype)
 
 
 class Gradients(NamedTuple):
