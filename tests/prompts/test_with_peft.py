@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import T5ForConditionalGeneration
 
 import peftrs
 from tests.prompts.cases import CASES, MASK, MODELS, TOKENS, Case
@@ -124,6 +126,8 @@ def test_training_gives_their_losses(case: Case) -> None:
 
 WAYS: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"do_sample": True}, {"use_cache": False}]
 IN_CACHE = ("PrefixTuningConfig", "CartridgeConfig")
+# Where `generate` says where tokens stand (transformers 4), PEFT's T5 counts them without the prompt, as its forward does not.
+TOLD_POSITIONS = "cache_position" in inspect.signature(T5ForConditionalGeneration.forward).parameters
 GENERATING = [
     (case, options)
     for case in CASES
@@ -133,6 +137,7 @@ GENERATING = [
     and case.config != "CPTConfig"
     # PEFT cannot without a cache.
     and not (options == {"use_cache": False} and case.model == "llama" and case.config in IN_CACHE)
+    and not (TOLD_POSITIONS and case.model == "t5" and case.config in IN_CACHE)
 ]
 
 
@@ -147,3 +152,17 @@ def test_they_generate_the_same(case: Case, options: dict[str, Any], tmp_path: P
         inputs = {"input_ids": TOKENS, "attention_mask": torch.ones_like(MASK)} | case.inputs
         texts.append(model.generate(**inputs, max_new_tokens=6, min_new_tokens=6, **options))
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.model == "t5"], ids=lambda case: case.id)
+def test_what_is_generated_follows_from_the_forward(case: Case) -> None:
+    model = made(peftrs, case)
+    shake(model)
+    inputs = {"input_ids": TOKENS, "attention_mask": MASK} | case.inputs
+    text = torch.zeros(3, 1, dtype=torch.long)
+    for _ in range(5):
+        with torch.no_grad():
+            scores = model(**inputs, decoder_input_ids=text, use_cache=False).logits[:, -1]
+        scores[:, model.config.eos_token_id] = -torch.inf
+        text = torch.cat((text, scores.argmax(-1, keepdim=True)), dim=1)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=5, min_new_tokens=5), text)
