@@ -3,6 +3,7 @@
 use peftrs_core::dtype::Dtype;
 use peftrs_core::error::{Error, Result};
 use peftrs_core::plan::{Apply, Effect, Layer};
+use pyo3::ffi;
 use pyo3::prelude::*;
 use pyo3::types::{PyBytes, PyDict};
 
@@ -16,8 +17,29 @@ type Bytes = (Vec<u8>, Option<Vec<u8>>);
 #[derive(Debug)]
 pub struct Python;
 
+thread_local! {
+    static KEPT: Kept = Kept::new();
+}
+
+/// Python's state of this thread, kept from the first call to the end. Without it, every call would make one and delete it
+/// again, and the torch of before 2.7 goes on using the first that it saw in a thread.
+struct Kept;
+
+impl Kept {
+    fn new() -> Self {
+        // SAFETY: the caller does not hold the interpreter's lock. It is taken and given back, and only the thread's state stays,
+        // which is the interpreter's own, and freed with it: the thread may end at a time when the lock can no longer be had.
+        unsafe {
+            ffi::PyGILState_Ensure();
+            ffi::PyEval_SaveThread();
+        }
+        Self
+    }
+}
+
 impl Python {
     fn call<T>(work: impl FnOnce(pyo3::Python<'_>, &Bound<'_, PyModule>) -> PyResult<T>) -> Result<T> {
+        KEPT.with(|_| ());
         pyo3::Python::attach(|py| py.import(MODULE).and_then(|module| work(py, &module)))
             .map_err(|error| Error::Merge(pyo3::Python::attach(|py| error.value(py).to_string())))
     }
