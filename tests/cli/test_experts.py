@@ -40,6 +40,8 @@ def test_a_merged_folder_gives_the_adapters_outputs(make: Callable[[], Any], sto
     with safe_open(tmp_path / "base" / "model.safetensors", "pt") as file:
         assert f"model.layers.0.{stored}.weight" in file.keys()  # noqa: SIM118
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    if not any(name.endswith("experts.gate_up_proj") for name, _ in base.named_parameters()):
+        pytest.skip("this transformers keeps a module for each expert")
     plain = logits(base)
     config = peftrs.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=["experts.gate_up_proj", "experts.down_proj"])
     adapted = peftrs.get_peft_model(base, config)
