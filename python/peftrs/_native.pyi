@@ -34,8 +34,8 @@ class Checkpoint:
     @staticmethod
     def model(path: str, *, follow_links: bool = False) -> Checkpoint:
         """Opens a model folder (one file, or shards with an index) or one safetensors file."""
-    def entries(self) -> list[tuple[str, str, list[int]]]:
-        """Every tensor as (name, dtype as safetensors spells it, shape), in the order of the file."""
+    def entries(self) -> Sequence[tuple[str, str, tuple[int, ...]]]:
+        """Every tensor as (name, dtype as safetensors spells it, shape), in the order of the file, each made when asked for."""
     def layers(self) -> list[tuple[str, str]]:
         """Every layer, or bare parameter, and its kind as its name and shape suggest (`linear`, `embedding`, `conv1d`, `other`)."""
     def metadata(self) -> dict[str, str]:

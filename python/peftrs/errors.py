@@ -22,6 +22,7 @@ __all__ = [
     "is_strict",
     "listed",
     "set_strict",
+    "shown",
 ]
 
 _strict = True
@@ -67,7 +68,12 @@ def complain(message: str, error: type[PeftrsError], strict: Strict = None) -> N
     warnings.warn(message, PeftrsWarning, stacklevel=3)
 
 
+def shown(name: str, limit: int = 120) -> str:
+    """The name for an error message, in quotes: what is not printable escaped, and a long one cut."""
+    return repr(name if len(name) <= limit else f"{name[: limit - 1]}…")
+
+
 def listed(names: list[str], limit: int = 8) -> str:
     """The names for an error message: all of a few, the first of many and how many more there are."""
-    shown = ", ".join(repr(name) for name in names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+    first = ", ".join(map(shown, names[:limit]))
+    return first if len(names) <= limit else f"{first} and {len(names) - limit} more"

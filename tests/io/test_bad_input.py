@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import struct
 import sys
 import time
+import tracemalloc
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 import peftrs
 from peftrs import CheckpointError, LoraConfig, PeftModel, PeftrsError, PeftrsWarning
+from tests.io.faults import CASES, CONFIG, LAYER, WEIGHTS, A, Change, config, rename, tensors
 from tests.model.tiny import fingerprint, shake, stack
-
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-LAYER = "base_model.model.layers.0"
-
-Change = Callable[[Path], object]
 
 
 @pytest.fixture
@@ -35,137 +29,6 @@ def folder(tmp_path: Path) -> Path:
     shake(model)
     model.save_pretrained(tmp_path / "adapter")
     return tmp_path / "adapter"
-
-
-def tensors(change: Callable[[dict[str, Tensor]], object]) -> Change:
-    """Changes the tensors and leaves the format intact."""
-
-    def apply(folder: Path) -> None:
-        held = load_file(folder / WEIGHTS)
-        change(held)
-        save_file(held, folder / WEIGHTS, metadata={"format": "pt"})
-
-    return apply
-
-
-def header(change: Callable[[str], str]) -> Change:
-    """Changes the text of the header and leaves the tensors' bytes as they are."""
-
-    def apply(folder: Path) -> None:
-        data = (folder / WEIGHTS).read_bytes()
-        length = struct.unpack("<Q", data[:8])[0]
-        text = change(data[8 : 8 + length].decode()).encode()
-        (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
-
-    return apply
-
-
-def raw(change: Callable[[bytes], bytes]) -> Change:
-    return lambda folder: (folder / WEIGHTS).write_bytes(change((folder / WEIGHTS).read_bytes()))
-
-
-def bytes_only(data: bytes) -> Change:
-    return lambda folder: (folder / WEIGHTS).write_bytes(data)
-
-
-def config(**values: Any) -> Change:
-    """Changes fields of the config."""
-
-    def apply(folder: Path) -> None:
-        stated = json.loads((folder / CONFIG).read_text())
-        (folder / CONFIG).write_text(json.dumps(stated | values))
-
-    return apply
-
-
-def config_text(text: str) -> Change:
-    return lambda folder: (folder / CONFIG).write_text(text)
-
-
-def pickled(folder: Path) -> None:
-    torch.save(load_file(folder / WEIGHTS), folder / "adapter_model.bin")
-    (folder / WEIGHTS).unlink()
-
-
-def pipe(folder: Path) -> None:
-    (folder / WEIGHTS).unlink()
-    os.mkfifo(folder / WEIGHTS)
-
-
-def linked_out(folder: Path) -> None:
-    (folder / WEIGHTS).rename(folder.parent / "elsewhere.safetensors")
-    (folder / WEIGHTS).symlink_to(folder.parent / "elsewhere.safetensors")
-
-
-def rename(held: dict[str, Tensor], old: str, new: str) -> None:
-    held[new] = held.pop(old)
-
-
-A = f"{LAYER}.lora_A.weight"
-
-CASES: list[tuple[str, Change, str, str]] = [
-    # The container (T1, T2, T3).
-    ("empty", bytes_only(b""), WEIGHTS, "empty|0 bytes|too short|shorter"),
-    ("cut short", raw(lambda data: data[:-16]), WEIGHTS, "end|bytes|truncated|download"),
-    ("bytes to spare", raw(lambda data: data + b"more"), WEIGHTS, "trailing|after|more|bytes"),
-    ("header too long", raw(lambda data: struct.pack("<Q", 1 << 60) + data[8:]), WEIGHTS, "header"),
-    ("header is not JSON", header(lambda text: text.replace("{", "[", 1)), WEIGHTS, "header|JSON"),
-    ("a page of HTML", bytes_only(b"<!DOCTYPE html><html>Sign in</html>"), WEIGHTS, "HTML|page"),
-    ("a pointer", bytes_only(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), WEIGHTS, "LFS|pointer"),
-    ("a name twice", header(lambda text: text.replace("layers.1.lora_A", "layers.0.lora_A")), WEIGHTS, "twice|duplicate"),
-    ("an unknown dtype", header(lambda text: text.replace('"F32"', '"F33"', 1)), WEIGHTS, "F33"),
-    ("overlapping", header(lambda text: re.sub(r"\[\d+,", "[0,", text)), WEIGHTS, "overlap|offset|bytes"),
-    ("a pipe", pipe, WEIGHTS, "regular|file"),
-    ("a link that leads away", linked_out, WEIGHTS, "link"),
-    ("integers", tensors(lambda held: held.update({A: held[A].to(torch.int32)})), WEIGHTS, "int32"),
-    ("bytes for weights", tensors(lambda held: held.update({A: held[A].to(torch.int8)})), WEIGHTS, "I8"),
-    ("no elements", tensors(lambda held: held.update({A: torch.zeros(0, 8)})), WEIGHTS, "without elements|no elements"),
-    # What is in it (T4).
-    ("a tensor is missing", tensors(lambda held: held.pop(A)), WEIGHTS, r"1 missing: '.*layers\.0\.lora_A\.weight'"),
-    (
-        "a tensor too many",
-        tensors(lambda held: held.update({f"{LAYER}.lora_C.weight": torch.zeros(2)})),
-        WEIGHTS,
-        r"1 unexpected: '.*lora_C\.weight' \(nearest in the model: '.*lora_.\.weight'\)",
-    ),
-    ("another layer", tensors(lambda held: rename(held, A, A.replace(".0.", ".9."))), WEIGHTS, "1 missing: .*; 1 unexpected: "),
-    (
-        "another shape",
-        tensors(lambda held: held.update({A: torch.zeros(4, 9)})),
-        WEIGHTS,
-        r"has shape \[4, 9\], the model needs \[4, 8\]",
-    ),
-    (
-        "a weight of the model",
-        tensors(lambda held: held.update({"base_model.model.head.weight": torch.zeros(2, 8)})),
-        WEIGHTS,
-        r"would overwrite weights of the model .*'base_model\.model\.head\.weight'",
-    ),
-    (
-        "a bias of the model",
-        tensors(lambda held: held.update({f"{LAYER}.base_layer.bias": torch.zeros(8)})),
-        WEIGHTS,
-        r"would overwrite weights of the model .*layers\.0\.base_layer\.bias",
-    ),
-    # The config (T5, T6, T7, T8).
-    ("no config", lambda folder: (folder / CONFIG).unlink(), CONFIG, "no|missing|not there"),
-    ("a config that is not JSON", config_text("{'r': 8}"), CONFIG, "JSON|line 1"),
-    ("a config that is a list", config_text("[]"), CONFIG, "object"),
-    ("a deep config", config_text('{"peft_type":"LORA","a":' + "[" * 400 + "]" * 400 + "}"), CONFIG, "deep|recursion|128"),
-    ("a config without a type", config_text("{}"), CONFIG, "peft_type"),
-    ("an unknown type", config(peft_type="MAGIC"), CONFIG, "MAGIC"),
-    ("a rank that is text", config(r="4"), CONFIG, r"\br\b"),
-    ("a rank that is true", config(r=True), CONFIG, r"\br\b"),
-    ("a rank of zero", config(r=0), CONFIG, r"\br\b|rank"),
-    ("an enormous rank", config(r=10**12), "adapter", r"\br\b|rank|shape"),
-    ("another rank", config(r=5), WEIGHTS, r"has shape \[4, 8\], the model needs \[5, 8\]"),
-    ("a strength that is no number", config_text('{"peft_type":"LORA","lora_alpha":NaN}'), CONFIG, "JSON|lora_alpha|NaN"),
-    ("a pattern that is none", config(target_modules="lay(ers"), CONFIG, r"lay\(ers"),
-    ("a pattern without end", config(target_modules="(a|a)*(b|b)*(.|.)*" * 12 + "!"), CONFIG, "match|pattern|cost|budget|found"),
-    ("no such layer", config(target_modules=["2"]), CONFIG, "not found in the base model"),
-    # What is never read (T9, T11).
-    ("a pickle", pickled, "", r"adapter_model\.bin|pickle"),
-]
 
 
 @pytest.mark.parametrize(("change", "file", "reason"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
@@ -215,6 +78,19 @@ def test_weights_of_the_model_are_refused_leniently_too(folder: Path) -> None:
     tensors(lambda held: held.update({"base_model.model.head.weight": torch.zeros(2, 8)}))(folder)
     with pytest.raises(PeftrsError, match="would overwrite"):
         PeftModel.from_pretrained(stack(), folder, strict=False)
+
+
+def test_countless_tensors_are_refused_before_any_is_looked_at(folder: Path) -> None:
+    rows = (f'"{place}":{{"dtype":"F16","shape":[1],"data_offsets":[{2 * place},{2 * place + 2}]}}' for place in range(100_005))
+    text = ("{" + ",".join(rows) + "}").encode()
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + bytes(2 * 100_005))
+    model = stack()
+    tracemalloc.start()
+    with pytest.raises(PeftrsError, match=rf"{WEIGHTS}: holds 100005 tensors, adapter 'default' has 4 on this model"):
+        PeftModel.from_pretrained(model, folder, strict=False)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -270,6 +146,53 @@ def test_nothing_that_a_config_names_is_imported_or_opened(folder: Path, tmp_pat
             peftrs.AutoPeftModel.from_pretrained(folder)
     watching = False
     assert not [name for name in opened if "planted" in name or "secret" in name]
+
+
+def test_a_key_of_a_config_that_occurs_twice_is_named(folder: Path) -> None:
+    text = (folder / CONFIG).read_text()
+    (folder / CONFIG).write_text(text.replace('"r": 4', '"r": 5, "\\u0072": 4'))
+    with pytest.warns(PeftrsWarning, match=r"adapter_config\.json: .*`r` occurs twice"):
+        PeftModel.from_pretrained(stack(), folder)
+
+
+def test_a_negative_strength_is_told_of_and_works(folder: Path) -> None:
+    config(lora_alpha=-8)(folder)
+    with pytest.warns(PeftrsWarning, match="alpha is negative"):
+        model = PeftModel.from_pretrained(stack(), folder)
+    assert model.base_model.model.layers[0].scaling["default"] == -2
+
+
+def test_an_update_that_overflows_is_not_merged(folder: Path) -> None:
+    config(lora_alpha=1e38)(folder)
+    tensors(lambda held: [value.mul_(1e3) for value in held.values()])(folder)
+    model = PeftModel.from_pretrained(stack(), folder)
+    before = fingerprint(model)
+    with pytest.raises(peftrs.MergeError, match=r"layers\.0"):
+        model.merge_adapter()
+    assert fingerprint(model) == before
+
+
+def test_a_folder_without_weights_is_not_completed_from_elsewhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def asked(*_: Any, **__: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", asked)
+    monkeypatch.chdir(tmp_path)
+    (folder / WEIGHTS).unlink()
+    for path in (folder, "adapter", "./adapter"):
+        with pytest.raises(PeftrsError, match=f"holds no {WEIGHTS}"):
+            PeftModel.from_pretrained(stack(), path)
+
+
+def test_names_in_configs_cannot_write_on_the_terminal(folder: Path) -> None:
+    config(target_modules=["\x1b[2J\r\n" + "x" * 1_000_000])(folder)
+    with pytest.raises(PeftrsError) as caught:
+        PeftModel.from_pretrained(stack(), folder)
+    message = str(caught.value)
+    assert message.isprintable()
+    assert len(message) < 600
 
 
 def test_unknown_keys_of_a_config_are_named_and_left_out(folder: Path) -> None:

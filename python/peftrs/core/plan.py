@@ -20,7 +20,7 @@ from peftrs.core.method import Method
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.target import Target, aim
 from peftrs.core.tree import Place, original
-from peftrs.errors import ConfigError, NoMatchingPeftModuleError, Strict, TargetError, complain, listed
+from peftrs.errors import ConfigError, NoMatchingPeftModuleError, Strict, TargetError, complain, listed, shown
 
 PROJECTION = 2.0
 """PEFT adds the change of an attention's output projection twice when the attention is a target, in its forward and in merging.
@@ -198,7 +198,7 @@ def _check_matches(selection: _native.Selection, config: TargetedConfig, strict:
     if not selection.targets and not selection.parameters and not wants_none:
         raise NoMatchingPeftModuleError(_nothing(selection, config))
     lost = [
-        f"{field}: {entry!r}" + (f" (the nearest name is {nearest!r})" if nearest else "")
+        f"{field}: {shown(entry)}" + (f" (the nearest name is {nearest!r})" if nearest else "")
         for field, entry, count, nearest in selection.report
         if not count and entry != NO_TARGETS
     ]
@@ -207,12 +207,13 @@ def _check_matches(selection: _native.Selection, config: TargetedConfig, strict:
 
 
 def _nothing(selection: _native.Selection, config: TargetedConfig) -> str:
-    targets = _in_order(config.target_modules)
+    named = config.target_modules
+    targets = f"[{listed(sorted(named))}]" if isinstance(named, (list, set)) else shown(named or "")
     if selection.excluded:
         return f"All modules were excluded: {targets} matches only {listed(selection.excluded)}, which `exclude_modules` takes out"
     message = f"Target modules {targets} not found in the base model. Please check the target modules and try again."
     for name in ("layers_to_transform", "layers_pattern"):
         if getattr(config, name, None):
-            message += f" `{name}` is {getattr(config, name)}."
-    nearest = [f"{entry!r} is near {near!r}" for _, entry, _, near in selection.report if near]
+            message += f" `{name}` is {getattr(config, name)!r:.120}."
+    nearest = [f"{shown(entry)} is near {near!r}" for _, entry, _, near in selection.report if near]
     return message + (f" {', '.join(nearest[:8])}." if nearest else "")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from peftrs import _native
 from peftrs.config import CONFIG_NAME
-from peftrs.errors import AdapterError, CheckpointError
+from peftrs.errors import AdapterError, CheckpointError, shown
 from peftrs.hub import HUB_OPTIONS, local_folder
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -33,6 +33,9 @@ class Source(Protocol):
     origin: str
     """What messages call it."""
 
+    def __len__(self) -> int:
+        """How many tensors there are, at no cost."""
+
     def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         """The dtype and shape of every tensor by name."""
 
@@ -49,18 +52,19 @@ class FileSource:
     def __init__(self, folder: str, *, model: bool = False) -> None:
         self.origin = folder if model else os.path.join(folder, WEIGHTS_NAME)
         self._file = _native.Checkpoint.model(folder, follow_links=True) if model else _native.Checkpoint.adapter(folder)
-        self._entries: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
-        unknown = []
-        for name, dtype, shape in self._file.entries():
-            if dtype in DTYPES:
-                self._entries[name] = (DTYPES[dtype], tuple(shape))
-            else:
-                unknown.append(f"{name!r:.120} is {dtype}")
-        if unknown:
-            raise CheckpointError(f"{self.origin}: holds tensors of a type that adapters do not have: {', '.join(unknown[:8])}")
+        self._described: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+
+    def __len__(self) -> int:
+        return len(self._file.entries())
 
     def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-        return self._entries
+        if not self._described:
+            rows = self._file.entries()
+            unknown = [f"{shown(name)} is {dtype}" for name, dtype, _ in rows if dtype not in DTYPES]
+            if unknown:
+                raise CheckpointError(f"{self.origin}: holds tensors of a type that adapters do not have: {', '.join(unknown[:8])}")
+            self._described = {name: (DTYPES[dtype], tuple(shape)) for name, dtype, shape in rows}
+        return self._described
 
     def original(self, name: str) -> str:
         return name
@@ -70,7 +74,7 @@ class FileSource:
         return dict(self._file.layers())
 
     def read(self, name: str) -> Tensor:
-        dtype, shape = self._entries[name]
+        dtype, shape = self.described()[name]
         data = self._file.read(name)
         # The tensor keeps the bytearray alive.
         return torch.frombuffer(data, dtype=dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
@@ -82,6 +86,9 @@ class MemorySource:
     def __init__(self, tensors: Mapping[str, Tensor], origin: str) -> None:
         self.origin = origin
         self._tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
     def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
@@ -102,18 +109,23 @@ class Renamed:
     def __init__(self, source: Source, key_mapping: Mapping[str, str]) -> None:
         self.origin = source.origin
         self._source = source
+        self._key_mapping = key_mapping
         self._names: dict[str, str] = {}
-        for name in source.described():
-            prefix = next((prefix for prefix in (PREFIX, "base_model.") if name.startswith(prefix)), None)
-            if prefix is None:
-                raise CheckpointError(f"{self.origin}: `key_mapping` needs names that begin with {PREFIX!r}, unlike {name!r:.120}")
-            new = _renamed(name.removeprefix(prefix), key_mapping)
-            if prefix + new in self._names:
-                raise CheckpointError(f"{self.origin}: `key_mapping` gives two tensors the name {prefix + new!r:.120}")
-            self._names[prefix + new] = name
+
+    def __len__(self) -> int:
+        return len(self._source)
 
     def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         described = self._source.described()
+        self._names = {}
+        for name in described:
+            prefix = next((prefix for prefix in (PREFIX, "base_model.") if name.startswith(prefix)), None)
+            if prefix is None:
+                raise CheckpointError(f"{self.origin}: `key_mapping` needs names that begin with {PREFIX!r}, unlike {shown(name)}")
+            new = _renamed(name.removeprefix(prefix), self._key_mapping)
+            if prefix + new in self._names:
+                raise CheckpointError(f"{self.origin}: `key_mapping` gives two tensors the name {shown(prefix + new)}")
+            self._names[prefix + new] = name
         return {new: described[old] for new, old in self._names.items()}
 
     def read(self, name: str) -> Tensor:

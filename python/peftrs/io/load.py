@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from math import isfinite
 from typing import NamedTuple
@@ -14,13 +13,13 @@ from torch import Tensor, nn
 
 from peftrs.config import TargetedConfig
 from peftrs.core.slots import FittedAdapter
-from peftrs.errors import CheckpointError, PeftrsWarning, Strict, complain, is_strict
+from peftrs.errors import CheckpointError, PeftrsWarning, Strict, complain, is_strict, listed, shown
 from peftrs.io.checkpoint import PREFIX, Source
 from peftrs.io.entries import Entry, device_of, embeddings, entries, plain
 
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-SHOWN = 120
-"""How many characters of a name out of a file stand in a message."""
+STRANGERS = 100_000
+"""More tensors than this that are not the adapter's are not looked at one by one: the file is another one, or an attack."""
 
 
 class Incompatible(NamedTuple):
@@ -85,7 +84,7 @@ def load(
     read = {name: source.read(name) for _, name in match.pairs}
     odd = [name for name, value in read.items() if not is_finite(value)]
     if odd:
-        text = f"{source.origin}: {len(odd)} tensors hold NaN or infinite values: {_names(odd)}"
+        text = f"{source.origin}: {len(odd)} tensors hold NaN or infinite values: {listed(odd, 4)}"
         complain(text, CheckpointError, False if report else strict)
     replaced = []
     values: dict[FittedAdapter, dict[str, Tensor]] = {}
@@ -101,7 +100,7 @@ def load(
             _fill(fitted, values.get(fitted, {}))
     if replaced:
         text = (
-            f"{source.origin}: replaces {_names(replaced)} of the model, which the config of adapter {adapter!r} does not adapt; "
+            f"{source.origin}: replaces {listed(replaced, 4)} of the model, which adapter {adapter!r} does not adapt; "
             "right where the vocabulary was resized for training, else do not trust the file"
         )
         warnings.warn(text, PeftrsWarning, stacklevel=3)
@@ -115,6 +114,10 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
     spelled = {name: entry for entry in reversed(expected) for name in (entry.name, entry.key)}
     again = {name for entry in expected for name in entry.again}
     own = {_stripped(plain(name)) for name, _ in model.named_parameters()}
+    if len(source) > len(expected) + STRANGERS:
+        raise CheckpointError(
+            f"{source.origin}: holds {len(source)} tensors, adapter {adapter!r} has {len(expected)} on this model"
+        )
     match, taken = Match(), set[str]()
     for name, (dtype, shape) in source.described().items():
         if not again.isdisjoint(_ways(name)):
@@ -123,11 +126,11 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
         if entry is None:
             (match.foreign if _stripped(name) in own else match.unexpected).append(name)
         elif entry.key in taken:
-            match.broken.append(f"{_cut(name)} is there under two names")
+            match.broken.append(f"{shown(name)} is there under two names")
         elif shape != tuple(entry.shown.shape):
-            match.misshapen.append(f"{_cut(name)} has shape {list(shape)}, the model needs {list(entry.shown.shape)}")
+            match.misshapen.append(f"{shown(name)} has shape {list(shape)}, the model needs {list(entry.shown.shape)}")
         elif dtype != entry.shown.dtype and not {dtype, entry.shown.dtype} <= FLOATS:
-            match.broken.append(f"{_cut(name)} is {dtype}, the model needs {entry.shown.dtype}")
+            match.broken.append(f"{shown(name)} is {dtype}, the model needs {entry.shown.dtype}")
         else:
             match.pairs.append((entry, name))
         if entry is not None:
@@ -152,18 +155,18 @@ def _judge(match: Match, adapter: str, source: Source, *, strict: Strict, report
     fatal = [f"{len(match.broken)} do not fit: {_few(match.broken)}"] if match.broken else []
     if match.foreign:
         fatal.append(
-            f"{len(match.foreign)} would overwrite weights of the model that the config does not name: {_names(match.foreign)}"
+            f"{len(match.foreign)} would overwrite weights of the model that the config does not name: {listed(match.foreign, 4)}"
         )
     if match.misshapen and not ignore_mismatched_sizes:
         fatal.append(f"{len(match.misshapen)} of another shape: {_few(match.misshapen)}")
     lenient = []
     missing = [entry for entry in match.missing if not (ignore_mismatched_sizes and match.misshapen)]
     if missing and not report:
-        lenient.append(f"{len(missing)} missing: {_names(entry.key for entry in missing)}")
+        lenient.append(f"{len(missing)} missing: {listed([entry.key for entry in missing], 4)}")
     if match.unexpected and not report:
         near = _nearest(match.unexpected[0], match)
         hint = (f" (nearest in the model: {near!r})" if near else "") + _mapping(match)
-        lenient.append(f"{len(match.unexpected)} unexpected: {_names(match.unexpected)}{hint}")
+        lenient.append(f"{len(match.unexpected)} unexpected: {listed(match.unexpected, 4)}{hint}")
     if match.missing and not match.pairs and not report and (strict is not None or is_strict()):
         fatal.append("none of them is used")
     head = f"{source.origin}: the tensors are not those of adapter {adapter!r} on this model"
@@ -197,7 +200,7 @@ def _stripped(name: str) -> str:
 
 def _nearest(name: str, match: Match) -> str | None:
     known = [entry.key for entry in match.missing] or [entry.key for entry, _ in match.pairs]
-    found = difflib.get_close_matches(name[:SHOWN], known[:2000], n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name[:120], known[:2000], n=1, cutoff=0.5)
     return found[0] if found else None
 
 
@@ -215,15 +218,5 @@ def _mapping(match: Match) -> str:
     return ""
 
 
-def _cut(name: str) -> str:
-    return repr(name if len(name) <= SHOWN else f"{name[: SHOWN - 1]}…")
-
-
 def _few(faults: list[str], limit: int = 2) -> str:
     return "; ".join(faults[:limit]) + (f"; and {len(faults) - limit} more" if len(faults) > limit else "")
-
-
-def _names(names: Iterable[str], limit: int = 4) -> str:
-    every = list(names)
-    shown = ", ".join(map(_cut, every[:limit]))
-    return shown if len(every) <= limit else f"{shown} and {len(every) - limit} more"

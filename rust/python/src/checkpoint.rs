@@ -9,8 +9,9 @@ use peftrs_core::error::{Error, show_name};
 use peftrs_core::outline::Outline;
 use peftrs_core::writer::{self, Disk, Tensor};
 use pyo3::buffer::PyUntypedBuffer;
+use pyo3::exceptions::PyIndexError;
 use pyo3::prelude::*;
-use pyo3::types::PyByteArray;
+use pyo3::types::{PyByteArray, PyTuple};
 
 use crate::error::run;
 
@@ -32,8 +33,8 @@ impl Checkpoint {
         run(py, || Core::open_model(&path, links(follow_links))).map(Self)
     }
 
-    fn entries(&self) -> Vec<(&str, &'static str, &[usize])> {
-        self.0.entries().map(|(name, entry)| (name, entry.dtype.name(), entry.shape.as_slice())).collect()
+    fn entries(checkpoint: Py<Self>) -> Entries {
+        Entries(checkpoint)
     }
 
     fn layers(&self) -> Vec<(String, String)> {
@@ -47,6 +48,22 @@ impl Checkpoint {
     fn read<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyByteArray>> {
         let length = run(py, || self.0.bytes(name))?;
         PyByteArray::new_with(py, length, |bytes| run(py, || self.0.read_into(name, bytes)))
+    }
+}
+
+/// The tensors of a checkpoint: how many there are costs nothing, each is made when it is asked for.
+#[pyclass(frozen, sequence, module = "peftrs._native")]
+pub struct Entries(Py<Checkpoint>);
+
+#[pymethods]
+impl Entries {
+    fn __len__(&self) -> usize {
+        self.0.get().0.len()
+    }
+
+    fn __getitem__<'py>(&self, py: Python<'py>, place: usize) -> PyResult<(&str, &'static str, Bound<'py, PyTuple>)> {
+        let (name, entry) = self.0.get().0.at(place).ok_or_else(|| PyIndexError::new_err("no such tensor"))?;
+        Ok((name, entry.dtype.name(), PyTuple::new(py, &entry.shape)?))
     }
 }
 

@@ -148,6 +148,24 @@ impl Checkpoint {
         self.tensors.iter().map(|(name, entry)| (name.as_str(), entry))
     }
 
+    /// How many tensors it has.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.tensors.len()
+    }
+
+    /// Whether it has none.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.tensors.is_empty()
+    }
+
+    /// One tensor with its name, by its place among [`Checkpoint::entries`].
+    #[must_use]
+    pub fn at(&self, place: usize) -> Option<(&str, &Entry)> {
+        self.tensors.get(place).map(|(name, entry)| (name.as_str(), entry))
+    }
+
     /// The tensor called `name`.
     #[must_use]
     pub fn entry(&self, name: &str) -> Option<&Entry> {
