@@ -193,13 +193,6 @@ def test_the_bases_name_is_written_into_the_config() -> None:
     assert (config.base_model_name_or_path, config.revision) == ("org/base", "new")
 
 
-def test_rows_with_adapters_of_their_own_are_refused_clearly() -> None:
-    model = two()
-    with pytest.raises(AdapterError, match="not built yet"):
-        model(X, adapter_names=["a", "b", "a"])
-    assert torch.equal(model(X, adapter_names=None), model(X))
-
-
 def test_parameters_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     model = two()
     trained_count = 2 * 2 * 8 * 8

@@ -9,6 +9,7 @@ from weakref import ref
 
 from torch import nn
 
+from peftrs.core.batch import Rows
 from peftrs.errors import AdapterError
 
 
@@ -18,7 +19,7 @@ class Activation:
     A copy has none of the modules: those that are copied with it join it themselves, and others stay where they are.
     """
 
-    __slots__ = ("active", "enabled", "joined", "overridden")
+    __slots__ = ("active", "enabled", "joined", "overridden", "rows")
 
     def __init__(self, active: Sequence[str] = (), enabled: bool = True) -> None:
         self.active = tuple(active)
@@ -26,6 +27,8 @@ class Activation:
         self.joined: list[ref[Switched]] = []
         self.overridden: list[Switched] = []
         """The modules that go their own way."""
+        self.rows: Rows | None = None
+        """The adapters of the rows of the call that is running, where every row has its own."""
 
     def __reduce__(self) -> Any:
         return Activation, (self.active, self.enabled)

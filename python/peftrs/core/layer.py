@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from peftrs.bases.base import Base, as_dtype
 from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
+from peftrs.core import batch
 from peftrs.core import merge as merging
 from peftrs.core.activation import Activation, Switched
 from peftrs.core.method import Side
@@ -123,6 +124,8 @@ class AdaptedLayer(Switched, nn.Module):
             return getattr(base_layer, name)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
+        if self.activation.rows is not None and self.state.enabled:
+            return batch.run(self, self.activation.rows, inputs, options)
         chain = self.acting()
         if not chain:
             return self.base_layer(*inputs, **options)
@@ -132,6 +135,10 @@ class AdaptedLayer(Switched, nn.Module):
         if not inputs:
             inputs = (options.pop(self.base.first),)
         return Beneath(self, chain, inputs[1:], options)(inputs[0])
+
+    def through(self, names: Sequence[str], x: Tensor, rest: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+        """The output for `x` with the adapters of these names alone, whatever is active."""
+        return Beneath(self, self.chain(names), rest, options)(x)
 
     def acting(self) -> Chain:
         """The adapters to run beside the weights now. Adapters that are merged are unmerged where none is to act."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,12 +14,17 @@ from peftrs.bases.quantized import Quantized
 from peftrs.bases.resolve import resolve
 from peftrs.core import merge as merging
 from peftrs.core import rounding
+from peftrs.core.activation import Switched
+from peftrs.core.batch import NONE, Rows
 from peftrs.core.inject import activation, adapters
 from peftrs.core.layer import AdaptedLayer
-from peftrs.core.prompt import prompts_of
+from peftrs.core.prompt import Prompts, prompts_of
 from peftrs.core.prompt_call import uproot
 from peftrs.core.tree import Wrapped, adapted_layers, places
-from peftrs.errors import AdapterError, MergeError, PeftrsWarning
+from peftrs.errors import AdapterError, MergeError, PeftrsWarning, listed
+
+EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
+"""In the names of modules that are one of several experts, each given the tokens that are sent to it."""
 
 Track = Callable[[list[AdaptedLayer]], Iterable[AdaptedLayer]]
 """What goes through a list of layers as it is, for instance to show progress."""
@@ -84,6 +90,49 @@ def disabled(model: nn.Module) -> Iterator[None]:
         for module, override in own:
             module.override = override
             state.overridden.append(module)
+
+
+@contextmanager
+def mixed(model: nn.Module, names: Sequence[str], count: int | None = None) -> Iterator[None]:
+    """The model with an adapter of its own for every row of a batch inside the `with`; "__base__" is none.
+
+    Which adapters are active does not matter then. `count` is the number of rows given to the model. Raises `AdapterError` for an
+    unknown name, another number of rows, a model in training, or what has no rows: merged weights, bare parameters, prompts.
+    """
+    if isinstance(names, str) or not names:
+        raise AdapterError(f"`adapter_names` is {names!r}; it has to be a list with a name for every row of the batch")
+    if count is not None and count != len(names):
+        found = f"got {len(names)} and {count} respectively"
+        raise AdapterError(f"Length of `adapter_names` should be the same as the number of inputs, but {found}.")
+    if model.training:
+        raise AdapterError("Cannot pass `adapter_names` when the model is in training mode.")
+    state = activation(model)
+    used = [name for name in dict.fromkeys(names) if name != NONE]
+    known = state.adapters()
+    if unknown := [name for name in used if name not in known]:
+        raise AdapterError(f"Trying to infer with non-existing adapter(s): {listed(unknown)}. The model has {known}.")
+    held = [member for member in state.members if any(name in member.adapter_names() for name in used)]
+    if faults := [fault for member in held if (fault := _united(member))]:
+        raise AdapterError("; ".join(faults[:4]))
+    before, state.rows = state.rows, Rows(names)
+    try:
+        yield
+    finally:
+        state.rows = before
+
+
+def _united(member: Switched) -> str | None:
+    """Why the rows of a batch cannot have adapters of their own here, or None if they can."""
+    if isinstance(member, Prompts):
+        return "a prompt is for the whole batch, and `adapter_names` names one"
+    if isinstance(member, AdaptedLayer):
+        if member.merged:
+            return "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        if member.base.opaque or member.read_by_owner:
+            return f"{member.spec.name}: its weight is read by another module, so that rows cannot have adapters of their own"
+        if EXPERT.search(member.spec.name):
+            return f"{member.spec.name}: an expert is given some tokens of a batch, so that rows cannot have adapters of their own"
+    return None
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:

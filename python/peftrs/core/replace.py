@@ -6,9 +6,11 @@ import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
-from torch import nn
+from torch import Tensor, nn
 
+from peftrs.core import batch
 from peftrs.core.activation import Activation, Switched
+from peftrs.errors import AdapterError
 
 
 class ReplacedModule(Switched, nn.Module):
@@ -49,7 +51,20 @@ class ReplacedModule(Switched, nn.Module):
         return self.original_module
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        return self.current()(*inputs, **options)
+        rows = self.activation.rows
+        if rows is None or not self.state.enabled or not any(name in self.modules_to_save for name in rows.names):
+            return self.current()(*inputs, **options)
+        x, *rest = inputs
+        if any(isinstance(value, Tensor) for value in (*rest, *options.values())):
+            raise AdapterError(f"{self.name}: is given more than one tensor, so that rows cannot have modules of their own")
+
+        copies = dict(self.modules_to_save.items())
+
+        def run(name: str, its: Tensor) -> Any:
+            module = copies.get(name, self.original_module)
+            return module(its, *rest, **options)
+
+        return batch.each(rows, copies, x, run, self.name)
 
     def conflict(self, names: Sequence[str]) -> str | None:
         held = [name for name in names if name in self.modules_to_save]

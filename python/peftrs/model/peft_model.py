@@ -68,12 +68,18 @@ class PeftModel(Prompting, nn.Module):
             return getattr(self.base_model, name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        refuse_mixed(kwargs)
-        return self.base_model(*args, **kwargs)
+        names = kwargs.pop("adapter_names", None)
+        if names is None:
+            return self.base_model(*args, **kwargs)
+        with manage.mixed(self.get_base_model(), names, _batch(args, kwargs)):
+            return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`, with its adapters acting."""
-        refuse_mixed(kwargs)
+        """The model's own `generate`, with its adapters acting, or for every row of the batch that of `adapter_names`."""
+        names = kwargs.pop("adapter_names", None)
+        if names is not None:
+            with manage.mixed(self.get_base_model(), names, _batch(args, kwargs)):
+                return self.generate(*args, **kwargs)
         with generating(self.get_base_model(), args, kwargs) as (inputs, options):
             return cast(Any, self.get_base_model()).generate(*inputs, **options)
 
@@ -344,12 +350,9 @@ def _blaming(origin: str) -> Iterator[None]:
         raise type(error)(f"{origin}: {error}") from error
 
 
-def refuse_mixed(options: dict[str, Any]) -> None:
-    """Raises `AdapterError` where every row of a batch is to have an adapter of its own."""
-    if options.get("adapter_names") is None:
-        options.pop("adapter_names", None)
-    else:
-        raise AdapterError("`adapter_names` (another adapter for every row of a batch) is not built yet in peftrs")
+def _batch(inputs: tuple[Any, ...], options: Mapping[str, Any]) -> int | None:
+    """How many rows a call of a model has, by its first tensor."""
+    return next((len(value) for value in (*inputs, *options.values()) if isinstance(value, Tensor) and value.ndim), None)
 
 
 def read_config(
