@@ -112,7 +112,7 @@ def test_few_layers_of_many_are_warned_of() -> None:
         LoraConfig(target_modules="all-linear"),
         LoraConfig(target_modules=["q_proj"], inference_mode=True),
     ],
-    ids=lambda config: str(config.target_modules),
+    ids=lambda config: config.target_modules if isinstance(config.target_modules, str) else "-".join(sorted(config.target_modules)),
 )
 def test_who_means_some_layers_is_not_warned(config: LoraConfig) -> None:
     with warnings.catch_warnings():
