@@ -102,6 +102,7 @@ fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize, apply: 
         let written = merge.write(&Disk, output, writing, &progress);
         progress.finish();
         let written = written?;
+        written.note().iter().for_each(|note| printer.note(note));
         if written.resumed > 0 {
             printer.note(&format!("{} were there from an earlier run", size(written.resumed)));
         }

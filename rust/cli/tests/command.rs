@@ -108,7 +108,15 @@ fn other_files_come_along_and_stale_weights_do_not() {
     assert!(text("README.md").contains("# base with adapter merged in"));
     let record: Value = serde_json::from_str(&text("peftrs-merge.json")).unwrap();
     assert_eq!(record["adapters"][0]["scalings"], json!([2.0]));
-    assert_eq!(record["changed"], json!([{"tensor": "l.q.weight", "change": "LoRA rank 2, scaling 2"}]));
+    let (adapter, file) = (&record["adapters"][0], &record["base"]["files"][0]);
+    for hash in [&adapter["weights_sha256"], &adapter["config_sha256"], &file["header_sha256"], &file["sampled_sha256"]]
+    {
+        let hash = hash.as_str().unwrap();
+        assert!(hash.len() == 64 && text("README.md").contains(hash), "{hash}");
+    }
+    assert!(text("README.md").contains(&format!("by peftrs-merge {}", env!("CARGO_PKG_VERSION"))));
+    let change = "LoRA rank 2, scaling 2";
+    assert_eq!(record["changed"], json!([{"tensor": "l.q.weight", "change": change, "moved": 1.0}]));
     assert!(!case.path("out/pytorch_model.bin").exists() && !case.path("out/.gitattributes").exists());
 }
 
@@ -166,4 +174,129 @@ fn a_check_is_reported_and_recorded() {
     assert!(std::fs::read_to_string(case.path("out/README.md")).unwrap().contains(&format!("\nChecked: {what}.\n")));
     let record: Value = serde_json::from_slice(&std::fs::read(case.path("out/peftrs-merge.json")).unwrap()).unwrap();
     assert_eq!(record["check"], json!({"rows": 4, "values": 24, "off_by_one": 0, "copied": 1, "what": what}));
+}
+
+#[test]
+fn a_change_too_small_for_the_type_is_told() {
+    let small = |value| case().with("l.q.lora_B.weight", Tensor::filled(F32, &[4, 2], value));
+    for (case, more, told) in [
+        (small(0.0), &[][..], true),
+        (small(1e-6), &[], true),
+        (small(1e-6), &["--dtype", "f32"], false),
+        (small(0.5), &[], false),
+        (small(1e-6).base("l.q.weight", Tensor::new(F32, &[4, 6], 1)), &[], false),
+    ] {
+        case.save();
+        let output = case.run(&[&["base", "adapter", "-o", "out"], more].concat());
+        let note = "note: in 1 of 1 tensors most weights stayed as they were: what the adapter adds is less than half a \
+                    step of their type; --dtype f32 holds it\n";
+        assert_eq!(output.stderr.starts_with(note), told, "{}", output.stderr);
+        assert_eq!(std::fs::read_to_string(case.path("out/README.md")).unwrap().contains("most weights stayed"), told);
+        let record: Value =
+            serde_json::from_slice(&std::fs::read(case.path("out/peftrs-merge.json")).unwrap()).unwrap();
+        let [before, after] = ["base", "out"].map(|folder| read(&case.path(folder).join("model.safetensors")));
+        let [before, after] = [before, after].map(|tensors| tensors["l.q.weight"].values.clone());
+        let moved = before.iter().zip(&after).filter(|(before, after)| before.to_bits() != after.to_bits()).count();
+        let share = f64::from(u32::try_from(moved).unwrap()) / 24.0;
+        assert_eq!(record["changed"][0]["moved"], if more.is_empty() { json!(share) } else { Value::Null });
+    }
+}
+
+/// Moves the files of a folder into a Hub's cache, as links to blobs, and returns the snapshot.
+#[cfg(unix)]
+fn cached(case: &Case, folder: &str) -> String {
+    let repository = format!("hub/models--org--{folder}");
+    let snapshot = format!("{repository}/snapshots/0123456789abcdef");
+    std::fs::create_dir_all(case.path(&snapshot)).unwrap();
+    std::fs::create_dir_all(case.path(&repository).join("blobs")).unwrap();
+    for (index, entry) in std::fs::read_dir(case.path(folder)).unwrap().map(Result::unwrap).enumerate() {
+        std::fs::rename(entry.path(), case.path(&repository).join(format!("blobs/{index}"))).unwrap();
+        let target = format!("../../blobs/{index}");
+        std::os::unix::fs::symlink(target, case.path(&snapshot).join(entry.file_name())).unwrap();
+    }
+    std::fs::remove_dir(case.path(folder)).unwrap();
+    snapshot
+}
+
+#[test]
+#[cfg(unix)]
+fn links_of_the_hubs_cache_are_read_and_plain_files_written() {
+    let case = case();
+    std::fs::write(case.path("base/tokenizer.json"), "words").unwrap();
+    assert_eq!(case.run(&["base", "adapter", "-o", "plain", "--quiet"]).code, 0);
+    let (base, adapter) = (cached(&case, "base"), cached(&case, "adapter"));
+    let output = case.run(&[&base, &adapter, "-o", "out", "--quiet"]);
+    assert_eq!((output.code, output.stderr.as_str()), (0, ""));
+    for name in ["model.safetensors", "config.json", "tokenizer.json"] {
+        let path = case.path("out").join(name);
+        assert!(std::fs::symlink_metadata(&path).unwrap().is_file(), "{name}");
+        assert_eq!(std::fs::read(path).unwrap(), std::fs::read(case.path("plain").join(name)).unwrap(), "{name}");
+    }
+    let readme = std::fs::read_to_string(case.path("out/README.md")).unwrap();
+    assert!(readme.contains("# org/base@0123456789abcdef with org/adapter@0123456789abcdef merged in"), "{readme}");
+    // A link to elsewhere is no such link.
+    let weights = case.path(&base).join("model.safetensors");
+    let elsewhere = case.path("elsewhere");
+    std::fs::rename(weights.canonicalize().unwrap(), &elsewhere).unwrap();
+    std::fs::remove_file(&weights).unwrap();
+    std::os::unix::fs::symlink(&elsewhere, &weights).unwrap();
+    let output = case.run(&[&base, &adapter, "-o", "more"]);
+    assert_eq!(output.code, 1);
+    assert!(output.stderr.contains("is a link that leaves the folder\nhint: "), "{}", output.stderr);
+    assert_eq!(case.run(&[&base, &adapter, "-o", "more", "--follow-links"]).code, 0);
+}
+
+#[test]
+#[cfg(unix)]
+fn every_refusal_is_one_line_and_a_hint() {
+    use std::os::unix::fs::PermissionsExt;
+    let case = case();
+    std::fs::create_dir_all(case.path("empty")).unwrap();
+    std::fs::create_dir_all(case.path("pickled")).unwrap();
+    std::fs::write(case.path("pickled/pytorch_model.bin"), "x").unwrap();
+    std::fs::create_dir_all(case.path("pointer")).unwrap();
+    std::fs::write(case.path("pointer/model.safetensors"), "version https://git-lfs.github.com/spec/v1\n").unwrap();
+    std::fs::create_dir_all(case.path("full")).unwrap();
+    std::fs::write(case.path("full/letter"), "x").unwrap();
+    std::fs::create_dir_all(case.path("two")).unwrap();
+    for name in ["a.safetensors", "b.safetensors"] {
+        std::fs::copy(case.path("base/model.safetensors"), case.path("two").join(name)).unwrap();
+    }
+    std::fs::create_dir_all(case.path("cut")).unwrap();
+    let bytes = std::fs::read(case.path("base/model.safetensors")).unwrap();
+    std::fs::write(case.path("cut/model.safetensors"), &bytes[..bytes.len() - 5]).unwrap();
+    std::fs::create_dir_all(case.path("locked")).unwrap();
+    std::fs::set_permissions(case.path("locked"), std::fs::Permissions::from_mode(0o500)).unwrap();
+    let root = std::fs::create_dir(case.path("locked/try")).is_ok();
+    for (base, adapter, more, said) in [
+        ("org/model", "adapter", &["-o", "out"][..], "org/model: cannot open: "),
+        ("base", "org/adapter", &["-o", "out"], "org/adapter: cannot open: "),
+        ("base", "base", &["-o", "out"], "base: holds no adapter_config.json"),
+        ("adapter", "adapter", &["-o", "out"], "adapter modules have no home in the base: l.q"),
+        ("empty", "adapter", &["-o", "out"], "empty: holds no safetensors file"),
+        ("pickled", "adapter", &["-o", "out"], "pytorch_model.bin is a pickle, which is never loaded"),
+        ("pointer", "adapter", &["-o", "out"], "is a Git LFS pointer, not the file itself"),
+        ("two", "adapter", &["-o", "out"], "two: holds several checkpoints: a.safetensors, b.safetensors"),
+        ("cut", "adapter", &["-o", "out"], "cut/model.safetensors: the file is cut off: "),
+        ("base", "adapter", &["-o", "base"], "the output base is the base base"),
+        ("base", "adapter", &["-o", "full"], "full: exists and is not empty"),
+        ("base", "adapter", &["-o", "full", "--overwrite"], "full: is not overwritten: it holds no peftrs-merge.json"),
+        ("base", "adapter", &["-o", "full/letter"], "full/letter: exists and is not a folder"),
+        ("base", "adapter", &["-o", "locked/out"], "Permission denied"),
+        ("base", "adapter", &["-o", "out", "--only", "qq"], "--only qq matches no tensor of the model"),
+        ("base", "adapter", &["-o", "out", "--unmerge", "--base", "base"], "was not merged by peftrs"),
+    ] {
+        if root && said == "Permission denied" {
+            continue;
+        }
+        let output = case.run(&[&[base, adapter], more].concat());
+        let lines: Vec<&str> = output.stderr.lines().collect();
+        assert_eq!((output.code, output.stdout.as_str()), (1, ""), "{said}");
+        assert!(
+            matches!(lines[..], [error, hint] if error.starts_with("error: ") && error.contains(said) && hint.starts_with("hint: ")),
+            "{}",
+            output.stderr
+        );
+        assert!(!case.path("out").exists());
+    }
 }

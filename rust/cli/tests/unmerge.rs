@@ -137,7 +137,7 @@ fn what_does_not_belong_together_is_refused() {
     case.save();
     run(&case, &["base", "first", "-o", "merged"]);
     let said = refused(&case, &["--unmerge", "merged", "adapter", "-o", "out"]);
-    assert_eq!(said, "error: adapter is not among what was merged into merged: first\n");
+    assert_eq!(said, "error: adapter is not among what was merged into merged\nhint: that was first\n");
     let other = case.base("l.norm.weight", Tensor::new(BF16, &[60], 77));
     common::write(&other.path("base/model.safetensors"), &other.tensors);
     let said = refused(&other, &["--unmerge", "merged", "first", "-o", "out", "--base", "base"]);

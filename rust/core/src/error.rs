@@ -9,7 +9,7 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// A file or folder could not be read or written: the operating system refused (`StorageError`, an `OSError`).
-    #[error("{}: cannot {action}: {source}", show_path(path))]
+    #[error("{}: cannot {action}: {source}{}", show_path(path), way_out(action, source))]
     Storage {
         /// The file or folder at fault.
         path: PathBuf,
@@ -60,6 +60,22 @@ impl Error {
     /// A [`Error::Config`] for `origin`.
     pub fn config(origin: impl Into<String>, reason: impl Into<String>) -> Self {
         Self::Config { origin: origin.into(), reason: reason.into() }
+    }
+}
+
+/// What the user can do about a refusal of the operating system, where that is known.
+fn way_out(action: &str, refusal: &std::io::Error) -> &'static str {
+    use std::io::ErrorKind;
+    match refusal.kind() {
+        ErrorKind::NotFound if action == "open" => {
+            "; hint: check the path; what is on the Hub has to be downloaded first"
+        }
+        ErrorKind::NotFound => "; hint: check the path",
+        ErrorKind::PermissionDenied => "; hint: check whose it is and who may use it",
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded => "; hint: free some room, or write to another disk",
+        ErrorKind::ReadOnlyFilesystem => "; hint: write to another disk",
+        ErrorKind::FileTooLarge => "; hint: this disk takes no file so large; --max-shard-size makes smaller ones",
+        _ => "",
     }
 }
 

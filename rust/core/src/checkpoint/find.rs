@@ -41,7 +41,7 @@ pub(super) fn file(path: &Path) -> Result<Checkpoint> {
 pub(super) fn adapter(path: &Path, links: Links) -> Result<Checkpoint> {
     let folder = Folder::open(path, links)?;
     let Some((file, metadata)) = folder.file(ADAPTER_WEIGHTS)? else {
-        return Err(missing(path, &folder, &format!("holds no {ADAPTER_WEIGHTS}")));
+        return Err(missing(path, &folder, &format!("holds no {ADAPTER_WEIGHTS}"), "save the adapter again"));
     };
     let weights = folder.path(ADAPTER_WEIGHTS);
     let (shard, rows) = Shard::open(&weights, file, &metadata)?;
@@ -125,12 +125,12 @@ fn model_folder(path: &Path, links: Links) -> Result<Checkpoint> {
     } else if let ([], [file]) = (indices.as_slice(), files.as_slice()) {
         single(&folder, file)
     } else if files.is_empty() && indices.is_empty() {
-        Err(missing(path, &folder, "holds no safetensors file"))
+        Err(missing(path, &folder, "holds no safetensors file", "name the model's folder, or one of its files"))
     } else {
         let several = if indices.is_empty() { files } else { indices };
         let shown = several.iter().take(3).map(|name| show_name(name)).collect::<Vec<_>>().join(", ");
         let dots = dots(several.len());
-        Err(Error::checkpoint(path, format!("holds several checkpoints, give the path of one: {shown}{dots}")))
+        Err(Error::checkpoint(path, format!("holds several checkpoints: {shown}{dots}; hint: give the path of one")))
     }
 }
 
@@ -184,13 +184,13 @@ fn conversion(name: &str) -> String {
     let stem = name.rsplit_once('.').map_or(name, |(stem, _)| stem);
     let (name, stem) = (show_name(name), show_name(stem));
     format!(
-        "{name} is a pickle, which is never loaded; convert it once: \
+        "{name} is a pickle, which is never loaded; hint: convert it once, by \
          safetensors.torch.save_file(torch.load(\"{name}\", weights_only=True), \"{stem}{SUFFIX}\")"
     )
 }
 
 /// The error for a folder without weights: what else is there says what to do.
-fn missing(path: &Path, folder: &Folder, what: &str) -> Error {
+fn missing(path: &Path, folder: &Folder, what: &str, way: &str) -> Error {
     let names = match folder.names() {
         Ok(names) => names,
         Err(error) => return error,
@@ -199,6 +199,6 @@ fn missing(path: &Path, folder: &Folder, what: &str) -> Error {
     let pickles = || names.iter().filter(|name| is_pickle(name));
     match pickles().find(|name| name.contains("model")).or_else(|| pickles().next()) {
         Some(pickle) => Error::checkpoint(path, format!("{what}; {}", conversion(pickle))),
-        None => Error::checkpoint(path, what),
+        None => Error::checkpoint(path, format!("{what}; hint: {way}")),
     }
 }

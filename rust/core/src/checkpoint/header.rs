@@ -90,7 +90,7 @@ fn check_layout(tensors: &[Row], data_length: u64) -> Result<(), String> {
     match end.cmp(&data_length) {
         std::cmp::Ordering::Equal => Ok(()),
         std::cmp::Ordering::Greater => Err(format!(
-            "the file is cut off: its tensors take {end} bytes and {data_length} are there; download it again"
+            "the file is cut off: its tensors take {end} bytes and {data_length} are there; hint: download it again"
         )),
         std::cmp::Ordering::Less => Err(format!("{} bytes follow the last tensor", data_length.saturating_sub(end))),
     }

@@ -76,7 +76,7 @@ impl Folder {
             Err(error) if error.kind() == ErrorKind::NotFound && std::fs::symlink_metadata(&path).is_err() => Ok(None),
             Err(error) if error.kind() == ErrorKind::CrossesDevices => Err(Error::checkpoint(
                 &path,
-                "is a link that leaves the folder; put the file itself there, or allow links to be followed",
+                "is a link that leaves the folder; hint: put the file itself there, or allow links to be followed",
             )),
             Err(error) => Err(refused(&path, error)),
         }
@@ -162,13 +162,15 @@ pub(crate) fn mishap(head: &[u8]) -> Option<&'static str> {
     let starts =
         |prefix: &str| text.get(..prefix.len()).is_some_and(|start| start.eq_ignore_ascii_case(prefix.as_bytes()));
     if head.is_empty() {
-        Some("is empty; download it again")
+        Some("is empty; hint: download it again")
     } else if starts("version https://git-lfs") {
-        Some("is a Git LFS pointer, not the file itself; fetch it with `git lfs pull`")
+        Some("is a Git LFS pointer, not the file itself; hint: fetch it with `git lfs pull`")
     } else if starts("<!doctype") || starts("<html") || starts("<?xml") {
-        Some("is a web page, not the file itself; download it again, logged in if the repository asks for it")
+        Some("is a web page, not the file itself; hint: download it again, logged in if the repository asks for it")
     } else if starts("PK\u{3}\u{4}") || is_pickle(head) {
-        Some("is a pickle by its content, which is never loaded; save the tensors with safetensors.torch.save_file")
+        Some(
+            "is a pickle by its content, which is never loaded; hint: save the tensors with safetensors.torch.save_file",
+        )
     } else {
         None
     }

@@ -5,12 +5,16 @@ use std::fs::{File, Metadata};
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
+use super::find::digest;
 use super::header::{self, Row};
 use super::open::mishap;
 use crate::error::{Error, Result};
 
 /// Bytes of the number that a file starts with, the length of its header.
 const PREFIX: u64 = 8;
+
+/// Blocks of a file that stand for all of it, and the bytes of each.
+const SAMPLED: (u64, u64) = (16, 4096);
 
 /// One file of a checkpoint.
 #[derive(Debug)]
@@ -67,7 +71,9 @@ impl Shard {
             return Err(self.fault(what));
         }
         let Some(prefix) = head.first_chunk() else {
-            return Err(self.fault(format!("is {length} bytes, too short for a safetensors file; download it again")));
+            return Err(
+                self.fault(format!("is {length} bytes, too short for a safetensors file; hint: download it again"))
+            );
         };
         let json = u64::from_le_bytes(*prefix);
         if json > header::MAX_LENGTH {
@@ -78,7 +84,7 @@ impl Shard {
         let whole = json.saturating_add(PREFIX);
         if whole > length {
             return Err(self.fault(format!(
-                "is cut off: its header takes {whole} bytes and the file has {length}; download it again"
+                "is cut off: its header takes {whole} bytes and the file has {length}; hint: download it again"
             )));
         }
         Ok(whole)
@@ -107,6 +113,18 @@ impl Shard {
         &self.path
     }
 
+    /// The digest of blocks spread evenly over the file, the first and the last among them: it tells files of the same tensors
+    /// apart at a cost that does not grow with them.
+    pub fn sampled_digest(&self) -> Result<String> {
+        let (count, size) = SAMPLED;
+        let size = size.min(self.length());
+        let mut bytes = self.buffer(usize::try_from(count * size).unwrap_or(0), || "a sample of the file".into())?;
+        for (index, block) in (0..count).zip(bytes.chunks_exact_mut(usize::try_from(size.max(1)).unwrap_or(1))) {
+            self.read_at(block, (self.length() - size) / (count - 1) * index)?;
+        }
+        Ok(digest(&bytes))
+    }
+
     /// A `Checkpoint` error about this file.
     pub(super) fn fault(&self, reason: impl Into<String>) -> Error {
         Error::checkpoint(&self.path, reason)
@@ -130,14 +148,20 @@ impl Shard {
 
     pub(super) fn read_at(&self, bytes: &mut [u8], offset: u64) -> Result<()> {
         read_exact_at(&self.file, bytes, offset).map_err(|error| match error.kind() {
-            std::io::ErrorKind::UnexpectedEof => self.fault("was cut off while it was read"),
+            std::io::ErrorKind::UnexpectedEof => {
+                self.fault("was cut off while it was read; hint: let nothing change it, and try again")
+            }
             _ => Error::storage(&self.path, "read", error),
         })
     }
 
     pub(super) fn check_unchanged(&self) -> Result<()> {
         let metadata = self.file.metadata().map_err(|error| Error::storage(&self.path, "read", error))?;
-        if Stamp::new(&metadata) == self.stamp { Ok(()) } else { Err(self.fault("was changed while it was read")) }
+        if Stamp::new(&metadata) == self.stamp {
+            Ok(())
+        } else {
+            Err(self.fault("was changed while it was read; hint: let nothing change it, and try again"))
+        }
     }
 }
 

@@ -120,6 +120,7 @@ impl Merge {
                             "name": file.name,
                             "bytes": file.length(),
                             "header_sha256": digest(&self.base.read_header(index)?),
+                            "sampled_sha256": file.sampled_digest()?,
                         }))
                     })
                     .collect::<Result<Vec<Value>>>()
@@ -129,12 +130,20 @@ impl Merge {
                 adapters.map(|(index, adapter)| self.adapter_record(index, adapter)).collect::<Result<Vec<Value>>>()
             },
         );
+        let changed = self.plan.changed().map(|output| {
+            let mut row = json!({"tensor": output.name, "change": output.what()});
+            if let (Some(row), Some(moved)) = (row.as_object_mut(), written.moved.get(&output.name)) {
+                row.insert("moved".to_owned(), json!(moved.share()));
+            }
+            row
+        });
+        let notes: Vec<String> = self.plan.notes.iter().cloned().chain(written.note()).collect();
         let mut record = json!({
             "peftrs": env!("CARGO_PKG_VERSION"),
-            "base": { "name": last_part(&self.base_path), "files": files? },
+            "base": { "name": called(&self.base_path), "files": files? },
             "adapters": adapters?,
-            "changed": self.plan.changed().map(|output| json!({"tensor": output.name, "change": output.what()})).collect::<Vec<_>>(),
-            "notes": self.plan.notes,
+            "changed": changed.collect::<Vec<_>>(),
+            "notes": notes,
         });
         let Some(fields) = record.as_object_mut() else { return Ok(record) };
         if self.way != Way::Merged {
@@ -164,7 +173,7 @@ impl Merge {
         scalings.sort_by(f64::total_cmp);
         scalings.dedup();
         Ok(json!({
-            "name": last_part(&adapter.path),
+            "name": called(&adapter.path),
             "weight": adapter.weight,
             "config_sha256": digest(adapter.config_text.as_bytes()),
             "weights_sha256": weights_digest(&adapter.checkpoint)?,
@@ -225,9 +234,18 @@ pub(super) fn weights_digest(checkpoint: &Checkpoint) -> Result<String> {
     Ok(hash.finalize().iter().fold(String::new(), |text, byte| text + &format!("{byte:02x}")))
 }
 
-fn last_part(path: &Path) -> String {
-    let real = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    show_name(&real.file_name().unwrap_or_default().to_string_lossy())
+/// What a folder or file is called: its own name, or in the Hub's cache that of the repository with the revision.
+fn called(path: &Path) -> String {
+    let folder = folder_of(path);
+    let real = folder.canonicalize().unwrap_or(folder);
+    let part = |path: &Path| path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+    let repository = real.parent().filter(|parent| part(parent) == "snapshots").and_then(Path::parent).map(part);
+    let name = match repository.as_ref().and_then(|name| name.strip_prefix("models--")) {
+        Some(name) => format!("{}@{}", name.replace("--", "/"), part(&real)),
+        None if path.is_file() => part(path),
+        None => part(&real),
+    };
+    show_name(&name)
 }
 
 fn readme(record: &Value, plan: &Plan) -> String {
@@ -241,8 +259,15 @@ fn readme(record: &Value, plan: &Plan) -> String {
         let (weights, config) = (text(adapter, "weights_sha256"), text(adapter, "config_sha256"));
         rows + &format!("| `{name}` | {weight} | {scalings} | `{weights}` | `{config}` |\n")
     });
+    let files = record.pointer("/base/files").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let files = files.iter().fold(String::new(), |rows, file| {
+        let [name, header, sampled] = ["name", "header_sha256", "sampled_sha256"].map(|field| text(file, field));
+        let bytes = file.get("bytes").map(Value::to_string).unwrap_or_default();
+        rows + &format!("| `{}` | {bytes} | `{header}` | `{sampled}` |\n", show_name(&name))
+    });
     let total: usize = plan.files.iter().map(|file| file.outputs.len()).sum();
-    let notes = plan.notes.iter().fold(String::new(), |text, note| text + "- " + note + "\n");
+    let notes = record.get("notes").and_then(Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let notes = notes.iter().filter_map(Value::as_str).fold(String::new(), |text, note| text + "- " + note + "\n");
     let notes = if notes.is_empty() { notes } else { format!("\n## Notes\n\n{notes}") };
     let told = |label: &str, pointer: &str| {
         let what = record.pointer(pointer).and_then(Value::as_str);
@@ -256,7 +281,8 @@ fn readme(record: &Value, plan: &Plan) -> String {
          {how} the weights of `{base}` by peftrs-merge {version}; {changed} of {total} tensors changed. Load this folder \
          like the base; no adapter library is needed.\n\n\
          | adapter | weight | scaling | weights, SHA-256 | config, SHA-256 |\n|---|---|---|---|---|\n{rows}\n\
-         `{MARKER}` lists every changed tensor and the base's files.\n{checked}{notes}",
+         | file of `{base}` | bytes | header, SHA-256 | blocks spread over it, SHA-256 |\n|---|---|---|---|\n{files}\n\
+         `{MARKER}` lists every changed tensor.\n{checked}{notes}",
         names.join(" and "),
         version = text(record, "peftrs"),
         changed = plan.changed().count(),

@@ -7,6 +7,7 @@ mod check;
 mod elsewhere;
 mod files;
 mod matrices;
+mod moved;
 mod place;
 mod reference;
 mod restore;
@@ -24,6 +25,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 pub use check::Checked;
+pub use moved::Moved;
 pub use subtract::Subtracted;
 pub use unmerge::Way;
 pub use write::{Writing, Written};

@@ -137,7 +137,9 @@ fn recorded(merged: &Path, record: Option<&Value>, adapters: &[Adapter]) -> Resu
         let is_this = |row: &&Value| row.get("weights_sha256").and_then(Value::as_str) == Some(digest.as_str());
         let Some(at) = rows.iter().position(is_this) else {
             let (merged, adapter, names) = (shown(merged), shown(&adapter.path), names.join(", "));
-            return Err(Error::Merge(format!("{adapter} is not among what was merged into {merged}: {names}")));
+            return Err(Error::Merge(format!(
+                "{adapter} is not among what was merged into {merged}; hint: that was {names}"
+            )));
         };
         let weight = rows.remove(at).get("weight").and_then(Value::as_f64).unwrap_or(1.0);
         weights.push(weight);

@@ -1,21 +1,22 @@
 //! Writing what a merge makes.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::path::Path;
+use std::sync::{Arc, OnceLock};
 
-use rayon::prelude::*;
+use rayon::ScopeFifo;
 
 use super::check::{Checked, check};
+use super::moved::{Moved, moved, note};
 use super::subtract::{Subtracted, subtracted};
 use super::unmerge::Way;
+use super::work::Work;
 use super::{Merge, Watch, place, work};
 use crate::checkpoint::{Checkpoint, digest};
 use crate::error::{Error, Result};
 use crate::plan::{File, Output};
 use crate::writer::{FolderWriter, PositionedFile, Storage, header};
-
-/// Bytes of output whose adapter tensors are in memory at once.
-const WAVE: u64 = 64 << 20;
 
 /// How a merge is written.
 #[derive(Debug, Clone, Copy)]
@@ -35,7 +36,7 @@ pub struct Writing {
 }
 
 /// What was written.
-#[derive(Debug, Clone, Copy, Default)]
+#[derive(Debug, Clone, Default)]
 pub struct Written {
     /// Bytes that an earlier call had written.
     pub resumed: u64,
@@ -43,6 +44,16 @@ pub struct Written {
     pub checked: Option<Checked>,
     /// What a subtraction leaves open, if it is one.
     pub subtracted: Option<Subtracted>,
+    /// How many weights changed, of a sample of each tensor that something was added to in place.
+    pub moved: BTreeMap<String, Moved>,
+}
+
+impl Written {
+    /// What users should know about it, if anything.
+    #[must_use]
+    pub fn note(&self) -> Option<String> {
+        note(&self.moved)
+    }
 }
 
 impl Merge {
@@ -60,6 +71,7 @@ impl Merge {
         let mut written = Written::default();
         let mut write = |file: &File, header: Vec<u8>| -> Result<()> {
             let target = self.write_file(&writer, file, &header, writing.resume, watch)?;
+            written.moved.extend(moved(self.inputs(), file, &target, header.len() as u64)?);
             written.resumed += target.done();
             if writing.check {
                 let checked = check(self.inputs(), file, &target, &header, watch)?;
@@ -121,7 +133,7 @@ impl Merge {
         target.write_at(start, 0)?;
         let mut offset = start.len() as u64;
         let mut noted = target.done();
-        for wave in waves(&file.outputs, resume.map_or(WAVE, |every| every.min(WAVE))) {
+        for wave in waves(&file.outputs, resume.unwrap_or(u64::MAX)) {
             let size: usize = wave.iter().map(Output::bytes).sum();
             let end = offset + size as u64;
             if end <= target.done() {
@@ -143,21 +155,57 @@ impl Merge {
 
     /// Makes and writes some tensors that follow each other in the file from `offset` on.
     fn write_wave(&self, target: &PositionedFile, wave: &[Output], offset: u64, watch: &dyn Watch) -> Result<()> {
-        let inputs = self.inputs();
-        stop_if_interrupted(watch)?;
-        let works: Vec<_> = wave.par_iter().map(|output| work::prepare(inputs, output)).collect::<Result<_>>()?;
-        let mut tiles = Vec::new();
-        let mut start = offset;
-        for (work, output) in works.iter().zip(wave) {
-            tiles.extend(work.tiles().into_iter().map(|tile| (work, start, tile)));
-            start += output.bytes() as u64;
+        let wave = Wave { inputs: self.inputs(), target, watch, outputs: wave, failed: OnceLock::new() };
+        rayon::in_place_scope_fifo(|scope| wave.go_on(scope, 0, offset));
+        wave.failed.into_inner().map_or(Ok(()), Err)
+    }
+}
+
+/// Tensors that are being made and written.
+///
+/// Whoever has made one ready puts its tiles into the queue, and in their middle the next tensor: no thread waits for another
+/// between tensors, few of them are in memory at once, and a file is written nearly from its start to its end.
+struct Wave<'a> {
+    inputs: work::Inputs<'a>,
+    target: &'a PositionedFile,
+    watch: &'a dyn Watch,
+    outputs: &'a [Output],
+    failed: OnceLock<Error>,
+}
+
+impl Wave<'_> {
+    /// Makes the tensor of that number, which goes to that place, ready to be written.
+    fn go_on<'s>(&'s self, scope: &ScopeFifo<'s>, index: usize, offset: u64) {
+        let Some(output) = self.outputs.get(index).filter(|_| self.failed.get().is_none()) else { return };
+        let work: Arc<dyn Work + 's> =
+            match stop_if_interrupted(self.watch).and_then(|()| work::prepare(self.inputs, output)) {
+                Ok(work) => Arc::from(work),
+                Err(error) => return drop(self.failed.set(error)),
+            };
+        let next = offset + output.bytes() as u64;
+        let mut tiles = work.tiles();
+        let later = tiles.split_off(tiles.len() / 2);
+        let spawn = |tile: Range<usize>| {
+            let work = Arc::clone(&work);
+            scope.spawn_fifo(move |_| self.write(&*work, &tile, offset));
+        };
+        tiles.into_iter().for_each(spawn);
+        scope.spawn_fifo(move |scope| self.go_on(scope, index + 1, next));
+        later.into_iter().for_each(spawn);
+    }
+
+    /// Makes a tile of a tensor and writes it.
+    fn write(&self, work: &dyn Work, tile: &Range<usize>, offset: u64) {
+        if self.failed.get().is_some() {
+            return;
         }
-        tiles.into_par_iter().try_for_each(|(work, start, tile)| {
-            stop_if_interrupted(watch)?;
-            work.make(&tile, &mut |bytes| target.write_at(bytes, start + tile.start as u64))?;
-            watch.advance(tile.len() as u64);
-            Ok(())
-        })
+        let written = stop_if_interrupted(self.watch)
+            .and_then(|()| work.make(tile, &mut |bytes| self.target.write_at(bytes, offset + tile.start as u64)));
+        match written {
+            Ok(()) => self.watch.advance(tile.len() as u64),
+            // The first to fail is told.
+            Err(error) => drop(self.failed.set(error)),
+        }
     }
 }
 

@@ -37,7 +37,12 @@ impl Adapter {
     /// Opens the adapter in the folder `path`.
     pub fn open(path: &Path, weight: f64, links: Links) -> Result<Self> {
         let text = read_small(path, ADAPTER_CONFIG, links, MAX_CONFIG)?;
-        let text = text.ok_or_else(|| Error::checkpoint(path, format!("holds no {ADAPTER_CONFIG}")))?;
+        let text = text.ok_or_else(|| {
+            Error::checkpoint(
+                path,
+                format!("holds no {ADAPTER_CONFIG}; hint: name the adapter's folder, and the base before it"),
+            )
+        })?;
         let origin = path.join(ADAPTER_CONFIG);
         let config_text = String::from_utf8(text).map_err(|_| Error::checkpoint(&origin, "is not UTF-8"))?;
         let config = AdapterConfig::parse(&config_text, &origin.to_string_lossy())?;

@@ -236,17 +236,22 @@ fn check_out(storage: &dyn Storage, out: &Path, overwrite: bool) -> Result<bool>
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(false),
         Err(error) => return Err(Error::storage(out, "write", error)),
         Ok(Kind::Folder) => {}
-        Ok(_) => return Err(refused(out, "exists and is not a folder; name another")),
+        Ok(_) => return Err(refused(out, "exists and is not a folder; hint: name another")),
     }
     let names = storage.list(out).map_err(|error| Error::storage(out, "list", error))?;
     if names.is_empty() {
         return Ok(true);
     }
     if !overwrite {
-        return Err(refused(out, "exists and is not empty; name another folder, or overwrite it if a merge wrote it"));
+        return Err(refused(
+            out,
+            "exists and is not empty; hint: name another folder, or overwrite it (--overwrite) if a merge wrote it",
+        ));
     }
     if !matches!(storage.kind(&out.join(MARKER)), Ok(Kind::File)) {
-        let reason = format!("is not overwritten: it holds no {MARKER}, so no merge of ours wrote it");
+        let reason = format!(
+            "is not overwritten: it holds no {MARKER}, so no merge of ours wrote it; hint: name another folder"
+        );
         return Err(refused(out, &reason));
     }
     Ok(true)

@@ -32,7 +32,7 @@ fn missing_weights_are_not_replaced_by_a_pickle() {
     write(&folder.path().join("training_args.bin"), "\u{80}");
     write(&folder.path().join("adapter_model.bin"), "PK\u{3}\u{4}");
     let reason = refusal(open(folder.path()), folder.path());
-    assert_says(&reason, "adapter_model.bin is a pickle, which is never loaded; convert it once");
+    assert_says(&reason, "adapter_model.bin is a pickle, which is never loaded; hint: convert it once, by");
     assert_says(&reason, "torch.load(\"adapter_model.bin\", weights_only=True), \"adapter_model.safetensors\")");
 }
 

@@ -117,7 +117,7 @@ fn the_one_checkpoint_of_a_folder_is_found() {
     assert_eq!(open(folder.path()).unwrap().path(), file);
     write(&folder.path().join("diffusion_pytorch_model.fp16.safetensors"), tensors(&["a"]));
     let several = refusal(open(folder.path()), folder.path());
-    assert_says(&several, "several checkpoints, give the path of one: diffusion_pytorch_model.fp16.safetensors, diff");
+    assert_says(&several, "several checkpoints: diffusion_pytorch_model.fp16.safetensors, diff");
     open(&file).unwrap();
     write(&folder.path().join("model.safetensors"), tensors(&["a", "b"]));
     assert_eq!(open(folder.path()).unwrap().names().count(), 2);
