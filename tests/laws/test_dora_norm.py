@@ -1,18 +1,15 @@
 """DoRA's norm is that of the dense weight, found without a second tensor of the weight's size."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from peftrs.methods.dora import Dora
 from peftrs.methods.lora import LoraConfig
 from tests.laws.cases import WAYS, adapted, add, distance, fitted, seeds, sole_layer
+from tests.ops.accounting import Largest
 
 # How far the identity may lie from the norm of the dense weight, relative to it.
 NORM_TOLERANCE = 2e-6
@@ -47,22 +44,6 @@ def test_rows_that_cancel_keep_a_norm_near_zero(seed: int, smallness: int) -> No
     assert bool(norm.isfinite().all())
     assert bool((norm >= 0).all())
     assert float((norm - dense).abs().max()) <= 1e-3 * float(weight.norm(dim=1).max())
-
-
-class Largest(TorchDispatchMode):
-    """Remembers the largest tensor with memory of its own that any operation made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        made = function(*args, **(kwargs or {}))
-        held = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
-        for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in held:
-                self.elements = max(self.elements, tensor.numel())
-        return made
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

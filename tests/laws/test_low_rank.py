@@ -4,12 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
-from peftrs import _native
+from peftrs import LoraConfig, _native, get_peft_model
 from peftrs.errors import MergeError
 from peftrs.ops.low_rank import NAMES, NATIVE, ROWS, Correction, Update, add_low_rank_, overflows
 from tests.laws.cases import dtypes, seeds
+from tests.ops.accounting import Largest
 
 # Around the sizes of the kernel's tiles and panels, and of torch's blocks of rows.
 sizes = st.integers(1, 70) | st.sampled_from([ROWS - 1, ROWS, ROWS + 1, 2 * ROWS + 3])
@@ -154,6 +155,20 @@ def test_the_blocks_of_torch_do_what_the_kernel_does(
     if correction is not None:
         assert correction.restore_(weight)
         assert torch.equal(bits(weight), bits(before))
+
+
+@pytest.mark.parametrize("native", [True, False], ids=["kernel", "blocks"])
+def test_a_merge_makes_no_tensor_of_the_weights_size(native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = 4 * ROWS, 96
+    model = nn.Sequential(nn.Linear(columns, rows)).bfloat16()
+    adapted = get_peft_model(model, LoraConfig(target_modules=["0"], r=4, init_lora_weights=False))
+    if not native:
+        monkeypatch.setattr("peftrs.ops.low_rank._kernel_takes", lambda _: False)
+    before = model[0].weight.clone()
+    with Largest() as largest:
+        merged = adapted.merge_and_unload()
+    assert not torch.equal(merged[0].weight, before)
+    assert largest.elements <= ROWS * columns
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from peftrs.core.tree import adapted_layers
 from peftrs.model.weighted import KINDS, SUMS
 from tests.interchange.cases import Toy
 from tests.model.tiny import Stack, llama, shake, stack
+from tests.ops.accounting import Largest
 
 WEIGHTS = {"a": 0.5, "b": -2.0}
 ALL = ["emb", "lin0", "lin1", "conv1", "conv2", "conv3"]
@@ -98,6 +99,18 @@ def test_a_sum_of_full_rank_is_exact(make: Any, kind: str, rank: int | None) -> 
     assert found.keys() == expected.keys()
     for layer, delta in found.items():
         assert apart(delta, expected[layer]) < 1e-6, layer
+
+
+@pytest.mark.parametrize("kind", SUMS)
+def test_a_sum_makes_no_matrix_of_a_weights_size(kind: str) -> None:
+    rows, columns = 300, 200
+    model = peftrs.get_peft_model(nn.Sequential(nn.Linear(columns, rows)), LoraConfig(r=3, target_modules=["0"]), "a")
+    model.add_adapter("b", LoraConfig(r=3, target_modules=["0"]))
+    shake(model)
+    with Largest() as largest:
+        combine(model.base_model, kind)
+    assert "sum" in model.peft_config
+    assert largest.elements < rows * columns / 4
 
 
 @makers

@@ -46,6 +46,22 @@ class Ledger(TorchDispatchMode):
         return sum(storage.nbytes() for held in self.made.values() if (storage := held()) is not None)
 
 
+class Largest(TorchDispatchMode):
+    """Remembers the largest tensor with memory of its own that any operation made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        held = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in held:
+                self.elements = max(self.elements, tensor.numel())
+        return made
+
+
 def count(run: Callable[[], object]) -> Ledger:
     """The ledger of one run."""
     with Ledger() as ledger:
