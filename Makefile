@@ -45,8 +45,10 @@ test: lint test-rust test-python ## Runs every check and test of both languages
 
 test-all: export PYTEST_ADDOPTS = -m "long or not long"
 test-all: lint test-rust test-python ## Runs `make test` with the long tiers, then the benches in quick mode
-	$(INSTALLED)/bin/python benches/run.py --quick
+	cargo test --locked --package peftrs-cli -- --ignored
+	$(INSTALLED)/bin/python benches/run.py --quick --rows rows weighted
 	$(INSTALLED)/bin/python benches/merge_memory.py --quick
+	$(INSTALLED)/bin/python benches/merge_disk.py --quick
 	@$(CACHE)/tools/bin/python .ci/summary.py $(REPORTS)
 
 test-oldest: $(OLDEST)/.installed ## Runs the Python tests with the oldest versions supported

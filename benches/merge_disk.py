@@ -4,7 +4,8 @@
 
 The base is a synthetic Llama in bfloat16 in shards, the adapter is in float32 on all of its linear layers. Every tool's result
 is held against W + s·B·A in float64, rounded once, before anything is timed. Memory is the highest anonymous memory of the
-process (RssAnon, sampled every 5 ms). Dirty pages are written out before each run, and the base is in the page cache.
+process (RssAnon, sampled every 5 ms). Dirty pages are written out before each run, and the base is in the page cache. The wall
+time depends on what else the machine does, the processor's time (of the program, and of the system for it) less so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from functools import cache, partial
@@ -23,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import Row, measure, options, shown, write
+from run import Row, Taken, measure, options, shown, write
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,6 +33,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 HERE = Path(__file__).parent
 SHARD = 500_000_000
+OURS = 5
+"""How many of the sides are ours or `cp`."""
 
 
 def model_config(gigabytes: float) -> LlamaConfig:
@@ -150,22 +154,31 @@ class Bench:
             recipe.write_text(f"models:\n  - model: {base}+{adapter}\nmerge_method: passthrough\ndtype: bfloat16\n")
             self.commands["mergekit"] = [mergekit, str(recipe), out, "--lora-merge-cache", str(root / "cache")]
 
-    def run(self, side: str) -> float:
-        """Milliseconds of one run into an empty place."""
+    def run(self, side: str) -> Taken:
+        """One run into an empty place."""
         for folder in (self.out, self.root / "cache"):
             shutil.rmtree(folder, ignore_errors=True)
         os.sync()
         start = time.perf_counter()
-        process = subprocess.Popen(self.commands[side], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        highest = 0
-        while process.poll() is None:
-            highest = max(highest, anonymous(process.pid))
-            time.sleep(0.005 if highest else 0.0005)
-        elapsed = (time.perf_counter() - start) * 1e3
-        if process.returncode:
-            raise SystemExit(f"{side} failed:\n{process.stderr.read().decode() if process.stderr else ''}")
-        self.memory[side] = max(self.memory.get(side, 0), highest / 1e6)
-        return elapsed
+        with tempfile.TemporaryFile() as said:
+            process = subprocess.Popen(self.commands[side], stdout=subprocess.DEVNULL, stderr=said)
+            ended = threading.Event()
+            watcher = threading.Thread(target=self.watch, args=(side, process.pid, ended))
+            watcher.start()
+            _, status, used = os.wait4(process.pid, 0)
+            elapsed = (time.perf_counter() - start) * 1e3
+            ended.set()
+            watcher.join()
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                said.seek(0)
+                raise SystemExit(f"{side} failed:\n{said.read().decode()}")
+        return Taken(elapsed, (used.ru_utime + used.ru_stime) * 1e3)
+
+    def watch(self, side: str, process: int, ended: threading.Event) -> None:
+        """Keeps the highest anonymous memory of a process."""
+        while not ended.wait(0.005):
+            self.memory[side] = max(self.memory.get(side, 0), anonymous(process) / 1e6)
 
     @cache  # noqa: B019 - one bench lives as long as the program
     def expected(self) -> dict[str, tuple[int, torch.Tensor]]:
@@ -221,15 +234,15 @@ def compare(bench: Bench, name: str, sides: tuple[str, ...], runs: int) -> dict[
     """The result of one row, with memory and errors beside the times."""
     shares = bench.check(sides)
 
-    def make(side: str, quick: bool) -> Callable[[], float]:
+    def make(side: str, quick: bool) -> Callable[[], Taken]:
         return partial(bench.run, side)
 
     result = measure(Row(name, make, lambda _: None, sides), False, runs)
-    result |= {"anonymous_megabytes": {side: bench.memory[side] for side in sides}, "share_of_wrong_weights": shares}
+    result |= {"anonymous_megabytes": {side: bench.memory.get(side, 0.0) for side in sides}, "share_of_wrong_weights": shares}
     print(shown(result))
     for side in sides:
         error = f"{shares[side]:.5%} of weights not the correctly rounded ones" if side in shares else ""
-        print(f"  {side:<28} {bench.memory[side]:10.1f} MB anonymous  {error}", flush=True)
+        print(f"  {side:<28} {bench.memory.get(side, 0.0):10.1f} MB anonymous  {error}", flush=True)
     return result
 
 
@@ -238,7 +251,8 @@ def main() -> None:
     parser.add_argument(
         "--gigabytes", type=float, nargs="+", default=[2.2], help="sizes of the base; others than the first: ours and cp"
     )
-    parser.add_argument("--rank", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--rank", type=int, nargs="+", default=[16, 64], help="ranks; others than the first with the first size")
+    parser.add_argument("--sides", nargs="+", help="the only ones to measure, of those printed")
     parser.add_argument("--binary", default="peftrs-merge", help="the tool built by cargo [default: what PATH has]")
     parser.add_argument("--mergekit", help="the `mergekit-yaml` of an environment that has it, to measure it too")
     parser.add_argument("--folder", help="where to work [default: the system's temporary folder]")
@@ -252,14 +266,11 @@ def main() -> None:
         )
     results = []
     for gigabytes in arguments.gigabytes:
-        for rank in arguments.rank:
+        for rank in arguments.rank if gigabytes == arguments.gigabytes[0] else arguments.rank[:1]:
             with tempfile.TemporaryDirectory(dir=arguments.folder) as root:
                 bench = Bench(Path(root), gigabytes, rank, str(Path(binary).absolute()), arguments.mergekit)
-                every = (
-                    tuple(bench.commands)
-                    if gigabytes == arguments.gigabytes[0] and rank == arguments.rank[0]
-                    else tuple(bench.commands)[:4]
-                )
+                first = (gigabytes, rank) == (arguments.gigabytes[0], arguments.rank[0])
+                every = tuple(arguments.sides or (bench.commands if first else list(bench.commands)[:OURS]))
                 name = f"merge {bench.size / 1e9:.2f} GB of bfloat16, rank {rank}"
                 results.append(compare(bench, name, every, arguments.runs or (1 if arguments.quick else 5)))
     write(arguments.output, results, os.cpu_count() or 1)

@@ -2,9 +2,9 @@
 
     python benches/merge_memory.py [--quick] [--only NAME] [--runs N] [--output FILE]
 
-Rows time `merge_and_unload` alone, and `merge_adapter` followed by `unmerge_adapter`. Then come, for each dtype of base and
-adapter, the share of weights that are off the exact W + s·B·A rounded once (PEFT also with `safe_merge`), the bytes that
-`merge_adapter` keeps for each weight, and the memory that `merge_and_unload` takes on top of a model of four layers.
+Rows time `merge_and_unload` alone, and `merge_adapter` followed by `unmerge_adapter`, on one thread and on two. Then come, for each
+dtype of base and adapter, the share of weights that are off the exact W + s·B·A rounded once (PEFT also with `safe_merge`), the
+bytes that `merge_adapter` keeps for each weight, and the memory that `merge_and_unload` takes on top of a model of four layers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import Row, measure, options, shown, write
+from run import Row, Taken, measure, options, shown, write
 from torch import Tensor, nn
 
 warnings.filterwarnings("ignore")
@@ -39,14 +39,14 @@ def tensors(shape: tuple[int, int], rank: int, base: str, adapter: str) -> tuple
     return weight.to(DTYPES[base]), down.to(DTYPES[adapter]), up.to(DTYPES[adapter])
 
 
-def model(library: Any, shape: tuple[int, int], rank: int, base: str, adapter: str, layers: int = 1) -> Any:
+def model(used: Any, shape: tuple[int, int], rank: int, base: str, adapter: str, layers: int = 1) -> Any:
     weight, down, up = tensors(shape, rank, base, adapter)
     bare = nn.Sequential(*(nn.Linear(1, 1, bias=False) for _ in range(layers)))
     for layer in bare:
         layer.in_features, layer.out_features = shape[1], shape[0]
         layer.weight = nn.Parameter(weight.clone())
-    config = library.LoraConfig(r=rank, lora_alpha=rank, target_modules=[str(index) for index in range(layers)])
-    adapted = library.get_peft_model(bare, config, autocast_adapter_dtype=False)
+    config = used.LoraConfig(r=rank, lora_alpha=rank, target_modules=[str(index) for index in range(layers)])
+    adapted = used.get_peft_model(bare, config, autocast_adapter_dtype=False)
     with torch.no_grad():
         for layer in adapted.base_model.model:
             for held, value in ((layer.lora_A, down), (layer.lora_B, up)):
@@ -54,20 +54,31 @@ def model(library: Any, shape: tuple[int, int], rank: int, base: str, adapter: s
     return adapted
 
 
-def unload(name: str, quick: bool, **case: Any) -> Callable[[], float]:
-    def work() -> float:
-        adapted = model(import_module(name), **case)
-        start = time.perf_counter()
+SIDES = ("peftrs", "peftrs, 2 threads", "peft", "peft, 2 threads")
+PAIRS = (("bf16", "f32"), ("bf16", "bf16"), ("f16", "f32"), ("f32", "f32"))
+
+
+def library(side: str) -> Any:
+    """The library of a side, which then works on as many threads as the side says."""
+    torch.set_num_threads(2 if side.endswith("2 threads") else 1)
+    return import_module(side.partition(",")[0])
+
+
+def unload(side: str, quick: bool, **case: Any) -> Callable[[], Taken]:
+    def work() -> Taken:
+        adapted = model(library(side), **case)
+        before, start = time.process_time(), time.perf_counter()
         adapted.merge_and_unload()
-        return (time.perf_counter() - start) * 1e3
+        return Taken((time.perf_counter() - start) * 1e3, (time.process_time() - before) * 1e3)
 
     return work
 
 
-def cycle(name: str, quick: bool, **case: Any) -> Callable[[], None]:
-    adapted = model(import_module(name), **case)
+def cycle(side: str, quick: bool, **case: Any) -> Callable[[], None]:
+    adapted = model(library(side), **case)
 
     def work() -> None:
+        library(side)
         adapted.merge_adapter()
         adapted.unmerge_adapter()
 
@@ -82,11 +93,11 @@ def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
     return ((values / unit).round() * unit).to(dtype)
 
 
-def off(library: Any, safe: bool, **case: Any) -> float:
+def off(used: Any, safe: bool, **case: Any) -> float:
     """The share of weights, in percent, that are not the exact sum rounded once."""
     weight, down, up = tensors(**case)
     exact = rounded(weight.double() + up.double() @ down.double(), weight.dtype)
-    merged = next(model(library, **case).merge_and_unload(safe_merge=safe).parameters())
+    merged = next(model(used, **case).merge_and_unload(safe_merge=safe).parameters())
     return 100 * float((merged != exact).double().mean())
 
 
@@ -101,13 +112,12 @@ def rows(quick: bool) -> list[Row]:
     made = []
     for shape in shapes:
         for rank in (16,) if quick else (16, 64):
-            for base in DTYPES:
-                for adapter in ("f32", "bf16"):
-                    case = {"shape": shape, "rank": rank, "base": base, "adapter": adapter}
-                    what = f"{shape[0]}x{shape[1]} r={rank} {base} base {adapter} adapter"
-                    checked = partial(check, **case)
-                    made.append(Row(f"merge_and_unload {what}", partial(unload, **case), checked))
-                    made.append(Row(f"merge and unmerge {what}", partial(cycle, **case), checked))
+            for base, adapter in PAIRS:
+                case = {"shape": shape, "rank": rank, "base": base, "adapter": adapter}
+                what = f"{shape[0]}x{shape[1]} r={rank} {base} base {adapter} adapter"
+                checked = partial(check, **case)
+                made.append(Row(f"merge_and_unload {what}", partial(unload, **case), checked, SIDES))
+                made.append(Row(f"merge and unmerge {what}", partial(cycle, **case), checked, SIDES))
     return made
 
 
@@ -141,10 +151,9 @@ def resident(what: str) -> int:
 
 def extra(name: str, shape: tuple[int, int], rank: int, base: str) -> int:
     """The bytes by which resident memory grows at most while four layers are merged; to be run in a process of its own."""
-    torch.set_num_threads(1)
-    library = import_module(name)
-    model(library, (64, 64), rank, base, "f32").merge_and_unload()
-    adapted = model(library, shape, rank, base, "f32", layers=4)
+    used = library(name)
+    model(used, (64, 64), rank, base, "f32").merge_and_unload()
+    adapted = model(used, shape, rank, base, "f32", layers=4)
     tensors.cache_clear()
     # Resets the peak, so that it is that of the merge alone.
     Path("/proc/self/clear_refs").write_text("5")
@@ -171,13 +180,10 @@ def memory(quick: bool) -> list[dict[str, Any]]:
 def main() -> None:
     arguments = options(__doc__).parse_args()
     results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        for row in rows(arguments.quick):
-            if arguments.only in row.name:
-                runs = arguments.runs or (2 if arguments.quick else 5)
-                results.append({**measure(row, arguments.quick, runs), "threads": threads})
-                print(f"{threads} threads: {shown(results[-1])}", flush=True)
+    for row in rows(arguments.quick):
+        if arguments.only in row.name:
+            results.append(measure(row, arguments.quick, arguments.runs or (2 if arguments.quick else 5)))
+            print(shown(results[-1]), flush=True)
     for table in (numbers, kept, memory):
         if not arguments.only or arguments.only in table.__name__:
             for line in table(arguments.quick):

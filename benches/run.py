@@ -31,10 +31,19 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 
 @dataclass(frozen=True)
+class Taken:
+    """Milliseconds by the clock, and of the processor, of the program and of the system for it."""
+
+    elapsed: float
+    processor: float
+
+
+@dataclass(frozen=True)
 class Row:
     """One comparison: `make` builds a side's work and returns a function to time, a check runs first.
 
-    What the function returns is the time in milliseconds where it is a float, for work in another process; else it is timed here.
+    What the function returns is the time in milliseconds where it is a float or `Taken`, for work in another process; else the time
+    is taken here.
     """
 
     name: str
@@ -58,22 +67,30 @@ def measure(row: Row, quick: bool, runs: int) -> dict[str, Any]:
     row.check(quick)
     sides = {name: row.make(name, quick) for name in row.sides}
     readings: dict[str, list[float]] = {name: [] for name in sides}
+    processor: dict[str, list[float]] = {name: [] for name in sides}
     for index in range(runs + 1):
         for name, work in sides.items():
+            before = time.process_time()
             start = time.perf_counter()
             told = work()
-            elapsed = told if isinstance(told, float) else (time.perf_counter() - start) * 1e3
+            here = Taken((time.perf_counter() - start) * 1e3, (time.process_time() - before) * 1e3)
+            taken = told if isinstance(told, Taken) else here
             if index:
-                readings[name].append(elapsed)
+                readings[name].append(told if isinstance(told, float) else taken.elapsed)
+                processor[name].extend([] if isinstance(told, float) else [taken.processor])
     medians = {name: statistics.median(values) for name, values in readings.items()}
     ratios = {name: median / medians[row.sides[0]] for name, median in medians.items()}
-    return {"row": row.name, "unit": "ms", "ratios": ratios, "medians": medians, "readings": readings}
+    used_medians = {name: statistics.median(values) for name, values in processor.items() if values}
+    result = {"row": row.name, "unit": "ms", "ratios": ratios, "medians": medians, "processor_medians": used_medians}
+    return {**result, "readings": readings, "load": os.getloadavg()[0]}
 
 
 def shown(result: dict[str, Any]) -> str:
-    """One line a side: median, range, and ratio to the first."""
+    """One line a side: median, range, ratio to the first, and the processor's time where it is known."""
+    used = {name: f"  processor {value:.2f} ms" for name, value in result["processor_medians"].items()}
     lines = [
         f"  {name:<28} {result['medians'][name]:12.2f} ms  [{min(values):.2f}-{max(values):.2f}]  x {result['ratios'][name]:.2f}"
+        + used.get(name, "")
         for name, values in result["readings"].items()
     ]
     return "\n".join([result["row"], *lines])
