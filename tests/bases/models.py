@@ -28,11 +28,16 @@ def settings(kind: str) -> Any:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
-def write(folder: Path) -> None:
-    """The unquantized model."""
+def llama() -> Any:
+    """The unquantized model, the same at every call."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
-    LlamaForCausalLM(LlamaConfig(num_hidden_layers=LAYERS, bos_token_id=1, eos_token_id=2, **sizes)).save_pretrained(folder)
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=LAYERS, bos_token_id=1, eos_token_id=2, **sizes))
+
+
+def write(folder: Path) -> None:
+    """The same on disk."""
+    llama().save_pretrained(folder)
 
 
 def load(folder: Path, kind: str | None, dtype: torch.dtype = torch.float32) -> Any:

@@ -1,0 +1,297 @@
+"""Every method over every base, in this library and in PEFT, one cell for each thing that users do.
+
+    python -m tests.bases.matrix [--only nf4] [--methods lora dora] [--json FILE]
+
+A cell is ✓ where the result is right, – where it was refused in words, ✗ where it is wrong or something broke; `ours/PEFT`. Right
+is measured against a float32 model of the dequantized weights with the same adapter:
+
+- forward, train step: the outputs, and the gradients of all that is trained, are those of that model;
+- merge: the merged model is nearer to the adapter's outputs than the base alone is; ½ where it goes into 16 bits only;
+- unmerge: every stored bit is as before;
+- save/load: the adapter over a new base gives the same outputs;
+- checkpointing: the same gradients with activations recomputed, after `prepare_model_for_kbit_training` alone;
+- compile: a compiled training step gives the same loss; in one graph, or with breaks (✓ᵇ).
+"""
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peftrs
+from peftrs.bases.quantized import Quantized
+from peftrs.bases.resolve import resolve
+from tests.bases.formats import ELSEWHERE, FORMATS, torchao_settings
+from tests.bases.models import TOKENS, llama
+
+PASS, HALF, BREAKS, REFUSED, WRONG = "✓", "½", "✓ᵇ", "–", "✗"
+STEPS = ("forward", "train step", "merge", "unmerge", "save/load", "checkpointing", "compile")
+BASES = {
+    "float32": None, **{name: FORMATS[name] for name in FORMATS if name not in ("bnb-nf4", "hqq-8", "torchao-int8-groups")},
+    **{name: quantize for name, (package, quantize) in ELSEWHERE.items() if find_spec(package)},
+}  # fmt: skip
+METHODS: dict[str, Callable[[Any], Any]] = {
+    "LoRA": lambda lib: lib.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"]),
+    "DoRA": lambda lib: lib.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], use_dora=True),
+    "QA-LoRA": lambda lib: lib.LoraConfig(
+        r=4, target_modules=["q_proj", "v_proj", "down_proj"], use_qalora=True, qalora_group_size=8
+    ),
+    "IA³": lambda lib: lib.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "OFT": lambda lib: lib.OFTConfig(oft_block_size=8, target_modules=["q_proj", "v_proj", "down_proj"]),
+}
+
+
+class WrongError(Exception):
+    """A result that is not what it should be."""
+
+
+def base(name: str) -> Any:
+    """The small Llama with its linear layers in a format, as transformers marks such models."""
+    model, quantize = llama(), BASES[name]
+    if quantize is None:
+        return model
+    for path, layer in list(model.model.named_modules()):
+        if isinstance(layer, nn.Linear):
+            parent, _, last = path.rpartition(".")
+            setattr(model.model.get_submodule(parent), last, quantize(layer))
+    model.is_quantized = True
+    if name.startswith("bnb"):
+        setattr(model, "is_loaded_in_8bit" if "int8" in name else "is_loaded_in_4bit", True)
+    model.quantization_method = {"bnb": "bitsandbytes"}.get(name.partition("-")[0], name.partition("-")[0])
+    if name.startswith("torchao"):
+        from transformers import TorchAoConfig
+
+        model.hf_quantizer = SimpleNamespace(quantization_config=TorchAoConfig(torchao_settings(name.partition("-")[2])))
+    return model
+
+
+def dense(model: Any) -> Any:
+    """The same model with the dequantized weights in float32."""
+    other = llama()
+    for path, layer in model.model.named_modules():
+        found = resolve(layer)
+        if isinstance(found, Quantized):
+            other.model.get_submodule(path).weight.data.copy_(found.dense(layer).weight.float())
+    return other
+
+
+def filled(lib: Any, model: Any, method: str) -> Any:
+    """The model with an adapter that changes it a good deal."""
+    torch.manual_seed(0)
+    peft = lib.get_peft_model(model, METHODS[method](lib))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in sorted(peft.named_parameters(), key=lambda item: item[0]):
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator).to(parameter))
+    return peft
+
+
+def logits(model: Any) -> Tensor:
+    """What the model makes of the tokens."""
+    with torch.no_grad():
+        return model(input_ids=TOKENS).logits.float()
+
+
+def gradients(model: Any) -> dict[str, Tensor]:
+    """The gradients of all that is trained, by name."""
+    model.zero_grad()
+    model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    found = {name: one.grad for name, one in model.named_parameters() if one.requires_grad}
+    if lost := [name for name, gradient in found.items() if gradient is None or not bool(gradient.any())]:
+        raise WrongError(f"{len(lost)} of {len(found)} tensors get no gradient, such as {lost[0]}")
+    return {name: gradient.detach().clone() for name, gradient in found.items()}
+
+
+def near(found: Tensor, expected: Tensor, limit: float, what: str) -> None:
+    """Raises `WrongError` where the one is farther from the other than this part of its size."""
+    error = float((found - expected).norm() / expected.norm())
+    if not error <= limit:
+        raise WrongError(f"{what} off by {error:.3g} of its size, allowed {limit:g}")
+
+
+def stored(model: Any) -> list[Any]:
+    """Every number that the frozen model holds, in order."""
+    found = []
+    for module in model.modules():
+        if resolve(module) is not None and not hasattr(module, "base_layer"):
+            for name, value in module.state_dict().items():
+                parts = [getattr(value, part) for part in ("qdata", "scale") if isinstance(getattr(value, part, None), Tensor)]
+                found += [(name, one.detach().clone()) for one in parts or [value] if isinstance(one, Tensor)]
+    return found
+
+
+class Row:
+    """One method over one base in one library."""
+
+    def __init__(self, lib: Any, name: str, method: str) -> None:
+        self.lib, self.name, self.method = lib, name, method
+        # Formats that round activations as well are as far from their weights as that; so is bitsandbytes' int8 in eval.
+        self.limit = 0.15 if "dynamic" in name or name == "bnb-int8" else 0.03 if name in ("gptq", "awq") else 1e-3
+
+    def model(self) -> Any:
+        return filled(self.lib, base(self.name), self.method)
+
+    def reference(self) -> Any:
+        return filled(self.lib, dense(base(self.name)), self.method)
+
+    def run(self) -> dict[str, tuple[str, str]]:
+        """Each step's cell and what is to say of it."""
+        found: dict[str, tuple[str, str]] = {}
+        for step in STEPS:
+            try:
+                mark = getattr(self, step.replace(" ", "_").replace("/", "_"))()
+                found[step] = (mark or PASS, "")
+            except (WrongError, torch._dynamo.exc.TorchDynamoException) as error:
+                found[step] = (WRONG, str(error)[:200])
+            except (peftrs.PeftrsError, NotImplementedError, ValueError, TypeError, ImportError) as error:
+                found[step] = (REFUSED, f"{type(error).__name__}: {error}"[:300])
+            except Exception as error:
+                found[step] = (WRONG, f"{type(error).__name__}: {error}"[:200])
+        return found
+
+    def forward(self) -> None:
+        near(logits(self.model().eval()), logits(self.reference().eval()), max(self.limit, 0.02), "the output")
+
+    def train_step(self) -> None:
+        model = self.model().train()
+        found, expected = gradients(model), gradients(self.reference().train())
+        for name, gradient in found.items():
+            near(gradient, expected[name], 5 * self.limit, f"the gradient of {name}")
+        torch.optim.AdamW([one for one in model.parameters() if one.requires_grad]).step()
+
+    def merge(self) -> str:
+        model, alone = self.model().eval(), logits(base(self.name).train())
+        expected = logits(self.reference().eval())
+        mark = PASS
+        try:
+            model.merge_adapter()
+            merged = logits(model)
+        except peftrs.MergeError as error:
+            if "dtype" not in str(error):
+                raise
+            mark, merged = HALF, logits(model.merge_and_unload(dtype=torch.bfloat16).to(torch.bfloat16))
+        far, whole = (float((one - expected).norm()) for one in (merged, alone))
+        if not far < whole:
+            raise WrongError(f"the merged model is off by {far / whole:.3g} of what the adapter changes")
+        return mark
+
+    def unmerge(self) -> str:
+        model = self.model().eval()
+        before = stored(model)
+        try:
+            model.merge_adapter()
+        except peftrs.MergeError:
+            return REFUSED
+        model.unmerge_adapter()
+        for (name, one), (_, other) in zip(before, stored(model), strict=True):
+            if one.shape != other.shape or not torch.equal(one, other):
+                raise WrongError(f"{name} differs after unmerging")
+        return PASS
+
+    def save_load(self) -> None:
+        model = self.model().train()
+        with tempfile.TemporaryDirectory() as folder:
+            model.save_pretrained(folder)
+            again = self.lib.PeftModel.from_pretrained(base(self.name), folder).train()
+        near(logits(again), logits(model), 1e-6, "the output of the loaded adapter")
+
+    def checkpointing(self) -> None:
+        expected = gradients(self.model().train())
+        model = self.lib.prepare_model_for_kbit_training(base(self.name))
+        if self.name == "float32":
+            model.activation_checkpointing_enable()
+        found = gradients(filled(self.lib, model, self.method).train())
+        for name, gradient in found.items():
+            near(gradient, expected[name], 1e-4, f"the gradient of {name}")
+
+    def compile(self) -> str:
+        expected = float(self.model().train()(input_ids=TOKENS, labels=TOKENS).loss)
+        for mark, whole in ((PASS, True), (BREAKS, False)):
+            torch._dynamo.reset()
+            model = self.model().train()
+            try:
+                loss = torch.compile(model, backend="aot_eager", fullgraph=whole)(input_ids=TOKENS, labels=TOKENS).loss
+                loss.backward()
+            except Exception:
+                if not whole:
+                    raise
+                continue
+            near(loss.detach(), torch.tensor(expected), 1e-3, "the loss")
+            if not all(one.grad is not None for one in model.parameters() if one.requires_grad):
+                raise WrongError("something trained gets no gradient")
+            return mark
+        return WRONG
+
+
+def rows(bases: list[str], methods: list[str], libs: dict[str, Any]) -> dict[str, dict[str, dict[str, dict[str, tuple[str, str]]]]]:
+    """All cells: base, method, library, step."""
+    found: dict[str, Any] = {}
+    for name in bases:
+        for method in methods:
+            # PEFT ignores `use_qalora` but for GPTQ.
+            asked = {key: lib for key, lib in libs.items() if key == "peftrs" or method != "QA-LoRA"}
+            found.setdefault(name, {})[method] = cells = {key: Row(lib, name, method).run() for key, lib in asked.items()}
+            marks = " ".join("/".join(cells[key][step][0] for key in asked).ljust(6) for step in STEPS)
+            sys.stdout.write(f"{name:22}{method:10}{marks}\n")
+            sys.stdout.flush()
+    return found
+
+
+def table(found: dict[str, Any]) -> str:
+    """The cells as a Markdown table: for each base and method, `ours/PEFT`."""
+    lines = [f"| base | method | {' | '.join(STEPS)} |", "|---|---|" + "---|" * len(STEPS)]
+    for name, methods in found.items():
+        for method, cells in methods.items():
+            marks = ["/".join(cells.get(lib, {}).get(step, ("", ""))[0] or " " for lib in ("peftrs", "peft")) for step in STEPS]
+            lines.append(f"| {name} | {method} | {' | '.join(marks)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prints the matrix."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", nargs="*", help="bases to run")
+    parser.add_argument("--methods", nargs="*", help="methods to run")
+    parser.add_argument("--ours", action="store_true", help="leave PEFT out")
+    parser.add_argument("--json", type=Path, help="where to write every cell with its reason, beside what is there")
+    parser.add_argument("--markdown", type=Path, help="where to write the table")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    libs: dict[str, Any] = {"peftrs": peftrs}
+    if not given.ours:
+        import peft
+
+        libs["peft"] = peft
+    found = rows(given.only or list(BASES), given.methods or list(METHODS), libs)
+    if given.json:
+        if given.json.exists():
+            before = json.loads(given.json.read_text())
+            found = before | {name: before.get(name, {}) | methods for name, methods in found.items()}
+        given.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    if given.markdown:
+        given.markdown.write_text(table(found) + "\n")
+    broken = [
+        f"{name} {method} {step}: {cell[1]}"
+        for name, methods in found.items()
+        for method, cells in methods.items()
+        for step, cell in cells["peftrs"].items()
+        if cell[0] == WRONG
+    ]
+    sys.exit("\n".join(broken) or None)
+
+
+if __name__ == "__main__":
+    main()
