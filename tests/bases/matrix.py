@@ -234,9 +234,9 @@ class Row:
         return WRONG
 
 
-def rows(bases: list[str], methods: list[str], libs: dict[str, Any]) -> dict[str, dict[str, dict[str, dict[str, tuple[str, str]]]]]:
-    """All cells: base, method, library, step."""
-    found: dict[str, Any] = {}
+def rows(bases: list[str], methods: list[str], libs: dict[str, Any], record: Path | None) -> dict[str, Any]:
+    """All cells, by base, method, library and step; each row goes into the record, beside what is there, when it is done."""
+    found: dict[str, Any] = json.loads(record.read_text()) if record is not None and record.exists() else {}
     for name in bases:
         for method in methods:
             # PEFT ignores `use_qalora` but for GPTQ.
@@ -245,6 +245,8 @@ def rows(bases: list[str], methods: list[str], libs: dict[str, Any]) -> dict[str
             marks = " ".join("/".join(cells[key][step][0] for key in asked).ljust(6) for step in STEPS)
             sys.stdout.write(f"{name:22}{method:10}{marks}\n")
             sys.stdout.flush()
+            if record is not None:
+                record.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     return found
 
 
@@ -275,12 +277,7 @@ def main() -> None:
         import peft
 
         libs["peft"] = peft
-    found = rows(given.only or list(BASES), given.methods or list(METHODS), libs)
-    if given.json:
-        if given.json.exists():
-            before = json.loads(given.json.read_text())
-            found = before | {name: before.get(name, {}) | methods for name, methods in found.items()}
-        given.json.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    found = rows(given.only or list(BASES), given.methods or list(METHODS), libs, given.json)
     if given.markdown:
         given.markdown.write_text(table(found) + "\n")
     broken = [
