@@ -42,6 +42,11 @@ class Checkpoint:
         """The header's `__metadata__` (that of the first file of a sharded checkpoint)."""
     def read(self, name: str) -> bytearray:
         """The bytes of one tensor, little-endian and row-major. Raises `CheckpointError` if there is none of that name."""
+    def read_all(self, tensors: Sequence[tuple[str, object]]) -> list[bool]:
+        """Fills writable buffers, each with the tensor of its name, on all threads; whether the values of each are finite.
+
+        Raises `CheckpointError` for a name that is not there or a buffer of another length.
+        """
 
 def read_config(folder: str) -> tuple[str, list[str]]:
     """The text of `adapter_config.json` in `folder`, checked to be one JSON object, and warnings (duplicate keys).

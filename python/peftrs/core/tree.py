@@ -66,6 +66,11 @@ def original(module: nn.Module) -> nn.Module:
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Holder]]:
     """Every adapted layer and replaced module, and the model's prompts, with its full name in memory."""
+    return ((name, module) for name, module in modules(model) if isinstance(module, _HOLDER))
+
+
+def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module with its full name in memory, parents first, each once, but for what adapters hold themselves."""
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
@@ -74,9 +79,8 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Holder]]:
             continue
         seen.add(id(module))
         children: Iterable[tuple[str, nn.Module | None]] = module._modules.items()
+        yield name, module
         if isinstance(module, _HOLDER):
-            yield name, module
-            # What adapters hold themselves is never adapted.
             children = () if isinstance(module, Prompts) else [_beneath(module)]
         elif not children:
             continue

@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import isfinite
 from typing import Any, Protocol
 
 import torch
@@ -45,6 +46,9 @@ class Source(Protocol):
     def original(self, name: str) -> str:
         """What the tensor is called where it really comes from."""
 
+    def read_all(self, names: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
+        """These tensors by name, and the names of those that hold NaN or infinite values."""
+
 
 class FileSource:
     """The weights in an adapter's folder, or with `model` a model's. Opening it checks all headers; see `_native.Checkpoint`."""
@@ -79,6 +83,12 @@ class FileSource:
         # The tensor keeps the bytearray alive.
         return torch.frombuffer(data, dtype=dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
 
+    def read_all(self, names: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
+        described = self.described()
+        read = {name: torch.empty(shape, dtype=dtype) for name in names for dtype, shape in [described[name]]}
+        finite = self._file.read_all([(name, _memory(tensor)) for name, tensor in read.items()])
+        return read, [name for name, whole in zip(read, finite, strict=True) if not whole]
+
 
 class MemorySource:
     """Tensors that are in memory already."""
@@ -98,6 +108,10 @@ class MemorySource:
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach()
+
+    def read_all(self, names: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
+        read = {name: self.read(name) for name in names}
+        return read, [name for name, value in read.items() if not is_finite(value)]
 
 
 class Renamed:
@@ -133,6 +147,26 @@ class Renamed:
 
     def original(self, name: str) -> str:
         return self._source.original(self._names[name])
+
+    def read_all(self, names: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
+        read, odd = self._source.read_all([self._names[name] for name in names])
+        given = {old: new for new, old in self._names.items()}
+        return {given[old]: value for old, value in read.items()}, [given[old] for old in odd]
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether all values are numbers. The smallest and the largest are found far faster than each value is looked at."""
+    if not value.is_floating_point() or not value.numel():
+        return True
+    least, most = torch.aminmax(value)
+    return isfinite(least.item()) and isfinite(most.item())
+
+
+def _memory(tensor: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, which the caller keeps alive."""
+    if not tensor.nbytes:
+        return memoryview(bytearray())
+    return memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 def _renamed(name: str, key_mapping: Mapping[str, str]) -> str:
@@ -172,6 +206,5 @@ def write(folder: str | os.PathLike[str], config: str, tensors: Mapping[str, Ten
             raise AdapterError(f"{name}: cannot save a tensor {fault}{hint}")
         plain = tensor.detach().cpu().contiguous()
         held.append(plain)
-        data = (ctypes.c_char * plain.nbytes).from_address(plain.data_ptr())
-        rows.append((name, dtype, list(plain.shape), memoryview(data).cast("B")))
+        rows.append((name, dtype, list(plain.shape), _memory(plain)))
     _native.write_adapter(os.fspath(folder), config, rows, files=files)

@@ -23,7 +23,7 @@ from peftrs.core.prompt import Prompts, home_of
 from peftrs.core.prompt_call import word_embeddings
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
-from peftrs.core.tree import Holder, original, wrappers
+from peftrs.core.tree import Holder, modules, original, wrappers
 from peftrs.io.checkpoint import PREFIX
 
 SHORT_PREFIX = "base_model."
@@ -166,7 +166,7 @@ def embeddings(model: nn.Module, *, targeted: bool = False) -> Iterator[Entry]:
     """The tensors of the model's input and output embeddings; with `targeted` only of those that are adapted."""
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         module = _ask(model, getter)
-        path = None if module is None else next((name for name, other in model.named_modules() if other is module), None)
+        path = None if module is None else next((name for name, other in modules(model) if other is module), None)
         if path is None or isinstance(module, ReplacedModule) or (targeted and not isinstance(module, AdaptedLayer)):
             continue
         inner = file = ""

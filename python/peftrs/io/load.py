@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import warnings
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -81,8 +80,7 @@ def load(
     """
     match = compare(model, adapter, config, source)
     _judge(match, adapter, source, strict=strict, report=report, ignore_mismatched_sizes=ignore_mismatched_sizes)
-    read = {name: source.read(name) for _, name in match.pairs}
-    odd = [name for name, value in read.items() if not is_finite(value)]
+    read, odd = source.read_all([name for _, name in match.pairs])
     if odd:
         text = f"{source.origin}: {len(odd)} tensors hold NaN or infinite values: {listed(odd, 4)}"
         complain(text, CheckpointError, False if report else strict)
@@ -113,17 +111,18 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
     # The embeddings' names may be the adapter's already, where it replaces them whole.
     spelled = {name: entry for entry in reversed(expected) for name in (entry.name, entry.key)}
     again = {name for entry in expected for name in entry.again}
-    own = {_stripped(plain(name)) for name, _ in model.named_parameters()}
     if len(source) > len(expected) + STRANGERS:
         raise CheckpointError(
             f"{source.origin}: holds {len(source)} tensors, adapter {adapter!r} has {len(expected)} on this model"
         )
+    own: set[str] | None = None
     match, taken = Match(), set[str]()
     for name, (dtype, shape) in source.described().items():
         if not again.isdisjoint(_ways(name)):
             continue
         entry = next((spelled[way] for way in _ways(name) if way in spelled), None)
         if entry is None:
+            own = own or {_stripped(plain(name)) for name, _ in model.named_parameters()}
             (match.foreign if _stripped(name) in own else match.unexpected).append(name)
         elif entry.key in taken:
             match.broken.append(f"{shown(name)} is there under two names")
@@ -141,14 +140,6 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
         f"{entry.key} is missing, which nothing stands in for" for entry in match.missing if entry.vital and entry.empty
     ]
     return match
-
-
-def is_finite(value: Tensor) -> bool:
-    """Whether all values are numbers. The smallest and the largest are found far faster than each value is looked at."""
-    if not value.is_floating_point() or not value.numel():
-        return True
-    least, most = torch.aminmax(value)
-    return isfinite(least.item()) and isfinite(most.item())
 
 
 def _judge(match: Match, adapter: str, source: Source, *, strict: Strict, report: bool, ignore_mismatched_sizes: bool) -> None:

@@ -45,6 +45,11 @@ impl Checkpoint {
         self.0.metadata()
     }
 
+    fn read_all(&self, py: Python<'_>, tensors: Vec<(String, Bound<'_, PyAny>)>) -> PyResult<Vec<bool>> {
+        let mut lent = tensors.into_iter().map(|tensor| Lent::new(py, tensor)).collect::<PyResult<Vec<_>>>()?;
+        run(py, || self.0.read_all(&mut Lent::slices(&mut lent)?))
+    }
+
     fn read<'py>(&self, py: Python<'py>, name: &str) -> PyResult<Bound<'py, PyByteArray>> {
         let length = run(py, || self.0.bytes(name))?;
         PyByteArray::new_with(py, length, |bytes| run(py, || self.0.read_into(name, bytes)))
@@ -64,6 +69,51 @@ impl Entries {
     fn __getitem__<'py>(&self, py: Python<'py>, place: usize) -> PyResult<(&str, &'static str, Bound<'py, PyTuple>)> {
         let (name, entry) = self.0.get().0.at(place).ok_or_else(|| PyIndexError::new_err("no such tensor"))?;
         Ok((name, entry.dtype.name(), PyTuple::new(py, &entry.shape)?))
+    }
+}
+
+/// Memory that Python lends for a tensor to be read into.
+struct Lent {
+    name: String,
+    buffer: PyUntypedBuffer,
+}
+
+impl Lent {
+    fn new(py: Python<'_>, (name, object): (String, Bound<'_, PyAny>)) -> PyResult<Self> {
+        let buffer = PyUntypedBuffer::get(&object)?;
+        if buffer.readonly() || !buffer.is_c_contiguous() {
+            let reason = format!("the memory for tensor `{}` is not writable and contiguous", show_name(&name));
+            return run(py, || Err(Error::Merge(reason)));
+        }
+        Ok(Self { name, buffer })
+    }
+
+    fn start(&self) -> usize {
+        self.buffer.buf_ptr().addr()
+    }
+
+    /// All of them as slices.
+    fn slices(all: &mut [Self]) -> peftrs_core::error::Result<Vec<(&str, &mut [u8])>> {
+        let mut order: Vec<&Self> = all.iter().filter(|one| one.buffer.len_bytes() > 0).collect();
+        order.sort_by_key(|one| one.start());
+        let overlap = order.windows(2).find(|pair| match pair {
+            [first, second] => first.start() + first.buffer.len_bytes() > second.start(),
+            _ => false,
+        });
+        if let Some([first, ..]) = overlap {
+            let name = show_name(&first.name);
+            return Err(Error::Merge(format!("the memory for tensor `{name}` is another tensor's too")));
+        }
+        let mut slices = Vec::with_capacity(all.len());
+        for one in all {
+            let (start, length) = (one.buffer.buf_ptr().cast::<u8>(), one.buffer.len_bytes());
+            // SAFETY: the exporter keeps `length` writable contiguous bytes at `start` alive and in place while `one.buffer`
+            // is held, no two of them overlap, and a null pointer, which it may give for no bytes, is not used.
+            let bytes =
+                if length == 0 { &mut [][..] } else { unsafe { std::slice::from_raw_parts_mut(start, length) } };
+            slices.push((one.name.as_str(), bytes));
+        }
+        Ok(slices)
     }
 }
 

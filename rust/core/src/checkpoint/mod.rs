@@ -13,8 +13,11 @@ mod shard;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use rayon::prelude::*;
+
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
+use crate::kernels::values::all_finite;
 
 pub(crate) use find::{CONFIG_DIGEST, digest};
 pub(crate) use open::check_name;
@@ -26,6 +29,9 @@ pub const ADAPTER_CONFIG: &str = "adapter_config.json";
 
 /// The name of an adapter's weights.
 pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
+
+/// How much of a tensor is read before it is looked at: it is then still in the cache nearest to the core.
+const PIECE_BYTES: usize = 1 << 18;
 
 /// One tensor of a checkpoint.
 #[derive(Debug, Clone)]
@@ -56,6 +62,14 @@ impl Entry {
     #[must_use]
     pub fn file(&self) -> usize {
         self.file
+    }
+
+    fn check_length(&self, shard: &Shard, name: &str, bytes: &[u8]) -> Result<()> {
+        if bytes.len() == self.bytes {
+            return Ok(());
+        }
+        let (name, there, asked) = (show_name(name), self.bytes, bytes.len());
+        Err(shard.fault(format!("tensor `{name}` has {there} bytes, {asked} were asked for")))
     }
 
     /// Where in that file its bytes start.
@@ -203,12 +217,28 @@ impl Checkpoint {
     /// Fills `bytes`, which has the length of the tensor, and notices if the file changed meanwhile.
     pub fn read_into(&self, name: &str, bytes: &mut [u8]) -> Result<()> {
         let (shard, entry) = self.locate(name)?;
-        if bytes.len() != entry.bytes {
-            let (name, there, asked) = (show_name(name), entry.bytes, bytes.len());
-            return Err(shard.fault(format!("tensor `{name}` has {there} bytes, {asked} were asked for")));
-        }
+        entry.check_length(shard, name, bytes)?;
         shard.read_at(bytes, entry.start)?;
         shard.check_unchanged()
+    }
+
+    /// Fills many tensors at once on all threads, and says of each whether its values are finite. Each is checked piece by
+    /// piece as it is read, while the piece is at hand.
+    pub fn read_all(&self, wanted: &mut [(&str, &mut [u8])]) -> Result<Vec<bool>> {
+        let fill = |(name, bytes): &mut (&str, &mut [u8])| -> Result<bool> {
+            let (shard, entry) = self.locate(name)?;
+            entry.check_length(shard, name, bytes)?;
+            let (mut finite, mut at) = (true, entry.start);
+            for piece in bytes.chunks_mut(PIECE_BYTES) {
+                shard.read_at(piece, at)?;
+                finite = finite && (!entry.dtype.is_adapter_float() || all_finite(entry.dtype, piece));
+                at = at.saturating_add(piece.len() as u64);
+            }
+            Ok(finite)
+        };
+        let finite = wanted.par_iter_mut().map(fill).collect::<Result<_>>()?;
+        self.check_unchanged()?;
+        Ok(finite)
     }
 
     /// Fills `bytes` from byte `offset` of the tensor. Many of these make one tensor: call
