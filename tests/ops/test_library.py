@@ -241,3 +241,28 @@ def test_without_triton_all_is_plain_torch(monkeypatch: pytest.MonkeyPatch) -> N
     x, weight, _, down, up = arguments((4,), torch.float32, torch.float32)
     assert function.passes(x, down) is function.reference
     assert package.unfit(weight.to("meta"), down, up, 0.5) == "no dropout from a seed on this kind of device"
+
+
+def test_on_a_gpu_the_operator_takes_float32_factors_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On tensors that only know their device: no GPU is needed to see what would run."""
+    pytest.importorskip("triton")
+    from torch._subclasses import FakeTensorMode
+
+    from peftrs.ops.lora_linear import triton
+
+    monkeypatch.setattr(triton, "is_available", lambda _: True)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda _: torch.bfloat16)
+    seen = []
+    with FakeTensorMode(), torch.device("cuda"):
+        x, weight, seed = torch.empty(2, 6, 12), torch.empty(8, 12), torch.empty(1, dtype=torch.int64)
+        down, up = torch.empty(4, 12), torch.empty(8, 4)
+        for autocast in (False, True):
+            torch.set_autocast_enabled("cuda", autocast)  # the context refuses where there is no GPU
+            y, u = operators.lora_linear(x, weight, None, down, up, 1.0, 9, seed)
+            torch.set_autocast_enabled("cuda", False)
+            narrow = weight.to(y.dtype)
+            gradients = operators.lora_linear_backward(y, x, narrow, down, up, u, 1.0, 9, seed, [True] * 3)
+            assert {one.device.type for one in (y, u, *gradients)} == {"cuda"}
+            assert [one.shape for one in (y, u, *gradients)] == [(2, 6, 8), (12, 4), x.shape, down.shape, up.shape]
+            seen.append([one.dtype for one in (y, u, *gradients)])
+    assert seen == [[one, *[torch.float32] * 4] for one in (torch.float32, torch.bfloat16)]
