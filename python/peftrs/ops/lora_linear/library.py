@@ -3,7 +3,8 @@
 An opaque operator costs more host time than a `torch.autograd.Function` (95 and 215 µs against 37 and 105, forward and with the
 backward pass), so eager code never calls these. In a compiled graph that cost is gone, and on a GPU the operator is what keeps
 the plan: a compiler given the composite copies the low-rank part before the product accumulates onto it, keeps or makes again what
-`u` replaces, and reads `x` and `dy` once for each product. On the CPU its own fusion of the composite is as good.
+`u` replaces, and reads `x` and `dy` once for each product. On the CPU a compiled layer takes as long with it as with the composite,
+to 3 % (512 tokens, 576 to 576 and to 1536, float32 and autocast, torch 2.15), so that the composite, which more tools read, stays.
 
 Both operators are one kernel for every device, which picks its passes as eager code does, and functions of their arguments alone.
 """
