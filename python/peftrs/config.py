@@ -147,8 +147,8 @@ class PeftConfig:
     ) -> Self:
         """The config in a local folder or repository, as the class that its `peft_type` names.
 
-        Keyword arguments that are fields replace what the file says. Raises `CheckpointError` for an unreadable file,
-        `ConfigError` for one whose fields are wrong.
+        Keyword arguments that are fields replace what the file says; others, which libraries hand to all that they load, mean
+        nothing here. Raises `CheckpointError` for an unreadable file, `ConfigError` for one whose fields are wrong.
         """
         hub, options = split_options(kwargs)
         folder = local_folder(pretrained_model_name_or_path, [CONFIG_NAME], subfolder, **hub)
@@ -178,7 +178,6 @@ class PeftConfig:
     @classmethod
     def from_values(cls, values: dict[str, Any], origin: str, **replaced: Any) -> Self:
         """A config from the values of a file. Unknown keys are named in one warning and left out."""
-        values = {**values, **replaced}
         peft_type = values.get("peft_type")
         if peft_type is None and cls in (PeftConfig, TargetedConfig, LayeredConfig, PromptLearningConfig):
             raise ConfigError(f"{origin}: has no `peft_type`, so nobody knows what kind of adapter this is")
@@ -186,6 +185,7 @@ class PeftConfig:
             raise ConfigError(f"{origin}: peft_type {peft_type!r} is unknown")
         chosen = cls if peft_type is None else cast(type[Self], registry.method(peft_type).config)
         known = {item.name for item in fields(chosen) if not item.metadata.get("runtime")}
+        values = values | {name: value for name, value in replaced.items() if name in known}
         if unknown := sorted(set(values) - known):
             warnings.warn(
                 f"{origin}: unknown keys {unknown} are left out; a newer library may have written them",

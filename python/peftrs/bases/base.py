@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
+from peftrs.bases import offload
 from peftrs.bases.kinds import Affine, LayerKind
 
 
@@ -39,7 +40,8 @@ class Base(ABC):
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
         """The shape of the presented weight."""
-        return tuple(self.dense(module).weight.shape)
+        weight = self.parameters(module)[0]
+        return tuple((weight.mT if self.transposed else weight).shape)
 
     def groups(self, module: nn.Module) -> int:
         """How many groups the layer's channels fall into."""
@@ -47,7 +49,8 @@ class Base(ABC):
 
     def dense(self, module: nn.Module) -> Affine:
         """The layer as an affine map: views of what is stored, to be read, never written."""
-        weight, bias = self.parameters(module)
+        weight, bias = (one if one is None else offload.fetched(module, one) for one in self.parameters(module))
+        weight = cast(Tensor, weight)
         return Affine(weight.mT if self.transposed else weight, bias)
 
     def obstacle(self, module: nn.Module) -> str | None:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from peftrs.bases.kinds import Affine, Deferred
+from peftrs.bases.offload import onloaded
 from peftrs.core import rounding
 from peftrs.core.method import Additive
 from peftrs.errors import MergeError, PeftrsWarning, listed
@@ -93,8 +94,12 @@ def merge(
     A quantized layer is quantized again, the one from before being kept whatever `keep` says until `forget`, or with `dtype`
     becomes a dense one for good. What `check` lets pass is assumed. Raises `MergeError`, changing nothing.
     """
-    if not names:
-        return
+    if names:
+        with onloaded(layer.base_layer, write=True):
+            _merge(layer, names, shared, keep=keep, dtype=dtype)
+
+
+def _merge(layer: AdaptedLayer, names: Sequence[str], shared: tuple[Shared, ...], *, keep: bool, dtype: torch.dtype | None) -> None:
     # In the order of activation, from which the chain follows: an order taken from the chain would be turned round once more.
     earlier = layer.merged_adapters
     together = tuple(dict.fromkeys([*earlier, *names]))
@@ -133,9 +138,13 @@ def unmerge(layer: AdaptedLayer) -> None:
     if layer.ledger is None:
         warnings.warn(f"{layer.spec.name}: nothing is merged, nothing to do", PeftrsWarning, 4)
         return
-    kept = _kept(layer)
-    if layer.ledger.layer is not None:
-        layer.base_layer = layer.ledger.layer.to(stored(layer)[0].device)
+    with onloaded(layer.base_layer, write=True):
+        _unmerge(layer, layer.ledger, _kept(layer))
+
+
+def _unmerge(layer: AdaptedLayer, ledger: Ledger, kept: dict[int, Tensor | Correction]) -> None:
+    if ledger.layer is not None:
+        layer.base_layer = ledger.layer.to(stored(layer)[0].device)
     for at, was in kept.items():
         parameter = stored(layer)[at].detach()
         if isinstance(was, Tensor):
@@ -151,7 +160,7 @@ def unmerge(layer: AdaptedLayer) -> None:
             )
         if rows.data_ptr() != parameter.data_ptr():
             parameter.copy_(rows.view(parameter.shape))
-    _share_again(layer.ledger.shared)
+    _share_again(ledger.shared)
     layer.ledger = None
 
 
@@ -170,7 +179,8 @@ def unmerged(layer: AdaptedLayer) -> list[Tensor]:
     """The layer's weight and, if it has one, bias, as they are without what is merged."""
     if rounding.coarse(layer):
         return [one for one in layer.base.dense(rounding.before(layer)) if one is not None]
-    return [original(layer, at) for at in range(len(stored(layer)))]
+    with onloaded(layer.base_layer):
+        return [original(layer, at) for at in range(len(stored(layer)))]
 
 
 def presented(layer: AdaptedLayer) -> Affine:
@@ -268,10 +278,15 @@ def check(layer: AdaptedLayer, chain: Chain, *, keep: bool = True, dtype: torch.
     Weights that would not be finite are found here if the change is of low rank, or if nothing is to be kept by which the merge
     could be taken back.
     """
+    with onloaded(layer.base_layer):
+        _check(layer, chain, keep=keep, dtype=dtype)
+
+
+def _check(layer: AdaptedLayer, chain: Chain, *, keep: bool, dtype: torch.dtype | None) -> None:
     weight, _ = layer.base.parameters(layer.base_layer)
     update = low_rank(layer, chain)
     if update is None or not isfinite(update.reach):
-        broken = [f"{a.name}: {slot}" for a in chain for slot, tensor in a.parameters() if not bool(tensor.isfinite().all())]
+        broken = [f"{a.name}: {slot}" for a in chain for slot, _ in a.parameters() if not bool(a[slot].isfinite().all())]
         if broken:
             raise MergeError(f"{layer.spec.name}: {listed(broken)} holds NaN or infinite values; the adapter seems to be broken")
     for adapter in chain:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from peftrs import _native
-from peftrs.bases import dense
+from peftrs.bases import dense, offload
 from peftrs.bases.base import Base
 from peftrs.bases.kinds import LayerKind
 from peftrs.bases.resolve import resolve
@@ -144,6 +144,12 @@ def _targets(
             kind = type(original(place.module)).__name__
             faults.append(
                 f"Target module {name} is not supported: {method.name} adapts {', '.join(sorted(method.layers))} layers, not {kind}"
+            )
+            continue
+        if base.opaque and offload.hook_of(original(place.module)) is not None:
+            faults.append(
+                f"{name}: accelerate keeps it elsewhere between calls, and what calls it reads it past its adapter; "
+                "hint: keep this module in memory in the device map"
             )
             continue
         targets.append(aim(place, base, method, matched, name=name))

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
 
+from peftrs.bases import offload
 from peftrs.core import batch
 from peftrs.core.activation import Activation, Switched
 from peftrs.errors import AdapterError
@@ -34,7 +34,7 @@ class ReplacedModule(Switched, nn.Module):
 
     def add(self, adapter: str, tied: nn.Module | None = None) -> nn.Module:
         """Makes the adapter's copy, sharing the weight of `tied` where that is given; trainable."""
-        module = copy.deepcopy(self.original_module)
+        module = offload.copied(self.original_module)
         module.requires_grad_(True)
         if tied is not None:
             module.weight = cast(nn.Parameter, tied.weight)

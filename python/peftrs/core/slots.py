@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from peftrs.bases import offload
 from peftrs.bases.kinds import LayerSpec
 from peftrs.core.method import Method
 
@@ -76,15 +77,22 @@ class FittedAdapter:
         if self.leader is not None:
             leading, transposed = self.method.tied_slots[slot]
             return self.leader[leading].mT if transposed else self.leader[leading]
+        tensor = self.raw(slot)
+        return offload.fetched(self.holder(slot)[0], tensor) if tensor.is_meta else tensor
+
+    def holder(self, slot: str) -> tuple[nn.Module, str]:
+        """The module that holds a slot's parameter, and its name there."""
         container, leaf = self.places[slot]
         # Not by attribute, which would be looked for in three places before it is found here.
-        held: Any = self.layer._modules[container]
-        if leaf:
-            held = held._modules[self.name]
-        name = leaf or self.name
-        tensor = held._parameters.get(name)
+        held = cast(nn.Module, self.layer._modules[container])
+        return (cast(nn.Module, held._modules[self.name]), leaf) if leaf else (held, self.name)
+
+    def raw(self, slot: str) -> nn.Parameter:
+        """The parameter of a slot itself, which is on the device meta while a library keeps its values elsewhere."""
+        holder, name = self.holder(slot)
+        tensor = holder._parameters.get(name)
         # Libraries that gather parameters for a while hang them beside the registered ones.
-        return cast(Tensor, getattr(held, name) if tensor is None else tensor)
+        return cast(nn.Parameter, getattr(holder, name) if tensor is None else tensor)
 
     def get(self, slot: str) -> Tensor | None:
         """The tensor of a slot, or None if this adapter has no such slot."""
@@ -114,7 +122,7 @@ class FittedAdapter:
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This layer's own trained and saved tensors by slot; none where it shares those of another."""
         for slot in self.slots if self.leader is None else ():
-            yield slot, cast(nn.Parameter, self[slot])
+            yield slot, self.raw(slot)
 
     def full_name(self, slot: str) -> str:
         """The slot's name in the layer's `state_dict`."""

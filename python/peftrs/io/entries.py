@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from peftrs.bases import offload
 from peftrs.config import TargetedConfig
 from peftrs.core.inject import biases
 from peftrs.core.layer import AdaptedLayer
@@ -125,9 +126,9 @@ def _before_merging(held: Iterable[tuple[str, Holder]]) -> dict[int, Tensor]:
 
 
 def _slots(path: str, fitted: FittedAdapter) -> Iterator[Entry]:
-    for slot, parameter in fitted.parameters():
+    for slot, _ in fitted.parameters():
         name = f"{path}.{fitted.full_name(slot)}"
-        yield Entry(f"{path}.{slot}", name, parameter, partial(_bind_slot, fitted, slot), owner=fitted, slot=slot)
+        yield Entry(f"{path}.{slot}", name, fitted[slot], partial(_bind_slot, fitted, slot), owner=fitted, slot=slot)
 
 
 def _shared_slots(path: str, fitted: FittedAdapter, leading_path: str) -> Iterator[Entry]:
@@ -140,8 +141,11 @@ def _shared_slots(path: str, fitted: FittedAdapter, leading_path: str) -> Iterat
 
 
 def _bind_slot(fitted: FittedAdapter, slot: str, value: Tensor) -> None:
-    held = fitted[slot]
-    if held.device.type == "meta":
+    holder, name = fitted.holder(slot)
+    held = fitted.raw(slot)
+    if offload.hook_of(holder) is not None and held.is_meta:
+        offload.put(holder, name, value.to(held.dtype))
+    elif held.device.type == "meta":
         fitted[slot] = nn.Parameter(value.to(device_of(fitted.layer), held.dtype), requires_grad=held.requires_grad)
     else:
         _overwrite(held, value)
@@ -158,7 +162,7 @@ def _leave(value: Tensor) -> None:
 
 def device_of(layer: AdaptedLayer) -> torch.device:
     """Where a layer's adapters belong: beside its weight, or on the CPU while that is still to be loaded."""
-    device = layer.base.dense(layer.base_layer).weight.device
+    device = offload.device_of(layer.base_layer, layer.base.parameters(layer.base_layer)[0])
     return torch.device("cpu") if device.type == "meta" else device
 
 
