@@ -1,4 +1,4 @@
-"""Says how many tests ran, from the reports that `make test` leaves in a folder."""
+"""Says how many tests ran, and how long each part of the ecosystem took, from the reports that `make test` leaves in a folder."""
 
 import re
 import sys
@@ -23,9 +23,21 @@ def python(report: Path) -> tuple[int, int, int]:
     return tests - failures - errors - skipped, failures + errors, skipped
 
 
+def ecosystem(report: Path) -> list[str]:
+    """A line for each library that was run without PEFT: its version, and the seconds of each part."""
+    lines = []
+    for case in ElementTree.parse(report).getroot().iter("testcase"):
+        noted = {str(one.get("name")): str(one.get("value")) for one in case.iter("property")}
+        if library := noted.pop("ecosystem", None):
+            parts = [f"{name} {value if value == 'skipped' else f'{float(value):.1f} s'}" for name, value in noted.items()]
+            lines.append(f"{library}, PEFT absent, {float(case.get('time', '0')):.0f} s: {', '.join(parts)}")
+    return sorted(lines)
+
+
 def main(folder: Path) -> int:
-    """Prints a line per language and the sum; fails unless both ran tests and all of them passed."""
+    """Prints what ran of the ecosystem, a line per language and the sum; fails unless both ran tests and all of them passed."""
     results = {"Rust": rust(folder / "cargo.txt"), "Python": python(folder / "pytest.xml")}
+    print(*ecosystem(folder / "pytest.xml"), sep="\n")
     for language, (passed, failed, skipped) in results.items():
         print(f"{language}: {passed} passed, {failed} failed, {skipped} skipped")
     passed, failed, skipped = (sum(column) for column in zip(*results.values(), strict=True))

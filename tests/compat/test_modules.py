@@ -15,7 +15,7 @@ from torch import nn
 import peftrs
 from peftrs.compat.finder import Finder
 from peftrs.compat.layers import layer_class
-from peftrs.compat.names import METHODS, MODULES
+from peftrs.compat.names import METHODS, MODULES, NAMES
 from peftrs.errors import PeftrsError
 
 INNER = {
@@ -39,6 +39,12 @@ def test_every_module_of_peft_can_be_imported() -> None:
     assert all(finder.find_spec(name) is not None for name in MODULES)
     assert finder.find_spec("peft.nonsense") is None
     assert finder.find_spec("torch") is None
+
+
+def test_every_name_of_the_table_is_there() -> None:
+    for name, where in NAMES.items():
+        module, _, attribute = where.partition(":")
+        assert hasattr(importlib.import_module(module), attribute), name
 
 
 def test_layer_classes_carry_pefts_names() -> None:

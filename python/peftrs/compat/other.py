@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftrs.bases.resolve import resolve
 from peftrs.config import CONFIG_NAME, NO_TARGETS, TargetedConfig
 from peftrs.core import merge as merging
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.plan import select
 from peftrs.core.tree import Place
+from peftrs.errors import ConfigError
 from peftrs.io.checkpoint import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from peftrs.io.state import EMBEDDING_LAYER_NAMES
 from peftrs.model.prepare import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -68,6 +70,14 @@ def check_target_module_exists(config: TargetedConfig, key: str) -> bool:
     """Whether the config's patterns make a target of a module of this name."""
     nowhere = nn.Identity()
     return bool(select([Place(key, nowhere, nowhere, "")], config).targets)
+
+
+def dequantize_module_weight(module: nn.Module) -> Tensor:
+    """A layer's weight, `(out, in)`, computed from what a quantized one stores. Raises `ConfigError` for what is no layer."""
+    base = resolve(module)
+    if base is None:
+        raise ConfigError(f"a {type(module).__name__} has no weight that peftrs knows")
+    return base.dense(module).weight
 
 
 def transpose(weight: Tensor, fan_in_fan_out: bool) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from peftrs.bases import offload
 from peftrs.bases.dense import Parameter
 from peftrs.config import TargetedConfig
 from peftrs.core import merge as merging
@@ -130,18 +131,19 @@ def _fit(
         return adapter
     stored = merging.stored(layer)[0]
     base = merging.presented(layer)
-    dtype = adapter_dtype(stored, autocast_adapter_dtype)
-    adapter.allocate(dtype, stored.device if fill else torch.device("meta"))
+    dtype, device = adapter_dtype(stored, autocast_adapter_dtype), offload.device_of(layer.base_layer, stored)
+    adapter.allocate(dtype, device if fill else torch.device("meta"))
     for slot, value in target.method.origin(adapter, base).items():
         adapter[slot] = nn.Parameter(value.to(dtype).contiguous(), requires_grad=False)
     rebased = None
-    if fill and stored.device.type != "meta":
+    if fill and device.type != "meta":
         rebased = target.method.rebase(adapter, base) if _rebases(target, config) else None
         target.method.init(adapter, base)
     elif _rebases(target, config):
         rebased = target.method.rebase(adapter, base)
     if rebased is not None:
-        stored.copy_(rebased.mT if layer.base.transposed else rebased)
+        with offload.onloaded(layer.base_layer, write=True):
+            merging.stored(layer)[0].copy_(rebased.mT if layer.base.transposed else rebased)
     return adapter
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from peftrs.bases.kinds import Affine, Deferred
-from peftrs.bases.offload import onloaded
+from peftrs.bases.offload import hook_of, onloaded
 from peftrs.core import rounding
 from peftrs.core.method import Additive
 from peftrs.errors import MergeError, PeftrsWarning, listed
@@ -184,9 +184,15 @@ def unmerged(layer: AdaptedLayer) -> list[Tensor]:
 
 
 def presented(layer: AdaptedLayer) -> Affine:
-    """The layer as an affine map without what is merged; of a quantized one, computed where it is read."""
+    """The layer as an affine map without what is merged; computed or fetched where it is read if it is quantized or away."""
     if rounding.coarse(layer):
         return cast(Affine, Deferred(lambda: layer.base.dense(rounding.before(layer))))
+    if hook_of(layer.base_layer) is not None:
+        return cast(Affine, Deferred(lambda: _presented(layer)))
+    return _presented(layer)
+
+
+def _presented(layer: AdaptedLayer) -> Affine:
     weight, *bias = unmerged(layer)
     return Affine(weight.mT if layer.base.transposed else weight, bias[0] if bias else None)
 
