@@ -195,6 +195,22 @@ def test_a_compiled_checkpoint_makes_it_again_the_same(graphs) -> None:
     assert "peftrs.lora_linear.default" in calls(graphs[1])
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:FutureWarning")  # torch's own forward mode still uses it
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
+@pytest.mark.parametrize("name", ["grad", "vmap", "jvp"])
+def test_compiled_transforms_of_functions_take_the_composite(name: str, graphs) -> None:
+    """The operator knows no such transform: forward mode through it would be wrong without a word."""
+    module, x = layer(peftrs, torch.float32, 12, 8, r=4), torch.randn(6, 12)
+    run = {
+        "grad": torch.func.grad(lambda x: module(x).square().sum()),
+        "vmap": lambda x: torch.func.vmap(lambda row: module(row))(x),
+        "jvp": lambda x: torch.func.jvp(module, (x,), (x,))[1],
+    }[name]
+    torch._dynamo.reset()
+    found = torch.compile(run, fullgraph=True, backend="aot_eager")(x)
+    assert distance(found, run(x)) < 2e-6
+
+
 def test_a_copy_of_a_layer_compiles_for_itself(graphs) -> None:
     module = layer(peftrs, torch.float32, 12, 8, r=4)
     x = torch.randn(6, 12)

@@ -52,6 +52,15 @@ def unfit(weight: Tensor | Unstored, down: Tensor, up: Tensor, dropout: float = 
     return None
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def is_transformed() -> bool:
+    """Whether `torch.func` or forward mode is at work, which need rules that functions and operators of one's own lack.
+
+    A compiler takes the answer as it is when it traces, which it does inside the transform.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
 def is_compiled(device: torch.device) -> bool:
     """Whether a compiled graph has the operator; where not, the compiler fuses the composite itself."""
     return has_kernels(device) and not is_exporting()
@@ -66,14 +75,12 @@ def lora_linear(
     `functional.linear` does. The mask of dropout follows from a number drawn from torch's generator, and is not the one that
     `functional.dropout` would draw.
     """
+    if is_transformed():
+        return None
     if torch.compiler.is_compiling():
         if isinstance(weight, Unstored) or not is_compiled(x.device):
             return None
-    elif (
-        torch._C._functorch.peek_interpreter_stack() is not None  # `torch.func` needs rules that a Function lacks
-        or forward_ad._current_level >= 0
-        or torch._C._get_tracing_state() is not None
-    ):
+    elif torch._C._get_tracing_state() is not None:
         return None
     if type(x) not in PLAIN or unfit(weight, down, up, dropout) is not None:
         return None
