@@ -31,7 +31,7 @@ def settings(kind: str) -> Any:
 def llama() -> Any:
     """The unquantized model, the same at every call."""
     torch.manual_seed(0)
-    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     return LlamaForCausalLM(LlamaConfig(num_hidden_layers=LAYERS, bos_token_id=1, eos_token_id=2, **sizes))
 
 

@@ -10,7 +10,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from peftrs import ConfigError, LoraConfig, MergeError, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peftrs import (
+    AdaptionPromptConfig,
+    ConfigError,
+    LoraConfig,
+    MergeError,
+    PeftModel,
+    get_peft_model,
+    prepare_model_for_kbit_training,
+)
 from peftrs.model.kbit import _checkpointing
 from tests.bases.models import LAYERS, TOKENS, load, write
 
@@ -134,6 +142,16 @@ def test_a_quantized_module_is_not_trained_whole(folder: Path) -> None:
     model = quantized(folder, "nf4")
     with pytest.raises(ConfigError, match="quantized, which cannot be trained whole"):
         get_peft_model(model, config(target_modules=["q_proj"], modules_to_save=["o_proj"]))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "hqq"])
+def test_adaption_prompts_see_the_width_of_quantized_attention(folder: Path, kind: str) -> None:
+    prompts = AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
+    peft = get_peft_model(quantized(folder, kind), prompts)
+    peft(input_ids=TOKENS, labels=TOKENS).loss.backward()
+    trained = {name: one for name, one in peft.named_parameters() if one.requires_grad}
+    assert {tuple(one.shape) for one in trained.values()} == {(1, 3, 64), (1,)}
+    assert {one.dtype for one in trained.values()} == {torch.float32}
 
 
 def test_a_refused_merge_leaves_everything(folder: Path) -> None:

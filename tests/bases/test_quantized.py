@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from peftrs import IA3Config, LoraConfig, MergeError, OFTConfig, PeftModel, PeftrsWarning, get_peft_model
+from peftrs import ConfigError, IA3Config, LoraConfig, MergeError, OFTConfig, PeftModel, PeftrsWarning, get_peft_model
 from peftrs.bases.kinds import Affine
 from peftrs.bases.resolve import resolve
 from peftrs.core import merge as merging
@@ -192,6 +192,13 @@ def test_copies_and_names(name: str) -> None:
     other = copy.deepcopy(model)
     x = torch.randn(4, WIDTH)
     torch.testing.assert_close(other(x), model(x))
+
+
+def test_quantized_embeddings_are_refused() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(bitsandbytes.nn.Embedding8bit(16, 64).to("cpu"))
+    with pytest.raises(ConfigError, match="Embedding8bit"):
+        get_peft_model(model, LoraConfig(target_modules=["0"]))
 
 
 def test_importing_bases_imports_no_library() -> None:

@@ -27,8 +27,21 @@ class SelfAttention(Base):
         self.transposed = joint
 
     def parameters(self, module: Any) -> tuple[nn.Parameter, nn.Parameter | None]:
+        projection, base = self._projection(module)
+        return base.parameters(projection)
+
+    def shape(self, module: Any) -> tuple[int, ...]:
+        projection, base = self._projection(module)
+        return base.shape(projection)
+
+    def _projection(self, module: Any) -> tuple[nn.Module, Base]:
+        """The output projection, below what adapts it, and its base: it may be quantized."""
+        from peftrs.bases.resolve import resolve
+
         projection = getattr(module, self.output)
-        return projection.weight, projection.bias
+        while "base_layer" in projection._modules:
+            projection = projection.base_layer
+        return projection, cast(Base, resolve(projection))
 
     def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
         raise NotImplementedError("attention has no other weights to run with")

@@ -32,7 +32,11 @@ def resolve(module: nn.Module) -> Base | None:
             base = import_module(f"peftrs.bases.{file}").resolve(module)
             if base is not None:
                 return cast(Base, base)
-    return dense.resolve(module)
+    base = dense.resolve(module)
+    if base in (dense.LINEAR, dense.EMBEDDING) and not base.parameters(module)[0].is_floating_point():
+        # A quantized layer that no file knows, such as bitsandbytes' embeddings.
+        return None
+    return base
 
 
 def _libraries(module: nn.Module) -> Iterator[str]:
