@@ -194,6 +194,21 @@ def test_copies_and_names(name: str) -> None:
     torch.testing.assert_close(other(x), model(x))
 
 
+@pytest.mark.parametrize("name", ["bnb-nf4", "torchao-int8-dynamic"])
+def test_gradients_pass_through_layers_that_are_not_adapted(name: str) -> None:
+    pytest.importorskip(library(name))
+    model = Two(FORMATS[name]).eval()
+    peft: Any = get_peft_model(model, LoraConfig(r=4, target_modules=["below"], init_lora_weights=False))
+    x = torch.randn(3, WIDTH)
+    with torch.no_grad():
+        peft(x)
+    peft(x).sum().backward()
+    layer = peft.base_model.model.below
+    weight = model.above.weight.dequantize() if name.startswith("torchao") else resolve(model.above).dense(model.above).weight
+    expected = (layer.scaling["default"] * weight.sum(0)[:, None] * (x @ layer.lora_A["default"].weight.mT).sum(0)).detach()
+    torch.testing.assert_close(layer.lora_B["default"].weight.grad, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_quantized_embeddings_are_refused() -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = nn.Sequential(bitsandbytes.nn.Embedding8bit(16, 64).to("cpu"))

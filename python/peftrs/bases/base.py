@@ -35,7 +35,7 @@ class Base(ABC):
         """The stored weight and bias."""
 
     def prepare(self, module: nn.Module) -> None:
-        """Makes the layer, before it is wrapped, one that can be trained over; most are."""
+        """Makes the layer one that gradients pass through; most are."""
         return
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:

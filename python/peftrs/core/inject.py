@@ -11,6 +11,7 @@ from torch import nn
 
 from peftrs.bases import offload
 from peftrs.bases.dense import Parameter
+from peftrs.bases.resolve import resolve
 from peftrs.config import TargetedConfig
 from peftrs.core import merge as merging
 from peftrs.core.activation import Activation
@@ -72,6 +73,10 @@ def inject(
         state.active = (adapter,)
     fitted: dict[str, FittedAdapter] = {}
     _check_rebasing(plan, config, fill)
+    for module in model.modules():
+        # Gradients pass through layers that are not adapted too.
+        if (base := resolve(module)) is not None:
+            base.prepare(module)
     with torch.no_grad():
         for target in plan.targets:
             fitted[target.spec.name] = _fit(_wrap(target, state), target, config, adapter, fitted, fill, autocast_adapter_dtype)
@@ -103,7 +108,6 @@ def _wrap(target: Target, state: Activation) -> AdaptedLayer:
         if _same(layer.base, target.base):
             return layer
         layer = layer.base_layer
-    target.base.prepare(original(current))
     wrapped = AdaptedLayer(current, target.base, state, target.spec)
     if isinstance(original(place.parent), nn.MultiheadAttention):
         wrapped.read_by_owner = True
