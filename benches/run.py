@@ -62,20 +62,20 @@ def both_agree(run: Callable[[Any, bool], torch.Tensor], quick: bool, tolerance:
         raise SystemExit(f"results differ by {distance:.1e}: nothing is timed")
 
 
-def measure(row: Row, quick: bool, runs: int) -> dict[str, Any]:
-    """Checks, warms up, then times all sides in turn."""
+def measure(row: Row, quick: bool, runs: int, warm: int = 1) -> dict[str, Any]:
+    """Checks, warms up by so many runs, then times all sides in turn."""
     row.check(quick)
     sides = {name: row.make(name, quick) for name in row.sides}
     readings: dict[str, list[float]] = {name: [] for name in sides}
     processor: dict[str, list[float]] = {name: [] for name in sides}
-    for index in range(runs + 1):
+    for index in range(-warm, runs):
         for name, work in sides.items():
             before = time.process_time()
             start = time.perf_counter()
             told = work()
             here = Taken((time.perf_counter() - start) * 1e3, (time.process_time() - before) * 1e3)
             taken = told if isinstance(told, Taken) else here
-            if index:
+            if index >= 0:
                 readings[name].append(told if isinstance(told, float) else taken.elapsed)
                 processor[name].extend([] if isinstance(told, float) else [taken.processor])
     medians = {name: statistics.median(values) for name, values in readings.items()}

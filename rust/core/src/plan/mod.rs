@@ -159,11 +159,12 @@ impl Plan {
         select::select(&mut drafts, &base, &options.only, &options.skip)?;
         let mut config = model.cloned().unwrap_or(Value::Null);
         model::replicate(&mut config, &base)?;
+        let tie = tie::Tie::find(&base, model, prefixed);
+        tie.iter().try_for_each(|tie| tie.grow(&mut drafts, &base, adapters))?;
         let vocabulary = vocabulary::Vocabulary::find(&base, adapters, &drafts)?;
         if let Some(vocabulary) = &vocabulary {
             vocabulary.tell(&mut config, &mut notes)?;
         }
-        let tie = tie::Tie::find(&base, model, prefixed);
         let cut =
             tie.map(|tie| tie.cut(&mut drafts, adapters, vocabulary.is_some(), &mut notes)).transpose()?.flatten();
         if cut.is_some() {

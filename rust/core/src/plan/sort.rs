@@ -78,7 +78,7 @@ impl Module<'_> {
 pub struct Sorted<'a> {
     /// By module path, without the prefix that every key has.
     pub modules: BTreeMap<&'a str, Module<'a>>,
-    /// Weights and biases saved whole: (key, parameter name without that prefix and without `base_layer`).
+    /// Weights and biases saved whole: (key, parameter name without that prefix and the names of wrapped layers).
     pub whole: Vec<(&'a str, String)>,
     /// Keys that follow neither form.
     pub unknown: Vec<&'a str>,
@@ -110,7 +110,8 @@ impl<'a> Sorted<'a> {
             if name.contains(prefix) || !name.contains('.') {
                 sorted.unknown.push(key);
             } else {
-                sorted.whole.push((key, keys::without_base_layer(name)));
+                // What trained tokens wrap has a name of its own.
+                sorted.whole.push((key, keys::without_base_layer(&name.replace(".original_module.", "."))));
             }
         }
         sorted

@@ -10,6 +10,7 @@ use super::base::Base;
 use super::draft::{Draft, Drafts, same};
 use super::update::Change;
 use crate::error::{Error, Result, show_name};
+use crate::keys::BASE_LAYER;
 
 /// The last parts of the names under which models keep their input embedding.
 const EMBEDDINGS: [&str; 6] = ["embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings", "shared"];
@@ -52,6 +53,27 @@ impl Tie {
         let known = known && embeddings.next().is_none() && !prefixed;
         let bytes = base.entry(embedding)?.bytes();
         Some(Self { head: "lm_head.weight".to_owned(), embedding: embedding.to_owned(), known, bytes })
+    }
+
+    /// Lets the embedding grow with the head where an adapter holds the head's frozen weights, which are the embedding's.
+    pub fn grow(&self, drafts: &mut Drafts, base: &Base, adapters: &[Adapter]) -> Result<()> {
+        let rows = |shape: &[usize]| shape.first().copied().unwrap_or(0);
+        let before = base.entry(&self.embedding).map_or(0, |entry| rows(&entry.shape));
+        let head = drafts.get(&self.head).and_then(|draft| draft.whole.clone());
+        let Some((index, key)) = head.filter(|_| drafts.get(&self.embedding).is_none_or(|draft| draft.whole.is_none()))
+        else {
+            return Ok(());
+        };
+        let after = adapters.get(index).and_then(|adapter| adapter.checkpoint.entry(&key));
+        let after = after.map_or(0, |entry| rows(&entry.shape));
+        if after <= before {
+            return Ok(());
+        }
+        if !key.split('.').any(|part| part == BASE_LAYER) {
+            return Err(uneven([&self.head, &self.embedding], [before, after]));
+        }
+        drafts.entry(self.embedding.clone()).or_default().whole = Some((index, key));
+        Ok(())
     }
 
     /// Unties the two where `drafts` set them apart, and says so; where they stay one, leaves the embedding's changes. `grown`
@@ -106,6 +128,16 @@ impl Tie {
             show_name(&self.embedding)
         ))
     }
+}
+
+/// The refusal of a table that grows from so many rows to so many where another one does not.
+pub fn uneven([grown, other]: [&str; 2], [before, rows]: [usize; 2]) -> Error {
+    Error::Merge(format!(
+        "{} grows from {before} to {rows} rows, and {} does not; hint: the adapter holds one of the two: merge into the base as \
+         it was resized, or adapt or save both",
+        show_name(grown),
+        show_name(other)
+    ))
 }
 
 /// Whether `name` is that of a model's input embedding.

@@ -7,8 +7,8 @@ use super::base::Base;
 use super::draft::Drafts;
 use super::layout::whole;
 use super::model;
-use super::tie::{is_embedding, is_head};
-use crate::error::{Error, Result, show_name};
+use super::tie::{is_embedding, is_head, uneven};
+use crate::error::{Error, Result};
 
 /// How many rows the embeddings have in the base and after the merge.
 pub struct Vocabulary {
@@ -30,12 +30,7 @@ impl Vocabulary {
         // A table of another length in the base is another vocabulary's, such as that of positions.
         let differs = |table: &&str| size(table).is_some_and(|(size, after)| size == before && after != rows);
         match tables().find(differs) {
-            Some(other) => Err(Error::Merge(format!(
-                "{} grows from {before} to {rows} rows, and {} does not; hint: save the adapter with save_embedding_layers=True, \
-                 so that it holds both",
-                show_name(name),
-                show_name(other)
-            ))),
+            Some(other) => Err(uneven([name, other], [before, rows])),
             None => Ok(Some(Self { before, rows })),
         }
     }

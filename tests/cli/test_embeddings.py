@@ -1,0 +1,62 @@
+"""Embeddings and heads, tied or not, trained in every way, with more tokens or none: the merged folder is the adapted model."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import peftrs
+from peftrs import _native
+from tests.model.tiny import llama, logits, shake
+
+EMBED, HEAD = ["embed_tokens"], ["lm_head"]
+PARTS = {"embed": EMBED, "head": HEAD, "both": [*EMBED, *HEAD]}
+# Rows of a head are trained with those of the embedding that it is tied to.
+CASES = [(part, way) for part in PARTS for way in ("lora", "saved", "tokens") if way != "tokens" or part == "embed"]
+TOKENS = torch.tensor([[1, 5, 63, 7, 2, 30]])
+
+
+def settings(way: str, parts: list[str]) -> dict[str, Any]:
+    if way == "lora":
+        return {"target_modules": ["q_proj", *parts]}
+    if way == "saved":
+        return {"target_modules": ["q_proj"], "modules_to_save": parts}
+    return {"target_modules": ["q_proj"], "trainable_token_indices": {part: [5, 63] for part in parts}}
+
+
+@pytest.mark.parametrize("more", [0, 7, 64], ids=["as many", "more", "padded"])
+@pytest.mark.parametrize(("part", "way"), CASES)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_the_merged_folder_is_the_adapted_model(
+    tied: bool, part: str, way: str, more: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    llama(tied=tied).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    if more:
+        base.resize_token_embeddings(64 + more, mean_resizing=False)
+        base.save_pretrained(tmp_path / "grown")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about weights that were tied: what comes of them is checked here
+        adapted = peftrs.get_peft_model(base, peftrs.LoraConfig(r=2, task_type="CAUSAL_LM", **settings(way, PARTS[part])))
+        shake(adapted)
+        adapted.save_pretrained(tmp_path / "adapter")
+    arguments = [str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / "out"), "--quiet", "--no-sync"]
+    if more and way == "lora" and not tied and part != "both":
+        # The adapter holds one table of two that are longer than the base's.
+        assert _native.merge_main(arguments) == 1
+        assert "hint: the adapter holds one of the two: merge into the base as it was resized" in capfd.readouterr().err
+        arguments[0] = str(tmp_path / "grown")
+    assert _native.merge_main(arguments) == 0
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert merged.config.vocab_size == 64 + more
+    told = json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"]
+    assert told is (merged.get_input_embeddings().weight is merged.get_output_embeddings().weight)
+    expected = logits(adapted, TOKENS)
+    assert (expected - logits(llama(tied=tied), TOKENS)[..., :1]).abs().max() > 1e-3
+    torch.testing.assert_close(logits(merged, TOKENS), expected, rtol=1e-5, atol=1e-5)
