@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,8 +49,11 @@ class Base(ABC):
 
     def dense(self, module: nn.Module) -> Affine:
         """The layer as an affine map: views of what is stored, to be read, never written."""
-        weight, bias = (one if one is None else offload.fetched(module, one) for one in self.parameters(module))
-        weight = cast(Tensor, weight)
+        weight: Tensor
+        bias: Tensor | None
+        weight, bias = self.parameters(module)
+        if weight.is_meta:
+            weight, bias = offload.fetched(module, weight), None if bias is None else offload.fetched(module, bias)
         return Affine(weight.mT if self.transposed else weight, bias)
 
     def obstacle(self, module: nn.Module) -> str | None:

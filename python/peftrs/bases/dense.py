@@ -19,6 +19,10 @@ class Linear(Base):
     kind = LayerKind.LINEAR
 
     def parameters(self, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
+        # Asked at every step of every layer: torch finds registered parameters only after it looked elsewhere.
+        held: dict[str, Any] = module._parameters
+        if "weight" in held and "bias" in held:
+            return held["weight"], held["bias"]
         return cast(nn.Parameter, module.weight), cast("nn.Parameter | None", module.bias)
 
     def obstacle(self, module: nn.Module) -> str | None:

@@ -100,8 +100,9 @@ class AdaptedLayer(Switched, nn.Module):
     def base_layer(self) -> nn.Module:
         """The frozen layer, or one adapted beneath this one."""
         # torch looks in three places before it finds a module among modules.
+        modules: dict[str, Any] = self._modules
         try:
-            return cast(nn.Module, self._modules["base_layer"])
+            return modules["base_layer"]  # type: ignore[no-any-return]
         except KeyError:
             raise AttributeError("base_layer") from None
 
@@ -134,7 +135,8 @@ class AdaptedLayer(Switched, nn.Module):
             return self.base.op(self.base_layer, inputs, affine, (), options)
         if not inputs:
             inputs = (options.pop(self.base.first),)
-        return Beneath(self, chain, inputs[1:], options)(inputs[0])
+        outermost = chain[-1]
+        return outermost.method.forward(outermost, inputs[0], Beneath(self, chain[:-1], inputs[1:], options))
 
     def through(self, names: Sequence[str], x: Tensor, rest: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
         """The output for `x` with the adapters of these names alone, whatever is active."""
@@ -142,16 +144,19 @@ class AdaptedLayer(Switched, nn.Module):
 
     def acting(self) -> Chain:
         """The adapters to run beside the weights now. Adapters that are merged are unmerged where none is to act."""
-        state = self.state
-        if self.ledger is not None and not state.enabled:
-            self.unmerge()
-        return self.chain(state.active) if state.enabled and self.ledger is None else ()
+        state = self.override or self.activation
+        if self.ledger is not None:
+            if not state.enabled:
+                self.unmerge()
+            return ()
+        return self.chain(state.active) if state.enabled else ()
 
     def chain(self, names: Sequence[str]) -> Chain:
         """The adapters of these names that are on this layer, innermost first."""
+        if len(names) == 1:
+            only = self.adapters.get(names[0])
+            return () if only is None else (only,)
         found = [self.adapters[name] for name in names if name in self.adapters]
-        if len(found) < 2:
-            return tuple(found)
         chain: deque[FittedAdapter] = deque()
         for adapter in found:
             if adapter.method.side_of(adapter) is Side.INPUT:

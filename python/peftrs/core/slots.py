@@ -77,15 +77,19 @@ class FittedAdapter:
         if self.leader is not None:
             leading, transposed = self.method.tied_slots[slot]
             return self.leader[leading].mT if transposed else self.leader[leading]
-        tensor = self.raw(slot)
-        return offload.fetched(self.holder(slot)[0], tensor) if tensor.is_meta else tensor
+        holder, name = self.holder(slot)
+        tensor = holder._parameters.get(name)
+        if tensor is None or tensor.is_meta:
+            tensor = self.raw(slot)
+            return offload.fetched(holder, tensor) if tensor.is_meta else tensor
+        return tensor
 
     def holder(self, slot: str) -> tuple[nn.Module, str]:
         """The module that holds a slot's parameter, and its name there."""
         container, leaf = self.places[slot]
         # Not by attribute, which would be looked for in three places before it is found here.
-        held = cast(nn.Module, self.layer._modules[container])
-        return (cast(nn.Module, held._modules[self.name]), leaf) if leaf else (held, self.name)
+        held: Any = self.layer._modules[container]
+        return (held._modules[self.name], leaf) if leaf else (held, self.name)
 
     def raw(self, slot: str) -> nn.Parameter:
         """The parameter of a slot itself, which is on the device meta while a library keeps its values elsewhere."""

@@ -200,7 +200,8 @@ class Lora(Additive):
         return weight
 
     def factors(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        down, up = (adapter[slot] for slot in _names(adapter))
+        lower, upper = _names(adapter)
+        down, up = adapter[lower], adapter[upper]
         if "origin_A.weight" in adapter:
             down = torch.cat([down, adapter["origin_A.weight"]])
             up = torch.cat([up, -adapter["origin_B.weight"]], 1)
@@ -240,7 +241,7 @@ class Lora(Additive):
             return "its kind of layer has no fused form"
         if isinstance(cast(Any, adapter.scaling), Tensor):
             return "its strength is a tensor, so that it can change under compiled code"
-        if "origin_A.weight" in adapter and below.training and adapter.config.lora_dropout:
+        if adapter.config.lora_dropout and below.training and "origin_A.weight" in adapter:
             return "dropout does not act on the factors that its start took out of the weight"
         return below.obstacle()
 
@@ -256,8 +257,7 @@ class Lora(Additive):
         weight, bias = below.dense()
         if not biased:
             bias = None
-        shift = self.shift(adapter)
-        if shift is not None:
+        if adapter.config.lora_bias and (shift := self.shift(adapter)) is not None:
             bias = adapter.scaling * shift if bias is None else torch.add(bias, shift, alpha=adapter.scaling)
         dropout = adapter.config.lora_dropout if below.training else 0.0
         return lora_linear.lora_linear(x, weight, bias, down, up, adapter.scaling, dropout)
