@@ -22,6 +22,9 @@ from peftrs import (
 from peftrs.model.kbit import _checkpointing
 from tests.bases.models import LAYERS, TOKENS, load, write
 
+for needed in ("bitsandbytes", "hqq", "torchao"):
+    pytest.importorskip(needed)
+
 KINDS = ("nf4", "int8", "hqq", "torchao")
 
 

@@ -22,6 +22,8 @@ from peftrs import (
 from peftrs.bases.bnb import rounded
 from tests.bases.formats import FORMATS, library
 
+pytest.importorskip("bitsandbytes")
+
 RANK = 4
 
 
