@@ -216,6 +216,19 @@ def test_quantized_embeddings_are_refused() -> None:
         get_peft_model(model, LoraConfig(target_modules=["0"]))
 
 
+def test_layers_with_scales_that_nothing_here_reads_are_refused() -> None:
+    class FP8Linear(nn.Linear):
+        """transformers' layer of block-wise float8, as far as its parameters go."""
+
+        def __init__(self) -> None:
+            super().__init__(128, 128)
+            self.weight = nn.Parameter(self.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+            self.weight_scale_inv = nn.Parameter(torch.ones(1, 1))
+
+    with pytest.raises(ConfigError, match="FP8Linear"):
+        get_peft_model(nn.Sequential(FP8Linear()), LoraConfig(target_modules=["0"]))
+
+
 def test_importing_bases_imports_no_library() -> None:
     import subprocess
     import sys

@@ -33,10 +33,15 @@ def resolve(module: nn.Module) -> Base | None:
             if base is not None:
                 return cast(Base, base)
     base = dense.resolve(module)
-    if base in (dense.LINEAR, dense.EMBEDDING) and not base.parameters(module)[0].is_floating_point():
-        # A quantized layer that no file knows, such as bitsandbytes' embeddings.
+    if base in (dense.LINEAR, dense.EMBEDDING) and _unknown(module, base):
         return None
     return base
+
+
+def _unknown(module: nn.Module, base: Base) -> bool:
+    """Whether a layer is quantized by what no file knows, such as bitsandbytes' embeddings or transformers' own FP8 layers."""
+    scaled = any(name.startswith("weight_scale") for name in (*module._parameters, *module._buffers))
+    return scaled or not base.parameters(module)[0].is_floating_point()
 
 
 def _libraries(module: nn.Module) -> Iterator[str]:
