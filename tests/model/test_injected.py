@@ -48,6 +48,10 @@ def test_functions_on_bare_models() -> None:
     for name in ("x", "y"):
         peftrs.inject_adapter_in_model(LoraConfig(target_modules=["0"]), model, name)
     assert list(model.peft_config) == ["x", "y"]
+    # The last one acts and is trained.
+    assert model.layers[0].active_adapters == ["y"]
+    held = {name: parameter.requires_grad for name, parameter in model.named_parameters() if "lora_A" in name}
+    assert held == {"layers.0.lora_A.x.weight": False, "layers.0.lora_A.y.weight": True}
     functional.set_adapter(model, ["x", "y"])
     functional.set_requires_grad(model, "x", False)
     held = {name: parameter.requires_grad for name, parameter in model.named_parameters() if "lora_A" in name}

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from peftrs import registry
 from peftrs.config import PeftConfig, PeftType
+from peftrs.core import manage
 from peftrs.core.inject import adapters
 from peftrs.core.prompt import PromptMethod
 from peftrs.errors import ConfigError, PeftrsWarning
@@ -65,11 +66,13 @@ def inject_adapter_in_model(
 ) -> nn.Module:
     """The model itself with an adapter in it, for libraries that manage their models; its `peft_config` has the configs.
 
-    With `state_dict` the layers are those that its keys name, whatever the config's patterns say; its values are not read.
+    The new adapter is the one that acts, and is trained unless its config is for inference; others stay in the model. With
+    `state_dict` the layers are those that its keys name, whatever the config's patterns say; its values are not read.
     """
     if peft_config.is_prompt_learning:
         raise ConfigError(f"{peft_config.peft_type} is a prompt, not a change to layers: use `get_peft_model`")
     attach(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, names=state_dict)
+    manage.set_adapter(model, adapter_name, peft_config.inference_mode)
     return model
 
 

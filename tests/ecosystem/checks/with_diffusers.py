@@ -123,6 +123,7 @@ class TestFamilies:
         assert distance(image(pipe), one) < 1e-4
         assert distance(one, plain) > 1e-3
         pipe.load_lora_weights(str(tmp_path / "two"), adapter_name="two")
+        assert denoiser(pipe).active_adapters() == ["two"]
         name = name_of(pipe)
         assert pipe.get_list_adapters() == {name: ["one", "two"], "text_encoder": ["one"]}
         pipe.set_adapters("two")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
@@ -96,6 +96,19 @@ def test_trainer_takes_the_best_checkpoint_back(tmp_path: Path) -> None:
     assert torch.equal(logits(PeftModel.from_pretrained(bert(), best)), logits(model))
 
 
+def test_trainer_takes_the_best_prompt_back(tmp_path: Path) -> None:
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, tokenizer_name_or_path=None)
+    model = get_peft_model(llama(), config)
+    settings = {"max_steps": 6, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 3.0}
+    settings |= {"load_best_model_at_end": True, "label_names": ["labels"], "lr_scheduler_type": "constant"}
+    texts = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows()]
+    trainer = Trainer(model, arguments(tmp_path, **settings), train_dataset=texts, eval_dataset=texts[:8])
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best is not None
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), best)), logits(model))
+
+
 def test_trainer_resumes_several_adapters(tmp_path: Path) -> None:
     def trainer() -> Trainer:
         torch.manual_seed(1)
@@ -175,8 +188,9 @@ class TestModelsThatManageAdapters:
         assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
         assert all(name.startswith("base_model.model.") for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
         other = BertForSequenceClassification.from_pretrained(base)
+        other.add_adapter(LoraConfig(r=2, target_modules=["key"]), "first")
         other.load_adapter(str(tmp_path / "adapter"), "two")
-        other.set_adapter("two")
+        assert other.active_adapters() == ["two"]
         assert distance(logits(other), changed) < 1e-6
         trained = BertForSequenceClassification.from_pretrained(base)
         trained.load_adapter(str(tmp_path / "adapter"), is_trainable=True)
