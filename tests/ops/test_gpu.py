@@ -16,7 +16,8 @@ from peftrs.ops.lora_linear import function
 from tests.laws.cases import distance
 from tests.ops.layers import layer
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: `make test-gpu` runs these where there is one")
+if not torch.cuda.is_available():
+    pytest.skip("no GPU here: `make test-gpu` runs these where there is one", allow_module_level=True)
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 WIDTH, OUT = 264, 200

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -249,6 +251,12 @@ def test_no_operator_runs_in_eager_code(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(library, "operator", lambda *_: pytest.fail("an opaque operator costs more than the function"))
     monkeypatch.setattr(package, "operator", library.operator)
     outcome(module := layer(peftrs, torch.float32, 12, 8, r=4), module, torch.randn(6, 12))
+
+
+def test_importing_the_operation_imports_no_compiler() -> None:
+    """They take seconds, which is for those to spend who compile."""
+    program = "import sys, peftrs.ops.lora_linear; print(sorted({'torch._dynamo', 'torch._inductor', 'triton'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_without_triton_all_is_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:

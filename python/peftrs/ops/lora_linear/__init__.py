@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from peftrs.ops import is_fused
-from peftrs.ops.lora_linear.function import LoraLinear, has_kernels
+from peftrs.ops.lora_linear.function import LoraLinear, asked_once, has_kernels
 from peftrs.ops.lora_linear.library import operator
 from peftrs.ops.lora_linear.reference import Dropout, Unstored
 
@@ -52,11 +52,11 @@ def unfit(weight: Tensor | Unstored, down: Tensor, up: Tensor, dropout: float = 
     return None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@asked_once
 def is_transformed() -> bool:
     """Whether `torch.func` or forward mode is at work, which need rules that functions and operators of one's own lack.
 
-    A compiler takes the answer as it is when it traces, which it does inside the transform.
+    A compiler asks while it traces, which it does inside the transform.
     """
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 

@@ -5,8 +5,9 @@ Where Triton's kernels fit they are the passes, elsewhere plain torch operations
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,9 +26,18 @@ def kernels() -> Any:
     return triton
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+Function = TypeVar("Function", bound=Callable[..., object])
+
+
+def asked_once(function: Function) -> Function:
+    """Has a compiler take the function's answer as it is: what `torch.compiler.assume_constant_result` does, which imports one."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@asked_once
 def has_kernels(device: torch.device) -> bool:
-    """Whether Triton's passes run on a device. A compiler takes the answer as it is."""
+    """Whether Triton's passes run on a device."""
     return device.type == "cuda" and kernels() is not None and kernels().is_available(device)
 
 
