@@ -27,15 +27,23 @@ FILES = {
 
 def resolve(module: nn.Module) -> Base | None:
     """The base that presents a module, or None if no method can change it."""
+    base = of_library(module)
+    if base is not None:
+        return base
+    base = dense.resolve(module)
+    if base in (dense.LINEAR, dense.EMBEDDING) and _unknown(module, base):
+        return None
+    return base
+
+
+def of_library(module: nn.Module) -> Base | None:
+    """The base of a quantized layer, or None for any other module."""
     for library in _libraries(module):
         for file in FILES.get(library, ()):
             base = import_module(f"peftrs.bases.{file}").resolve(module)
             if base is not None:
                 return cast(Base, base)
-    base = dense.resolve(module)
-    if base in (dense.LINEAR, dense.EMBEDDING) and _unknown(module, base):
-        return None
-    return base
+    return None
 
 
 def _unknown(module: nn.Module, base: Base) -> bool:

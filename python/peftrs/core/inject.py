@@ -11,7 +11,7 @@ from torch import nn
 
 from peftrs.bases import offload
 from peftrs.bases.dense import Parameter
-from peftrs.bases.resolve import resolve
+from peftrs.bases.resolve import of_library
 from peftrs.config import TargetedConfig
 from peftrs.core import merge as merging
 from peftrs.core.activation import Activation
@@ -75,7 +75,7 @@ def inject(
     _check_rebasing(plan, config, fill)
     for module in model.modules():
         # Gradients pass through layers that are not adapted too.
-        if (base := resolve(module)) is not None:
+        if (base := of_library(module)) is not None:
             base.prepare(module)
     with torch.no_grad():
         for target in plan.targets:
