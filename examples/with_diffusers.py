@@ -71,7 +71,7 @@ def draw(pipe: StableDiffusionPipeline) -> torch.Tensor:
 
 
 loaded = pipeline()
-loaded.load_lora_weights(str(options.output), adapter_name="learnt")
+loaded.load_lora_weights(str(options.output), weight_name="pytorch_lora_weights.safetensors", adapter_name="learnt")
 print(f"loaded again: pixels at most {(draw(loaded) - draw(pipe)).abs().max().item():.0e} apart")
 loaded.set_adapters("learnt", 0.7)
 before = draw(loaded)
