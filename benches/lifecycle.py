@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from run import Row, options, run
+from run import Row, Taken, options, run
 from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,16 +69,16 @@ def config(library: Any, rank: int = 16) -> Any:
     return library.LoraConfig(r=rank, target_modules=TARGETS)
 
 
-def timed(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
+def timed(work: Callable[[], object]) -> Taken:
+    start, before = time.perf_counter(), time.process_time()
     work()
-    return (time.perf_counter() - start) * 1e3
+    return Taken((time.perf_counter() - start) * 1e3, (time.process_time() - before) * 1e3)
 
 
 def inject(lazy: bool, name: str, quick: bool) -> Callable[[], object]:
     library = import_module(name)
 
-    def once() -> float:
+    def once() -> Taken:
         base = large(quick)
         return timed(lambda: library.get_peft_model(base, config(library), low_cpu_mem_usage=lazy))
 
@@ -93,7 +93,7 @@ def next_adapter(name: str, quick: bool) -> Callable[[], object]:
     for index in range(1, min(int(there), 5) if quick else int(there)):
         model.add_adapter(f"a{index}", config(peft, 8))
 
-    def once() -> float:
+    def once() -> Taken:
         elapsed = timed(lambda: model.add_adapter("more", config(peft, 8)))
         model.delete_adapter("more")
         return elapsed
@@ -172,7 +172,7 @@ def load(path: str, name: str, quick: bool) -> Callable[[], object]:
         return lambda: Path(folder, "adapter_model.safetensors").read_bytes() and None
     peft = import_module(name)
 
-    def once() -> float:
+    def once() -> Taken:
         base = large(quick)
         return timed(lambda: PATHS[path](peft, base, folder))
 
@@ -186,7 +186,7 @@ def load_more(name: str, quick: bool) -> Callable[[], object]:
     peft = import_module(name)
     model = peft.get_peft_model(large(quick), config(peft), low_cpu_mem_usage=True)
 
-    def once() -> float:
+    def once() -> Taken:
         elapsed = timed(lambda: model.load_adapter(folder, "more", low_cpu_mem_usage=True))
         model.delete_adapter("more")
         return elapsed

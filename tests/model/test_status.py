@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import peftrs
+import peftrs.ops
 from peftrs import LoraConfig, OFTConfig, PeftrsError
 from tests.model.tiny import llama, stack
 
@@ -34,6 +35,20 @@ def test_the_model_tells_its_state() -> None:
     assert (status.enabled, status.active_adapters, status.merged_adapters) == (True, ["default"], [])
     model.merge_adapter()
     assert model.get_model_status().merged_adapters == ["default"]
+
+
+def test_the_status_says_which_way_each_layer_runs_and_why() -> None:
+    model = peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0", "1"]))
+    hooked = model.get_submodule("base_model.model.layers.1.base_layer")
+    handle = hooked.register_forward_hook(lambda *_: None)
+    reason = "composite: the layer beneath has hooks"
+    assert [layer.routes for layer in model.get_layer_status()] == [{"default": "fused"}, {"default": reason}]
+    assert model.get_model_status().routes == {"fused": 1, reason: 1}
+    handle.remove()
+    with peftrs.ops.fused(False):
+        assert model.get_model_status().routes == {"composite: fused operations are turned off": 2}
+    with model.disable_adapter():
+        assert model.get_model_status().routes == {}
 
 
 def test_layers_that_disagree_are_irregular() -> None:

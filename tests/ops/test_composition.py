@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -107,6 +109,64 @@ def test_every_cell_of_the_matrix_is_right(
         assert all(distance(one, other) < tolerance for one, other in zip(found, wanted, strict=True)), (dtype, dropout, bias, base)
     record_testsuite_property(f"fused cells, {mode}, autocast {autocast}", f"{ran} of {len(cells)}")
     assert ran == (0 if mode == "compile" else len(cells))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "rslora": {"use_rslora": True}, "lora_bias": {"lora_bias": True}, "dora": {"use_dora": True}, "several": {}, "pissa": {},
+}  # fmt: skip
+MASTERS = [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True), (torch.float16, False)]
+"""The base's dtype, and whether narrow ones have adapters in float32."""
+
+
+def composed(kind: str, dtype: torch.dtype, masters: bool, dropout: float) -> nn.Module:
+    """A layer whose adapters are all but plain."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(WIDTH, OUT).to(dtype))
+    config = peftrs.LoraConfig(target_modules=["0"], r=4, init_lora_weights=False, lora_dropout=dropout, **SETTINGS[kind])
+    if kind == "pissa":
+        config = peftrs.LoraConfig(target_modules=["0"], r=4, init_lora_weights="pissa", lora_dropout=dropout)
+    model = peftrs.get_peft_model(base, config, autocast_adapter_dtype=masters).train()
+    if kind == "several":
+        model.add_adapter("second", config, autocast_adapter_dtype=masters)
+        model.base_model.set_adapter(["default", "second"])
+    return model.base_model.model[0]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", SETTINGS)
+def test_what_is_not_a_plain_lora_does_the_same_in_every_mode(
+    kind: str, mode: str, fused: Fused, record_testsuite_property: Callable[[str, object], None]
+) -> None:
+    cells = list(itertools.product(MASTERS, [0.0, 0.5] if mode != "compile" else [0.0]))
+    ran = 0
+    for (dtype, masters), dropout in cells:
+        module = composed(kind, dtype, masters, dropout)
+        x = torch.randn(2, ROWS // 2, WIDTH).to(dtype)
+        fused.runs = 0
+        found = outcome(MODES[mode](module), module, x, False)
+        ran += fused.runs > 0
+        if dropout:
+            wanted = outcome(module, module, x, False)  # the same masks, drawn again in recomputation
+        else:
+            with peftrs.ops.fused(False):
+                wanted = outcome(module, module, x, False)
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 5e-3}[dtype]
+        for one, other in zip(found, wanted, strict=True):
+            assert distance(one, other) < tolerance, (dtype, masters, dropout)
+    record_testsuite_property(f"fused cells, {kind}, {mode}", f"{ran} of {len(cells)}")
+    # Dropout does not act on the factors that PiSSA took out of the weight.
+    expected = 0 if mode == "compile" else len(MASTERS) if kind == "pissa" else len(cells)
+    assert ran == expected
+
+
+def test_copies_of_a_trained_layer_train_as_it_does(fused: Fused) -> None:
+    module, x = plain()
+    step = outcome(module, module, x, False)
+    for copied in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        fused.runs = 0
+        found = outcome(copied, copied, x, False)
+        assert fused.runs == 3
+        assert all(torch.equal(one, other) for one, other in zip(found, step, strict=True))
 
 
 def plain() -> tuple[nn.Module, Tensor]:

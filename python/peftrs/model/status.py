@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar, cast
@@ -51,6 +52,8 @@ class TunerModelStatus:
     available_adapters: list[str]
     devices: dict[str, list[str]]
     quantization_backend: str | Irregular | None
+    routes: dict[str, int] = field(default_factory=dict)
+    """How active adapters run in training, each way with the number of layers that take it; see `TunerLayerStatus.routes`."""
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -113,6 +116,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         available_adapters=available,
         devices={name: sorted({kind for layer in layers for kind in layer.devices.get(name, ())}) for name in available},
         quantization_backend=_same(layer.quantization_backend for layer in layers),
+        routes=dict(Counter(route for layer in layers for route in layer.routes.values())),
     )
 
 
