@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
+import importlib.util
 import pkgutil
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 
 import peft
@@ -13,10 +16,12 @@ import torch
 from torch import nn
 
 import peftrs
-from peftrs.compat.finder import Finder
+from peftrs.compat.finder import Alias, Finder
 from peftrs.compat.layers import layer_class
 from peftrs.compat.names import METHODS, MODULES, NAMES
+from peftrs.compat.other import factorization, fsdp_auto_wrap_policy
 from peftrs.errors import PeftrsError
+from tests.model.tiny import llama
 
 INNER = {
     "adalora.gptq", "adamss.asa_callback", "adamss.utils", "adaption_prompt.utils", "boft.fbd", "c3a.utils", "cartridge.utils",
@@ -47,6 +52,32 @@ def test_every_name_of_the_table_is_there() -> None:
         assert hasattr(importlib.import_module(module), attribute), name
 
 
+def imported(library: str) -> Iterator[tuple[str, str, str]]:
+    """Every name that a library's sources import from `peft`: its module, the name, and the file."""
+    spec = importlib.util.find_spec(library)
+    folders = [] if spec is None else spec.submodule_search_locations or []
+    for path in (path for folder in folders for path in Path(folder).rglob("*.py")):
+        source = path.read_bytes()
+        if b"from peft" in source:
+            for node in ast.walk(ast.parse(source)):
+                if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "peft":
+                    yield from ((str(node.module), alias.name, path.name) for alias in node.names)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("library", ["transformers", "accelerate", "diffusers", "trl", "sentence_transformers"])
+def test_every_name_that_a_library_imports_is_there(library: str) -> None:
+    found = set(imported(library))
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
+    missing = [
+        (module, name, file)
+        for module, name, file in sorted(found)
+        if module not in MODULES or (f"{module}.{name}" not in MODULES and getattr(Alias(module), name, None) is None)
+    ]
+    assert missing == []
+
+
 def test_layer_classes_carry_pefts_names() -> None:
     for folder in METHODS:
         try:
@@ -56,6 +87,24 @@ def test_layer_classes_carry_pefts_names() -> None:
         layer = next((name for name in vars(theirs) if name.lower() == f"{folder.replace('_', '')}layer"), None)
         if layer is not None:
             assert layer_class(folder, layer) is not None, (folder, layer)
+
+
+def test_numbers_fall_apart_as_in_peft() -> None:
+    from peft.tuners.lokr.layer import factorization as theirs
+
+    for dimension in range(1, 200):
+        for factor in (-1, 2, 3, 4, 7, 8, 16, 64):
+            assert factorization(dimension, factor) == theirs(dimension, factor), (dimension, factor)
+
+
+def test_the_units_of_fsdp_are_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = peftrs.get_peft_model(llama(), peftrs.LoraConfig(target_modules=["q_proj"]))
+    policy = fsdp_auto_wrap_policy(model)
+    units = [name for name, module in model.named_modules() if policy(module=module, recurse=False, nonwrapped_numel=1)]
+    assert units == [f"base_model.model.model.layers.{layer}" for layer in range(2)]
+    monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaMLP,Nothing")
+    with pytest.raises(peftrs.ConfigError, match="'Nothing'"):
+        fsdp_auto_wrap_policy(model)
 
 
 class Net(nn.Module):

@@ -32,7 +32,7 @@ NAMES: dict[str, str] = {
         "BufferDict CONFIG_NAME DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND "
         "MIN_TARGET_MODULES_FOR_OPTIMIZATION SAFETENSORS_WEIGHTS_NAME SEQ_CLS_HEAD_NAMES TOKENIZER_CONFIG_NAME WEIGHTS_NAME "
         "_get_submodules check_adapters_to_merge check_target_module_exists dequantize_module_weight disable_input_dtype_casting "
-        "gather_params_ctx init_empty_weights replicate_layers transpose",
+        "factorization fsdp_auto_wrap_policy gather_params_ctx init_empty_weights replicate_layers transpose",
     ),
     **_in(
         "peftrs.model.defaults",

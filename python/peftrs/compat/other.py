@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping, Sequence
+import math
+import os
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +18,7 @@ from peftrs.core import merge as merging
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.plan import select
 from peftrs.core.tree import Place
-from peftrs.errors import ConfigError
+from peftrs.errors import ConfigError, listed
 from peftrs.io.checkpoint import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from peftrs.io.state import EMBEDDING_LAYER_NAMES
 from peftrs.model.prepare import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -98,6 +101,36 @@ def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.
     import deepspeed  # type: ignore[import-not-found, unused-ignore]
 
     return deepspeed.zero.GatheredParameters(param, modifier_rank=modifier_rank, fwd_module=fwd_module)
+
+
+def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
+    """Two numbers whose product is `dimension`: `factor` and the rest if that goes, else the nearest to each other, the lesser first.
+
+    The lesser is at most `factor` where that is given.
+    """
+    if factor > 0 and dimension % factor == 0:
+        return factor, dimension // factor
+    limit = math.isqrt(dimension) if factor < 1 else min(factor, math.isqrt(dimension))
+    lesser = next(number for number in range(max(limit, 1), 0, -1) if dimension % number == 0)
+    return lesser, dimension // lesser
+
+
+def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
+    """Which modules of a model are units of FSDP: its blocks, by `_no_split_modules` or FSDP_TRANSFORMER_CLS_TO_WRAP.
+
+    Adapters belong to the unit of their block, whose frozen and trained parameters lie together: FSDP needs `use_orig_params=True`,
+    accelerate's default. Raises `ConfigError` for a class that the model has no module of.
+    """
+    from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
+
+    stated = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
+    names = [name for name in stated.split(",") if name] if stated else list(getattr(model, "_no_split_modules", None) or ())
+    classes = {type(module).__name__: type(module) for module in model.modules()}
+    if lost := [name for name in names if name not in classes]:
+        raise ConfigError(
+            f"FSDP is to wrap {listed(lost)}, which the model has no module of; hint: set FSDP_TRANSFORMER_CLS_TO_WRAP"
+        )
+    return partial(transformer_auto_wrap_policy, transformer_layer_cls={classes[name] for name in names})
 
 
 @contextmanager
