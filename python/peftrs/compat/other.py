@@ -104,9 +104,9 @@ def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """Two numbers whose product is `dimension`: `factor` and the rest if that goes, else the nearest to each other, the lesser first.
+    """Two numbers whose product is `dimension`: `factor` and the rest if that goes, else the two nearest to each other.
 
-    The lesser is at most `factor` where that is given.
+    The lesser comes first, and is at most `factor` where that is given.
     """
     if factor > 0 and dimension % factor == 0:
         return factor, dimension // factor
@@ -119,17 +119,18 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     """Which modules of a model are units of FSDP: its blocks, by `_no_split_modules` or FSDP_TRANSFORMER_CLS_TO_WRAP.
 
     Adapters belong to the unit of their block, whose frozen and trained parameters lie together: FSDP needs `use_orig_params=True`,
-    accelerate's default. Raises `ConfigError` for a class that the model has no module of.
+    accelerate's default. Raises `ConfigError` where that variable names a class that the model has no module of.
     """
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
     stated = os.environ.get("FSDP_TRANSFORMER_CLS_TO_WRAP")
-    names = [name for name in stated.split(",") if name] if stated else list(getattr(model, "_no_split_modules", None) or ())
     classes = {type(module).__name__: type(module) for module in model.modules()}
-    if lost := [name for name in names if name not in classes]:
-        raise ConfigError(
-            f"FSDP is to wrap {listed(lost)}, which the model has no module of; hint: set FSDP_TRANSFORMER_CLS_TO_WRAP"
-        )
+    if stated:
+        names = [name for name in stated.split(",") if name]
+        if lost := [name for name in names if name not in classes]:
+            raise ConfigError(f"FSDP_TRANSFORMER_CLS_TO_WRAP={stated!r}: the model has no module of the class {listed(lost)}")
+    else:
+        names = [name for name in getattr(model, "_no_split_modules", None) or () if name in classes]
     return partial(transformer_auto_wrap_policy, transformer_layer_cls={classes[name] for name in names})
 
 
