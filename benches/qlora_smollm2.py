@@ -87,7 +87,7 @@ def child(folder: Path, name: str, kind: str, steps: int) -> dict[str, Any]:
     model = load(folder, kind)
     memory, grown = Memory(), {}
     memory.reset()
-    library.prepare_model_for_kbit_training(model)
+    library.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     if kind == "bf16":
         model.activation_checkpointing_enable()
     torch.manual_seed(0)
