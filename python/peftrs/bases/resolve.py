@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
 
@@ -38,11 +38,12 @@ def resolve(module: nn.Module) -> Base | None:
 
 def of_library(module: nn.Module) -> Base | None:
     """The base of a quantized layer, or None for any other module."""
-    for library in _libraries(module):
-        for file in FILES.get(library, ()):
-            base = import_module(f"peftrs.bases.{file}").resolve(module)
-            if base is not None:
-                return cast(Base, base)
+    kind: Any = type(module)
+    weight: Any = type(module._parameters.get("weight"))
+    for file in _files(kind, weight):
+        base = import_module(f"peftrs.bases.{file}").resolve(module)
+        if base is not None:
+            return cast(Base, base)
     return None
 
 
@@ -52,8 +53,8 @@ def _unknown(module: nn.Module, base: Base) -> bool:
     return scaled or not base.parameters(module)[0].is_floating_point()
 
 
-def _libraries(module: nn.Module) -> Iterator[str]:
-    """Where the module's classes come from, and its weight's: some libraries quantize the tensor of an `nn.Linear`."""
-    weight = module._parameters.get("weight")
-    for kind in (*type(module).__mro__, *type(weight).__mro__):
-        yield kind.__module__.partition(".")[0]
+@cache
+def _files(kind: type, weight: type) -> tuple[str, ...]:
+    """Those of the libraries that a module's classes come from, or its weight's: some quantize the tensor of an `nn.Linear`."""
+    libraries = [one.__module__.partition(".")[0] for one in (*kind.__mro__, *weight.__mro__)]
+    return tuple(dict.fromkeys(file for library in libraries for file in FILES.get(library, ())))

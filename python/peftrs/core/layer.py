@@ -209,7 +209,7 @@ class AdaptedLayer(Switched, nn.Module):
                     trained = requires_grad and name in names
                     for parameter in leaves._parameters.values():
                         if parameter.requires_grad is not trained:
-                            parameter.requires_grad_(trained and parameter.is_floating_point())
+                            parameter.requires_grad = trained and parameter.is_floating_point()
             for name, parameter in held._parameters.items():
                 if only or name in names:
                     parameter.requires_grad_(requires_grad and name in names and parameter.is_floating_point())

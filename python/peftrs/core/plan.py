@@ -22,6 +22,7 @@ from peftrs.core.target import Target, aim
 from peftrs.core.tree import Place, original
 from peftrs.errors import ConfigError, NoMatchingPeftModuleError, Strict, TargetError, complain, listed, shown
 
+ALL_LINEAR = "all-linear"
 PROJECTION = 2.0
 """PEFT adds the change of an attention's output projection twice when the attention is a target, in its forward and in merging.
 The files of such adapters were trained for that, so that it is what they mean."""
@@ -112,7 +113,7 @@ def select(found: list[Place], config: TargetedConfig, output_layers: frozenset[
         [place.name for place in found],
         target_modules=_in_order(config.target_modules),
         exclude_modules=_in_order(config.exclude_modules),
-        linear=[place.name for place in found if is_linear(place) and place.name not in output_layers],
+        linear=[place.name for place in found if is_linear(place) and place.name not in output_layers] if is_all(config) else [],
         layers_to_transform=[layers] if isinstance(layers, int) else layers,
         layers_pattern=[pattern] if isinstance(pattern, str) else pattern,
         modules_to_save=config.modules_to_save,
@@ -182,6 +183,11 @@ def _matched(selection: _native.Selection, config: TargetedConfig, count: int) -
         for one, is_feedforward in zip(matched, selection.feedforward, strict=False):
             one["feedforward_modules"] = is_feedforward
     return matched
+
+
+def is_all(config: TargetedConfig) -> bool:
+    """Whether the targets are a word that stands for all linear layers."""
+    return isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR
 
 
 def is_linear(place: Place) -> bool:

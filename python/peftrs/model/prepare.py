@@ -16,12 +16,11 @@ from peftrs.config import PeftType, TargetedConfig, TaskType
 from peftrs.core import plan as planning
 from peftrs.core.coverage import coverage
 from peftrs.core.method import Method
-from peftrs.core.plan import Plan
+from peftrs.core.plan import ALL_LINEAR, Plan
 from peftrs.core.tree import Place, original, places
 from peftrs.errors import ConfigError, PeftrsWarning, Strict
 from peftrs.model.defaults import FEEDFORWARD, SKIPPED, SKIPPING, TARGETS
 
-ALL_LINEAR = "all-linear"
 CLASSIFIERS = ("score", "classifier")
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
 """The names that configs of a task list for its head, whichever of them the model has."""
@@ -127,7 +126,7 @@ def uneven(config: TargetedConfig, plan: Plan) -> list[str]:
     Whoever numbers layers, or gives a pattern, means some of them.
     """
     stated = config.target_modules
-    numbered = isinstance(stated, str) and stated.lower() != "all-linear"
+    numbered = isinstance(stated, str) and stated.lower() != ALL_LINEAR
     numbered = numbered or any(part.isdecimal() for name in stated or () for part in name.split(".") if not isinstance(stated, str))
     if numbered or config.inference_mode or getattr(config, "layers_to_transform", None) is not None or config.is_adaption_prompt:
         return []
