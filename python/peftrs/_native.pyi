@@ -153,6 +153,7 @@ def tool_main(
     arguments: Sequence[str],
     by_class: Callable[[PathLike[str], str | None], tuple[list[str], list[tuple[str, str, list[int], int]], list[str], list[str]]],
     extract: Callable[[str], str],
+    memory: Callable[[str], str] | None = None,
 ) -> int:
     """Runs the `peftrs` tool and returns its exit code.
 

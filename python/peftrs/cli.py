@@ -26,7 +26,7 @@ def tool() -> int:
     """Runs `peftrs` on the command line's arguments and returns its exit code."""
     # Nothing that an interruption could leave behind has its name yet.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    return tool_main(sys.argv[1:], _by_class, _extract)
+    return tool_main(sys.argv[1:], _by_class, _extract, _memory)
 
 
 def _by_class(model: PathLike[str], task: str | None) -> Outline:
@@ -47,3 +47,12 @@ def _extract(request: str) -> str:
         warnings.simplefilter("always")
         found = extract(**json.loads(request))
     return json.dumps(found.to_dict() | {"warnings": [str(one.message) for one in told]})
+
+
+def _memory(request: str) -> str:
+    try:
+        from peftrs.model.memory import plan
+
+        return json.dumps(plan(**json.loads(request)))
+    except ImportError as error:
+        raise PeftrsError(f"{error}: telling what training takes needs torch and the model's class; {LACKING}") from None

@@ -84,7 +84,7 @@ def test_tensors_that_share_memory_or_are_strided_are_written_as_they_read(tmp_p
 
 def test_tensors_without_values_are_not_saved(tmp_path: Path) -> None:
     model = peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0"]), low_cpu_mem_usage=True)
-    with pytest.raises(AdapterError, match=r"lora_A\.weight: cannot save a tensor without values"):
+    with pytest.raises(AdapterError, match=r"lora_A\.weight has no values instead of"):
         model.save_pretrained(tmp_path)
     assert not listing(tmp_path)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from peftrs.bases import offload
+from peftrs.bases import offload, sharded
 from peftrs.bases.kinds import Affine, LayerKind
 
 
@@ -39,9 +39,9 @@ class Base(ABC):
         return
 
     def shape(self, module: nn.Module) -> tuple[int, ...]:
-        """The shape of the presented weight."""
-        weight = self.parameters(module)[0]
-        return tuple((weight.mT if self.transposed else weight).shape)
+        """The shape of the presented weight, wherever its values are."""
+        *stack, rows, columns = sharded.shape(self.parameters(module)[0])
+        return (*stack, columns, rows) if self.transposed else (*stack, rows, columns)
 
     def groups(self, module: nn.Module) -> int:
         """How many groups the layer's channels fall into."""

@@ -11,6 +11,7 @@ from torch.nn import functional
 from peftrs.bases import attention
 from peftrs.bases.base import Base, as_dtype, called
 from peftrs.bases.kinds import Affine, LayerKind
+from peftrs.bases.sharded import summed
 
 
 class Linear(Base):
@@ -55,7 +56,7 @@ class Embedding(Base):
         layer = cast(nn.Embedding, module)
         # A table of other rows than the layer's own has no row of padding.
         padding = layer.padding_idx if affine.weight.shape[-1] == layer.num_embeddings else None
-        rows = functional.embedding(x, affine.weight.mT, padding, scale_grad_by_freq=layer.scale_grad_by_freq)
+        rows = summed(functional.embedding(x, affine.weight.mT, padding, scale_grad_by_freq=layer.scale_grad_by_freq))
         # Gemma's embeddings multiply what they look up by a constant of their own.
         scale = getattr(layer, "embed_scale", None)
         return rows if scale is None else rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)

@@ -9,9 +9,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from peftrs.bases import offload
 from peftrs.bases.dense import Parameter
 from peftrs.bases.resolve import of_library
+from peftrs.bases.sharded import overwrite
 from peftrs.config import TargetedConfig
 from peftrs.core import merge as merging
 from peftrs.core.activation import Activation
@@ -109,6 +109,7 @@ def _wrap(target: Target, state: Activation) -> AdaptedLayer:
             return layer
         layer = layer.base_layer
     wrapped = AdaptedLayer(current, target.base, state, target.spec)
+    wrapped.parallel = target.parallel
     if isinstance(original(place.parent), nn.MultiheadAttention):
         wrapped.read_by_owner = True
     place.put(wrapped)
@@ -133,21 +134,25 @@ def _fit(
     if target.tied is not None:
         adapter.leader = fitted[target.tied]
         return adapter
-    stored = merging.stored(layer)[0]
-    base = merging.presented(layer)
-    dtype, device = adapter_dtype(stored, autocast_adapter_dtype), offload.device_of(layer.base_layer, stored)
-    adapter.allocate(dtype, device if fill else torch.device("meta"))
+    stored = layer.weight_stored
+    dtype, device = adapter_dtype(stored, autocast_adapter_dtype), layer.device
+    near = nearer(device, config)
+    adapter.allocate(dtype, near if fill else torch.device("meta"))
+    base = merging.presented(layer, near)
     for slot, value in target.method.origin(adapter, base).items():
-        adapter[slot] = nn.Parameter(value.to(dtype).contiguous(), requires_grad=False)
+        adapter[slot] = nn.Parameter(value.to(device, dtype).contiguous(), requires_grad=False)
     rebased = None
     if fill and device.type != "meta":
         rebased = target.method.rebase(adapter, base) if _rebases(target, config) else None
         target.method.init(adapter, base)
+        for slot, parameter in list(adapter.parameters()) if near != device else ():
+            adapter[slot] = nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
     elif _rebases(target, config):
         rebased = target.method.rebase(adapter, base)
+    adapter.spread()
     if rebased is not None:
-        with offload.onloaded(layer.base_layer, write=True):
-            merging.stored(layer)[0].copy_(rebased.mT if layer.base.transposed else rebased)
+        with layer.at_hand(write=True):
+            overwrite(layer.weight_stored, rebased.mT if layer.base.transposed else rebased)
     return adapter
 
 
@@ -166,6 +171,14 @@ def _check_rebasing(plan: Plan, config: TargetedConfig, fill: bool) -> None:
             f"{listed(coarse)}: LoftQ starts from weights that are not quantized yet; hint: init_lora_weights=True, then "
             "replace_lora_weights_loftq(model, path of the unquantized checkpoint)"
         )
+
+
+def nearer(device: torch.device, config: TargetedConfig) -> torch.device:
+    """Where to compute the first values of adapters that belong on `device`: on an accelerator where the config asks for that."""
+    runtime = getattr(config, "runtime_config", None)
+    if not getattr(runtime, "ephemeral_gpu_offload", False) or device.type != "cpu":
+        return device
+    return torch.accelerator.current_accelerator() or device
 
 
 def base_parameters(model: nn.Module, found: Iterable[Place]) -> list[nn.Parameter]:

@@ -9,12 +9,17 @@ from __future__ import annotations
 import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from peftrs.bases.base import Base, as_dtype
 from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
+from peftrs.bases.offload import device_of, onloaded
+from peftrs.bases.parallel import Parallel
+from peftrs.bases.sharded import alike, gathered, in_parts, whole
 from peftrs.core import batch
 from peftrs.core import merge as merging
 from peftrs.core.activation import Activation, Switched
@@ -50,12 +55,13 @@ class Beneath:
 
     def __call__(self, x: Tensor) -> Tensor:
         if not self.chain:
-            return cast(Tensor, self.layer.base_layer(x, *self.rest, **self.options))
+            y = cast(Tensor, self.layer.base_layer(x, *self.rest, **self.options))
+            return y if self.layer.parallel is None else self.layer.parallel.joined(y)
         outermost = self.chain[-1]
         return outermost.method.forward(outermost, x, Beneath(self.layer, self.chain[:-1], self.rest, self.options))
 
     def dense(self) -> Affine:
-        affine = self.layer.base.dense(self.layer.base_layer)
+        affine = self.layer.dense()
         return fold(self.chain, affine) if self.chain else affine
 
     def obstacle(self) -> str | None:
@@ -86,6 +92,8 @@ class AdaptedLayer(Switched, nn.Module):
     spec: LayerSpec
     adapters: dict[str, FittedAdapter]
     ledger: merging.Ledger | None = None
+    parallel: Parallel | None = None
+    """How the layer lies over processes, where a plan of tensor parallelism spreads it."""
     read_by_owner = False
     """Whether the module above reads `weight` and `bias` instead of calling the layer: it then gets the changed ones."""
 
@@ -131,16 +139,22 @@ class AdaptedLayer(Switched, nn.Module):
         if not chain:
             return self.base_layer(*inputs, **options)
         if self.base.opaque:
-            affine = fold(chain, self.base.dense(self.base_layer))
+            affine = fold(chain, self.dense())
             return self.base.op(self.base_layer, inputs, affine, (), options)
         if not inputs:
             inputs = (options.pop(self.base.first),)
-        outermost = chain[-1]
-        return outermost.method.forward(outermost, inputs[0], Beneath(self, chain[:-1], inputs[1:], options))
+        if self.parallel is None:
+            outermost = chain[-1]
+            return outermost.method.forward(outermost, inputs[0], Beneath(self, chain[:-1], inputs[1:], options))
+        return self.through_processes(Beneath(self, chain, inputs[1:], options), inputs[0])
+
+    def through_processes(self, beneath: Beneath, x: Tensor) -> Tensor:
+        """The output for `x`, taken and given as the layer lies over processes, where it does."""
+        return beneath(x) if self.parallel is None else self.parallel.leave(beneath(self.parallel.enter(x)))
 
     def through(self, names: Sequence[str], x: Tensor, rest: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
         """The output for `x` with the adapters of these names alone, whatever is active."""
-        return Beneath(self, self.chain(names), rest, options)(x)
+        return self.through_processes(Beneath(self, self.chain(names), rest, options), x)
 
     def acting(self) -> Chain:
         """The adapters to run beside the weights now. Adapters that are merged are unmerged where none is to act."""
@@ -167,8 +181,33 @@ class AdaptedLayer(Switched, nn.Module):
 
     def folded(self) -> Affine:
         """The layer as an affine map with the active adapters in it, in its own dtype; differentiable."""
-        chain, base = self.acting(), self.base.dense(self.base_layer)
+        chain, base = self.acting(), self.dense()
         return as_dtype(fold(chain, base), base.weight.dtype) if chain else base
+
+    # The frozen weights, wherever they are kept.
+
+    @property
+    def device(self) -> torch.device:
+        """Where the layer computes, and its adapters belong."""
+        return device_of(self.base_layer, self.weight_stored)
+
+    @property
+    def weight_stored(self) -> nn.Parameter:
+        """The weight as it is stored: of device meta while it is kept elsewhere, a part where it lies over processes."""
+        return self.base.parameters(self.base_layer)[0]
+
+    def dense(self) -> Affine:
+        """The frozen layer as an affine map, to be read: whole, or as a whole that lies over processes as the layer does."""
+        affine = self.base.dense(self.base_layer)
+        if self.parallel is not None or not in_parts(affine.weight):
+            return affine
+        return Affine(whole(affine.weight), None if affine.bias is None else whole(affine.bias))
+
+    @contextmanager
+    def at_hand(self, *, write: bool = False) -> Iterator[None]:
+        """Brings in weights that are kept elsewhere inside the `with`; with `write` what is put into them is kept."""
+        with onloaded(self.base_layer, write=write), gathered(self.parameters(), write=write):
+            yield
 
     def routes(self) -> dict[str, str]:
         """How each active adapter runs: "fused" with the layer beneath, or "composite: " and why."""
@@ -263,7 +302,8 @@ class AdaptedLayer(Switched, nn.Module):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter alone adds to the weight, in the layout and dtype in which the layer stores it."""
         fitted = self.adapters[adapter]
-        base = self.base.dense(self.base_layer)
+        tensors = [tensor for _, tensor in fitted.parameters()]
+        base = Affine(*(None if one is None else alike(one, tensors) for one in self.dense()))  # type: ignore[arg-type]
         weight = fitted.method.apply(fitted, base).weight - base.weight
         return (weight.mT if self.base.transposed else weight).to(base.weight.dtype)
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from peftrs.bases.quantized import Quantized
 from peftrs.bases.resolve import resolve
+from peftrs.bases.sharded import reshard
 from peftrs.core import merge as merging
 from peftrs.core import rounding
 from peftrs.core.activation import Switched
@@ -179,6 +180,7 @@ def merge(
         named = prompts.active_adapters if names is None else names
         if found := [name for name in named if name in prompts]:
             raise MergeError(f"{found[0]!r} is a prompt: it changes no weights to be merged into; hint: `unload()` takes it off")
+    reshard(model)
     layers = list(adapted_layers(model))
     chosen = {layer: merging.names_to_merge(layer, names) for layer in layers}
     if dtype is not None:

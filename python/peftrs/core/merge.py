@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from peftrs.bases.kinds import Affine, Deferred
-from peftrs.bases.offload import hook_of, onloaded
+from peftrs.bases.sharded import alike, is_distributed, overwrite, whole
 from peftrs.core import rounding
 from peftrs.core.method import Additive
 from peftrs.errors import MergeError, PeftrsWarning, listed
@@ -95,7 +95,7 @@ def merge(
     becomes a dense one for good. What `check` lets pass is assumed. Raises `MergeError`, changing nothing.
     """
     if names:
-        with onloaded(layer.base_layer, write=True):
+        with layer.at_hand(write=True):
             _merge(layer, names, shared, keep=keep, dtype=dtype)
 
 
@@ -138,7 +138,7 @@ def unmerge(layer: AdaptedLayer) -> None:
     if layer.ledger is None:
         warnings.warn(f"{layer.spec.name}: nothing is merged, nothing to do", PeftrsWarning, 4)
         return
-    with onloaded(layer.base_layer, write=True):
+    with layer.at_hand(write=True):
         _unmerge(layer, layer.ledger, _kept(layer))
 
 
@@ -179,22 +179,20 @@ def unmerged(layer: AdaptedLayer) -> list[Tensor]:
     """The layer's weight and, if it has one, bias, as they are without what is merged."""
     if rounding.coarse(layer):
         return [one for one in layer.base.dense(rounding.before(layer)) if one is not None]
-    with onloaded(layer.base_layer):
+    with layer.at_hand():
         return [original(layer, at) for at in range(len(stored(layer)))]
 
 
-def presented(layer: AdaptedLayer) -> Affine:
-    """The layer as an affine map without what is merged; computed or fetched where it is read if it is quantized or away."""
-    if rounding.coarse(layer):
-        return cast(Affine, Deferred(lambda: layer.base.dense(rounding.before(layer))))
-    if hook_of(layer.base_layer) is not None:
-        return cast(Affine, Deferred(lambda: _presented(layer)))
-    return _presented(layer)
+def presented(layer: AdaptedLayer, device: torch.device) -> Affine:
+    """The whole layer as an affine map without what is merged, computed and brought to `device` where it is read."""
 
+    def brought() -> Affine:
+        with layer.at_hand():
+            weight, *bias = (whole(tensor).to(device) for tensor in unmerged(layer))
+        transposed = layer.base.transposed and not rounding.coarse(layer)
+        return Affine(weight.mT if transposed else weight, bias[0] if bias else None)
 
-def _presented(layer: AdaptedLayer) -> Affine:
-    weight, *bias = unmerged(layer)
-    return Affine(weight.mT if layer.base.transposed else weight, bias[0] if bias else None)
+    return cast(Affine, Deferred(brought))
 
 
 @torch.no_grad()
@@ -202,10 +200,14 @@ def original(layer: AdaptedLayer, at: int) -> Tensor:
     """One of the stored tensors, by its position, as it is without what is merged."""
     if rounding.coarse(layer):
         return unmerged(layer)[at]
-    now = stored(layer)[at]
-    if layer.ledger is None:
-        return now
-    shared = [one.parameter for one in layer.ledger.shared if one.at == at]
+    with layer.at_hand():
+        now = stored(layer)[at]
+        return now if layer.ledger is None else _original(layer, at, now)
+
+
+def _original(layer: AdaptedLayer, at: int, now: Tensor) -> Tensor:
+    ledger = cast(Ledger, layer.ledger)
+    shared = [one.parameter for one in ledger.shared if one.at == at]
     was = _kept(layer).get(at, now)
     if isinstance(was, Correction):
         copy = now.detach().to(was.dtype, copy=True, memory_format=torch.contiguous_format)
@@ -284,7 +286,7 @@ def check(layer: AdaptedLayer, chain: Chain, *, keep: bool = True, dtype: torch.
     Weights that would not be finite are found here if the change is of low rank, or if nothing is to be kept by which the merge
     could be taken back.
     """
-    with onloaded(layer.base_layer):
+    with layer.at_hand():
         _check(layer, chain, keep=keep, dtype=dtype)
 
 
@@ -323,7 +325,7 @@ def _write(layer: AdaptedLayer, chain: Chain, keep: set[int]) -> dict[int, Tenso
     if update is None:
         kept: dict[int, Tensor | Correction] = {at: now[at].detach().clone() for at in keep}
         for parameter, value in zip(now, _folded(layer, chain), strict=True):
-            parameter.detach().copy_(value)
+            overwrite(parameter.detach(), value)
         return kept
     weight = now[0].detach()
     corrected = weight.dtype in NATIVE and update.bytes < MOST * weight.nbytes
@@ -338,7 +340,9 @@ def _write(layer: AdaptedLayer, chain: Chain, keep: set[int]) -> dict[int, Tenso
 
 def _folded(layer: AdaptedLayer, chain: Chain) -> list[Tensor]:
     """What the stored tensors are to be, rounded once. Raises `MergeError` where they are not finite though they were before."""
-    now = stored(layer)
+    # Where processes share the layer out, all that is computed with must be shared out, or all of it be whole.
+    adapters = [tensor for adapter in chain for _, tensor in adapter.parameters()]
+    now = [alike(tensor, adapters) for tensor in stored(layer)]
     dtype = wide(now[0].dtype)
     bias = now[1].to(dtype) if len(now) > 1 else None
     affine = Affine((now[0].mT if layer.base.transposed else now[0]).to(dtype), bias)
@@ -361,7 +365,10 @@ def _tell_not_finite(layer: AdaptedLayer) -> None:
 def low_rank(layer: AdaptedLayer, chain: Chain) -> Update | None:
     """The whole chain's change of the stored weight, if it is of low rank, leaves the bias alone, and can be added in place."""
     weight, _ = layer.base.parameters(layer.base_layer)
-    if rounding.coarse(layer) or not (weight.dtype.is_floating_point and weight.is_contiguous()):
+    held = [weight, *(tensor for adapter in chain for _, tensor in adapter.parameters())]
+    if rounding.coarse(layer) or not weight.dtype.is_floating_point or any(map(is_distributed, held)):
+        return None
+    if not weight.is_contiguous():
         return None
     terms: list[tuple[Tensor, Tensor, float]] = []
     for adapter in chain:

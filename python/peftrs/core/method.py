@@ -92,6 +92,8 @@ class Method(ABC):
     tied_kinds: frozenset[LayerKind] = frozenset({LayerKind.LINEAR})
     """The kinds of layers that may be so tied."""
     side: Side = Side.OUTPUT
+    parallel = False
+    """Whether its formulas work on layers spread over processes, which torch's `DTensor` must know all their operations for."""
 
     def side_of(self, adapter: Adapter) -> Side:
         """Where this adapter acts; the same for all unless a layer's settings decide."""

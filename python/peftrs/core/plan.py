@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
 from peftrs import _native
-from peftrs.bases import dense, offload
+from peftrs.bases import dense, offload, parallel
 from peftrs.bases.base import Base
 from peftrs.bases.kinds import LayerKind
 from peftrs.bases.resolve import resolve
@@ -78,11 +78,25 @@ def make(
             faults.append(f"{target.spec.name}: {error}")
         if target.tied and not target.method.tied_slots:
             faults.append(f"{target.spec.name}: {target.method.name} cannot share its tensors with the tied layer {target.tied!r}")
+    # The first module's parent is the model itself.
+    targets = [_lying(found[0].parent, target, faults) for target in targets]
     saved = tying.saved(found, config, selection.modules_to_save)
     faults += _saved_faults(saved, targets)
     if faults:
         raise ConfigError("; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else ""))
     return Plan(found, targets, saved, selection)
+
+
+def _lying(model: nn.Module, target: Target, faults: list[str]) -> Target:
+    """The target with how its layer lies over processes, where it does."""
+    try:
+        found = parallel.resolve(model, target.place.name, original(target.place.module), target.base)
+    except ConfigError as error:
+        faults.append(str(error))
+        return target
+    if found is not None and not target.method.parallel:
+        faults.append(f"{target.spec.name}: {target.method.name} does not work on tensor-parallel layers")
+    return target if found is None else replace(target, parallel=found)
 
 
 def _saved_faults(saved: list[tuple[Place, str | None]], targets: list[Target]) -> list[str]:

@@ -7,6 +7,7 @@ entries are the tensors themselves. In memory the adapter's name stands after th
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.nn import functional
 
 from peftrs.bases import offload
 from peftrs.bases.kinds import LayerSpec
+from peftrs.bases.sharded import is_distributed
 from peftrs.core.method import Method
 
 if TYPE_CHECKING:
@@ -150,6 +152,21 @@ class FittedAdapter:
             if not len(held):
                 delattr(self.layer, container)
         self.places.clear()
+
+    def spread(self) -> None:
+        """Spreads the tensors over processes as the layer is spread, if it is: along what follows the layer's own slices."""
+        parallel = self.layer.parallel
+        if parallel is None:
+            return
+        place = len(self.spec.shape) - (1 if parallel.by_inputs else 2)
+        wider = tuple(size * (1 + (at == place)) for at, size in enumerate(self.spec.shape))
+        shapes = [self.method.slots(self.config, spec, self.values) for spec in (self.spec, replace(self.spec, shape=wider))]
+        for slot in self.places:
+            held = self[slot]
+            if not held.is_meta and not is_distributed(held):
+                sizes = zip(*(one[slot] for one in shapes), strict=True) if slot in shapes[0] else ()
+                following = next((at for at, (size, other) in enumerate(sizes) if size != other), None)
+                self[slot] = nn.Parameter(parallel.spread(held, following), requires_grad=held.requires_grad)
 
     def allocate(self, dtype: torch.dtype, device: torch.device) -> None:
         """Makes the slots, not yet filled."""

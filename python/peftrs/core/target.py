@@ -7,6 +7,7 @@ from typing import Any
 
 from peftrs.bases.base import Base
 from peftrs.bases.kinds import LayerSpec
+from peftrs.bases.parallel import Parallel
 from peftrs.core.method import Method
 from peftrs.core.tree import Place, original
 
@@ -20,6 +21,8 @@ class Target:
     spec: LayerSpec
     method: Method
     tied: str | None = None
+    parallel: Parallel | None = None
+    """How the layer lies over processes."""
 
 
 def aim(

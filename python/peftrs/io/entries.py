@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from peftrs.bases import offload
+from peftrs.bases.sharded import overwrite
+from peftrs.bases.sharded import shape as whole_shape
 from peftrs.config import TargetedConfig
 from peftrs.core.inject import biases
 from peftrs.core.layer import AdaptedLayer
@@ -70,6 +72,13 @@ class Entry:
     """Other names under which a file may hold the same values once more, which are not read."""
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape that the file's tensor has: that of the slot, whatever part of it a process holds."""
+        if self.owner is None:
+            return whole_shape(self.shown)
+        return tuple(self.owner.method.slots(self.owner.config, self.owner.spec, self.owner.values)[self.slot])
+
+    @property
     def empty(self) -> bool:
         """Whether the model still waits for the values."""
         return self.shown.device.type == "meta"
@@ -94,7 +103,7 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
             for inner, name, tensor in wrapper.parameters_of(adapter):
                 # PEFT writes these biases once more where it writes all biases.
                 again = (f"{path}.modules_to_save.{inner}",) if inner.endswith("bias") else ()
-                yield Entry(f"{file}.{inner}", f"{path}.{name}", tensor, partial(_overwrite, tensor), again=again)
+                yield Entry(f"{file}.{inner}", f"{path}.{name}", tensor, partial(overwrite, tensor), again=again)
         elif adapter in wrapper.adapters:
             fitted = wrapper.adapters[adapter]
             if fitted.leader is None:
@@ -104,7 +113,7 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
     before = _before_merging(held)
     for name, bias in biases(model, config):
         name = plain(name)
-        yield Entry(name, name, before.get(id(bias), bias), partial(_overwrite, bias), required=".original_module." not in name)
+        yield Entry(name, name, before.get(id(bias), bias), partial(overwrite, bias), required=".original_module." not in name)
 
 
 def _prompt(model: nn.Module, path: str, prompts: Prompts, adapter: str) -> Iterator[Entry]:
@@ -147,13 +156,9 @@ def _bind_slot(fitted: FittedAdapter, slot: str, value: Tensor) -> None:
         offload.put(holder, name, value.to(held.dtype))
     elif held.device.type == "meta":
         fitted[slot] = nn.Parameter(value.to(device_of(fitted.layer), held.dtype), requires_grad=held.requires_grad)
+        fitted.spread()
     else:
-        _overwrite(held, value)
-
-
-def _overwrite(held: Tensor, value: Tensor) -> None:
-    with torch.no_grad():
-        held.copy_(value)
+        overwrite(held, value)
 
 
 def _leave(value: Tensor) -> None:
@@ -162,8 +167,7 @@ def _leave(value: Tensor) -> None:
 
 def device_of(layer: AdaptedLayer) -> torch.device:
     """Where a layer's adapters belong: beside its weight, or on the CPU while that is still to be loaded."""
-    device = offload.device_of(layer.base_layer, layer.base.parameters(layer.base_layer)[0])
-    return torch.device("cpu") if device.type == "meta" else device
+    return torch.device("cpu") if layer.device.type == "meta" else layer.device
 
 
 def embeddings(model: nn.Module, *, targeted: bool = False) -> Iterator[Entry]:
@@ -186,7 +190,7 @@ def embeddings(model: nn.Module, *, targeted: bool = False) -> Iterator[Entry]:
                 f"{plain(path)}.{file}{leaf}",
                 name,
                 before.get(id(tensor), tensor),
-                partial(_overwrite, tensor),
+                partial(overwrite, tensor),
                 required=False,
                 undeclared=not isinstance(module, AdaptedLayer),
             )

@@ -10,7 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from peftrs.bases.sharded import reshard, shape, whole
 from peftrs.config import TargetedConfig
+from peftrs.core import merge as merging
 from peftrs.core.slots import FittedAdapter
 from peftrs.errors import CheckpointError, PeftrsWarning, Strict, complain, is_strict, listed, shown
 from peftrs.io.checkpoint import PREFIX, Source
@@ -78,6 +80,7 @@ def load(
     no numbers, but for `report`. Slots that still wait for values and find none get the method's first ones. Raises
     `CheckpointError` listing every fault, with nothing changed.
     """
+    reshard(model)
     match = compare(model, adapter, config, source)
     _judge(match, adapter, source, strict=strict, report=report, ignore_mismatched_sizes=ignore_mismatched_sizes)
     read, odd = source.read_all([name for _, name in match.pairs])
@@ -89,7 +92,7 @@ def load(
     with torch.no_grad():
         for entry, name in match.pairs:
             value = read[name]
-            if entry.undeclared and not torch.equal(value.to(entry.shown), entry.shown):
+            if entry.undeclared and not torch.equal(value.to(before := whole(entry.shown)), before):
                 replaced.append(name)
             entry.bind(value)
             if entry.owner is not None:
@@ -117,7 +120,7 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
         )
     own: set[str] | None = None
     match, taken = Match(), set[str]()
-    for name, (dtype, shape) in source.described().items():
+    for name, (dtype, size) in source.described().items():
         if not again.isdisjoint(_ways(name)):
             continue
         entry = next((spelled[way] for way in _ways(name) if way in spelled), None)
@@ -126,8 +129,8 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
             (match.foreign if _stripped(name) in own else match.unexpected).append(name)
         elif entry.key in taken:
             match.broken.append(f"{shown(name)} is there under two names")
-        elif shape != tuple(entry.shown.shape):
-            match.misshapen.append(f"{shown(name)} has shape {list(shape)}, the model needs {list(entry.shown.shape)}")
+        elif size != shape(entry.shown):
+            match.misshapen.append(f"{shown(name)} has shape {list(size)}, the model needs {list(shape(entry.shown))}")
         elif dtype != entry.shown.dtype and not {dtype, entry.shown.dtype} <= FLOATS:
             match.broken.append(f"{shown(name)} is {dtype}, the model needs {entry.shown.dtype}")
         else:
@@ -172,12 +175,15 @@ def _judge(match: Match, adapter: str, source: Source, *, strict: Strict, report
 
 def _fill(fitted: FittedAdapter, given: dict[str, Tensor]) -> None:
     """Gives an adapter that waits for values the method's first ones, and those given where there are any."""
-    base, device = fitted.layer.base.dense(fitted.layer.base_layer), device_of(fitted.layer)
+    device = device_of(fitted.layer)
+    base = merging.presented(fitted.layer, device)
     for slot, parameter in list(fitted.parameters()):
-        fitted[slot] = nn.Parameter(torch.empty_like(parameter, device=device), requires_grad=parameter.requires_grad)
+        empty = torch.empty(shape(parameter), dtype=parameter.dtype, device=device)
+        fitted[slot] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     fitted.method.init(fitted, base)
     for slot, value in given.items():
         fitted[slot].copy_(value)
+    fitted.spread()
 
 
 def _ways(name: str) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
+from peftrs.bases.sharded import reshard, whole
 from peftrs.config import PeftType, TargetedConfig
 from peftrs.core.plan import select
 from peftrs.core.tree import places
@@ -43,10 +44,25 @@ def get_peft_model_state_dict(
     are read off the model. `save_embedding_layers` adds the model's embeddings: "auto" does if they are adapted, or if the
     vocabulary is not the one that the base's config file has, as far as that file can be had without the network.
 
-    Raises `AdapterError` for an unknown adapter, or (unless the process is lenient) for tensors that `state_dict` lacks.
+    Tensors that lie over processes are gathered, for which all of them must ask. Raises `AdapterError` for an unknown adapter, for
+    tensors of which only a part is there, or (unless the process is lenient) for tensors that `state_dict` lacks.
     """
+    return collect(model, state_dict, adapter_name, save_embedding_layers, unwrap_compiled=unwrap_compiled)
+
+
+def collect(
+    model: nn.Module,
+    state_dict: Mapping[str, Tensor] | None,
+    adapter_name: str,
+    save_embedding_layers: bool | Literal["auto"],
+    *,
+    unwrap_compiled: bool = False,
+    keep: bool = True,
+) -> dict[str, Tensor]:
+    """As `get_peft_model_state_dict`; without `keep` only takes part in what processes gather together, and gives nothing."""
     if unwrap_compiled:
         model = cast(nn.Module, getattr(model, "_orig_mod", model))
+    reshard(model)
     config = config_of(model, adapter_name)
     found = list(entries(model, adapter_name, config))
     targeted = adapts_embeddings(model, config)
@@ -57,9 +73,24 @@ def get_peft_model_state_dict(
         if not extra:
             warnings.warn("the model does not say which layers are its embeddings; none are saved", PeftrsWarning, stacklevel=2)
         found += extra
-    if state_dict is None:
-        return {entry.key: entry.shown.detach() for entry in found}
-    return _looked_up(found, state_dict)
+    tensors = {entry.key: entry.shown for entry in found} if state_dict is None else _looked_up(found, state_dict)
+    gathered: dict[str, Tensor] = {}
+    shapes = {entry.key: entry.shape for entry in found}
+    parts = []
+    for key, held in tensors.items():
+        # Not detached before: what knows where a parameter's parts are is the parameter.
+        tensor = whole(held).detach()
+        if tuple(tensor.shape) != shapes[key] or not tensor.numel() or tensor.is_meta:
+            state = "no values" if tensor.is_meta else f"shape {list(tensor.shape)}"
+            parts.append(f"{key} has {state} instead of {list(shapes[key])}")
+        if keep:
+            gathered[key] = tensor if tensor.data_ptr() == held.data_ptr() else tensor.cpu()
+    if parts:
+        raise AdapterError(
+            f"{len(parts)} of the {len(tensors)} tensors of adapter {adapter_name!r} are not whole: {'; '.join(parts[:4])}; "
+            "hint: gather them and pass them as `state_dict` (accelerate: `accelerator.get_state_dict(model)`)"
+        )
+    return gathered
 
 
 def _looked_up(found: list[Entry], state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -68,7 +99,7 @@ def _looked_up(found: list[Entry], state_dict: Mapping[str, Tensor]) -> dict[str
     for entry in found:
         tensor = given.get(entry.name, given.get(f"module.{entry.name}"))
         if tensor is not None:
-            tensors[entry.key] = tensor.detach().mT if entry.transposed else tensor.detach()
+            tensors[entry.key] = tensor.detach().mT if entry.transposed and tensor.ndim > 1 else tensor.detach()
         elif entry.computed:
             tensors[entry.key] = entry.shown.detach()
         elif entry.required:

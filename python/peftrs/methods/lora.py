@@ -107,6 +107,7 @@ class Lora(Additive):
     prefix = "lora_"
     attributes: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
     layers = frozenset(LayerKind)
+    parallel = True
     tied_slots = MappingProxyType({"lora_A.weight": ("lora_embedding_B", True), "lora_B.weight": ("lora_embedding_A", True)})
 
     def variant(self, config: LoraConfig) -> Method:

@@ -11,6 +11,7 @@ from typing import cast
 from torch import nn
 
 from peftrs import registry
+from peftrs.bases.sharded import sharded_by
 from peftrs.config import PeftConfig, PromptLearningConfig, TargetedConfig
 from peftrs.core.activation import Activation, Switched
 from peftrs.core.inject import activation, base_parameters, check_name, inject
@@ -45,6 +46,12 @@ def attach(
     """
     configs, state = peft_configs(model), activation(model)
     method = check(config, adapter, configs, state)
+    sharing = None if config.inference_mode else sharded_by(model)
+    if sharing is not None:
+        raise AdapterError(
+            f"{sharing} shares out this model already and would not average the gradients of new tensors: each process would train "
+            f"an adapter of its own; hint: add the adapter first and call {sharing} on what that gives"
+        )
     targeted = cast(TargetedConfig, config)
     with whole_or_not(model, state):
         _grow(model, targeted, state)

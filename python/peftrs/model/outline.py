@@ -22,6 +22,11 @@ def by_class(path: str | os.PathLike[str], task: str | None = None) -> Outline:
 
     Raises `CheckpointError` where transformers does not know the model, `ImportError` without transformers.
     """
+    return describe(built(path), task)
+
+
+def built(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> nn.Module:
+    """The model in a folder without values, in `dtype` or the one that its config says; see `by_class`."""
     import transformers
 
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
@@ -30,14 +35,18 @@ def by_class(path: str | os.PathLike[str], task: str | None = None) -> Outline:
         names = getattr(config, "architectures", None) or [""]
         known = getattr(transformers, names[0], None)
         build = known._from_config if known is not None else transformers.AutoModel.from_config
+        if dtype is not None:
+            config.torch_dtype = dtype
         with torch.device("meta"):
             model: nn.Module = build(config)
+            if dtype is not None:
+                model = model.to(dtype)
     except ImportError:
         raise
     except Exception as error:  # a model's constructor raises whatever it likes
         reason = f"transformers cannot build the model: {type(error).__name__}: {error}"
         raise CheckpointError(f"{os.fspath(folder)}: {reason}; hint: name the layers instead of asking the class") from error
-    return describe(model, task)
+    return model
 
 
 def describe(model: nn.Module, task: str | None = None) -> Outline:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Self, cast
 
 from torch import Tensor, nn
 
+from peftrs.bases.sharded import reshard
 from peftrs.config import CONFIG_NAME, PeftConfig, PeftType, TargetedConfig
 from peftrs.core import manage
 from peftrs.core.inject import activation
@@ -171,6 +172,16 @@ class PeftModel(Prompting, nn.Module):
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes an adapter out of the model. Raises `AdapterError` for an unknown one or while it is merged."""
         self.base_model.delete_adapter(adapter_name)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merges adapters (the active ones unless named) into the weights, or none of them; weights are always checked."""
+        reshard(self)
+        self.base_model.merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        """Restores the weights' bits from before the merge."""
+        reshard(self)
+        self.base_model.unmerge_adapter()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:

@@ -14,7 +14,7 @@ from peftrs.config import PeftConfig, PeftType, TaskType
 from peftrs.errors import AdapterError
 from peftrs.io.card import CARD_NAME, card
 from peftrs.io.checkpoint import write
-from peftrs.io.state import get_peft_model_state_dict
+from peftrs.io.state import collect
 from peftrs.model.convert import to_plain
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def save(
     if unknown := [name for name in names if name not in known]:
         raise AdapterError(f"You passed an invalid `selected_adapters`: {unknown} are not among {list(known)}")
     for name in names:
-        tensors = get_peft_model_state_dict(model, state_dict, name, save_embedding_layers=save_embedding_layers)
+        tensors = collect(model, state_dict, name, save_embedding_layers, keep=is_main_process)
         if not is_main_process:
             # The tensors were gathered, which all processes of a group do together.
             continue

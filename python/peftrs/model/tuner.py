@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from peftrs import registry
+from peftrs.bases.sharded import reshard
 from peftrs.config import PeftConfig
 from peftrs.core import manage
 from peftrs.core.inject import activation, adapters
@@ -167,6 +168,7 @@ class Tuner(nn.Module):
 
     def unmerge_adapter(self) -> None:
         """Restores the weights' bits from before the merge."""
+        reshard(self.model)
         layers = list(adapted_layers(self.model))
         if not any(layer.merged for layer in layers):
             warnings.warn("nothing is merged, nothing to do", PeftrsWarning, stacklevel=2)

@@ -89,9 +89,14 @@ pub struct Arguments {
     #[arg(long, conflicts_with_all = ["keep_restore", "only", "skip", "dtype", "max_shard_size"])]
     pub unmerge: bool,
 
-    /// The base that the merged model was made from, for --unmerge.
-    #[arg(long, value_name = "BASE", requires = "unmerge")]
+    /// With --unmerge, the base that the merged model was made from. Else `original` or `dequantized`: whether an adapter that was
+    /// trained over the quantized BASE goes into the model of --original or into BASE, dequantized.
+    #[arg(long, value_name = "BASE")]
     pub base: Option<PathBuf>,
+
+    /// The model that the quantized BASE was made from; what each choice of --base is off by is told.
+    #[arg(long, value_name = "MODEL", conflicts_with = "unmerge")]
+    pub original: Option<PathBuf>,
 
     /// Keep what is written if the merge stops, beside the output, and go on with what an earlier stop kept of the same
     /// merge into the same output.

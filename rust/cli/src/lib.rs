@@ -5,14 +5,16 @@ mod printer;
 mod report;
 pub mod tool;
 
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
 use std::time::Instant;
 
 use clap::Parser;
 use peftrs_core::checkpoint::Links;
-use peftrs_core::error::{Error, Result};
-use peftrs_core::merge::{Merge, Settings, Writing};
+use peftrs_core::dtype::Dtype;
+use peftrs_core::error::{Error, Result, show_name};
+use peftrs_core::merge::{Choice, Merge, Settings, Writing};
 use peftrs_core::plan::{Apply, Options};
 use peftrs_core::writer::Disk;
 
@@ -63,6 +65,46 @@ pub fn run_until(arguments: &[String], signal: &AtomicUsize, apply: Option<Arc<d
     }
 }
 
+/// The merge into the base that is chosen, after telling what either choice is off by where there is one.
+fn open(arguments: &Arguments, adapters: &[(PathBuf, f64)], settings: &Settings, printer: &Printer) -> Result<Merge> {
+    let choice = arguments.base.as_ref().map(|base| base.to_string_lossy());
+    let into_original = match choice.as_deref() {
+        None | Some("dequantized") => false,
+        Some("original") => true,
+        Some(other) => {
+            let other = show_name(other);
+            return Err(Error::Merge(format!(
+                "--base is `original` or `dequantized`, not `{other}`; a path goes with --unmerge"
+            )));
+        }
+    };
+    let Some(original) = &arguments.original else {
+        if into_original {
+            return Err(Error::Merge("--base original needs --original, the model that BASE was made from".to_owned()));
+        }
+        let merge = Merge::open(&arguments.model, adapters, settings.clone())?;
+        return if choice.is_none() || merge.dequantizes() { Ok(merge) } else { Err(not_quantized()) };
+    };
+    let exact = |model: &Path| {
+        let options = Options { dtype: Some(Dtype::F32), max_shard_bytes: None, ..settings.options.clone() };
+        Merge::open(model, adapters, Settings { options, ..settings.clone() })
+    };
+    let quantized = exact(&arguments.model)?;
+    if !quantized.dequantizes() {
+        return Err(not_quantized());
+    }
+    let merge = Merge::open(if into_original { original } else { &arguments.model }, adapters, settings.clone())?;
+    printer.note(&Choice::measure(&quantized, &exact(original)?, &merge)?.what());
+    Ok(merge)
+}
+
+fn not_quantized() -> Error {
+    Error::Merge(
+        "BASE is not quantized: --original and --base dequantized are for adapters that were trained over one that is"
+            .to_owned(),
+    )
+}
+
 fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize, apply: Option<Arc<dyn Apply>>) -> Result<()> {
     let threads = arguments.threads.map_or(0, usize::from);
     let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
@@ -82,7 +124,7 @@ fn merge(arguments: &Arguments, printer: &Printer, signal: &AtomicUsize, apply: 
         let merge = if arguments.unmerge {
             Merge::unmerge(&arguments.model, &adapters, arguments.base.as_deref(), settings)?
         } else {
-            Merge::open(&arguments.model, &adapters, settings)?
+            open(arguments, &adapters, &settings, printer)?
         };
         merge.plan().notes.iter().for_each(|note| printer.note(note));
         if arguments.dry_run {

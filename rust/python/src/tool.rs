@@ -16,6 +16,7 @@ type Described = (Vec<String>, Vec<(String, String, Vec<usize>, u64)>, Vec<Strin
 struct Callbacks {
     by_class: Py<PyAny>,
     extract: Py<PyAny>,
+    memory: Option<Py<PyAny>>,
 }
 
 impl peftrs_cli::tool::Python for Callbacks {
@@ -29,12 +30,21 @@ impl peftrs_cli::tool::Python for Callbacks {
     }
 
     fn extract(&self, request: &Extraction) -> Result<serde_json::Value> {
-        let report: String = Python::attach(|py| {
-            let found = self.extract.bind(py).call1((request.to_json(),)).and_then(|found| found.extract());
-            found.map_err(|error| raised(py, &error))
-        })?;
-        serde_json::from_str(&report).map_err(|error| Error::Merge(error.to_string()))
+        asked(&self.extract, request.to_json())
     }
+
+    fn memory(&self, request: &serde_json::Value) -> Result<serde_json::Value> {
+        let missing = || Error::Merge("this program cannot tell what training takes".to_owned());
+        asked(self.memory.as_ref().ok_or_else(missing)?, request.to_string())
+    }
+}
+
+fn asked(function: &Py<PyAny>, request: String) -> Result<serde_json::Value> {
+    let report: String = Python::attach(|py| {
+        let found = function.bind(py).call1((request,)).and_then(|found| found.extract());
+        found.map_err(|error| raised(py, &error))
+    })?;
+    serde_json::from_str(&report).map_err(|error| Error::Merge(error.to_string()))
 }
 
 fn raised(py: Python<'_>, error: &PyErr) -> Error {
@@ -42,7 +52,14 @@ fn raised(py: Python<'_>, error: &PyErr) -> Error {
 }
 
 #[pyfunction]
-pub fn tool_main(py: Python<'_>, arguments: Vec<String>, by_class: Py<PyAny>, extract: Py<PyAny>) -> PyResult<i32> {
-    let callbacks = Callbacks { by_class, extract };
+#[pyo3(signature = (arguments, by_class, extract, memory=None))]
+pub fn tool_main(
+    py: Python<'_>,
+    arguments: Vec<String>,
+    by_class: Py<PyAny>,
+    extract: Py<PyAny>,
+    memory: Option<Py<PyAny>>,
+) -> PyResult<i32> {
+    let callbacks = Callbacks { by_class, extract, memory };
     run(py, || Ok(peftrs_cli::tool::run(&arguments, Some(&callbacks))))
 }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use super::table::{count, ranges, sizes, table, warnings};
 use super::{Python, Shared, no_python, pretty};
-use crate::printer::Printer;
+use crate::printer::{Printer, size};
 
 /// The longest config that is read, in bytes.
 const MAX_CONFIG: u64 = 16 << 20;
@@ -34,8 +34,66 @@ pub struct Arguments {
     #[arg(long)]
     by_class: bool,
 
+    /// Tell what training with batches of so many rows takes of memory; with --config and --seq.
+    #[arg(long, value_name = "ROWS", requires_all = ["config", "seq"], value_parser = clap::value_parser!(u32).range(1..))]
+    batch: Option<u32>,
+
+    /// How many tokens a row has.
+    #[arg(long, value_name = "TOKENS", requires = "batch", value_parser = clap::value_parser!(u32).range(1..))]
+    seq: Option<u32>,
+
+    /// How the frozen weights are to be quantized.
+    #[arg(long, value_name = "KIND", requires = "batch", value_parser = ["nf4", "nf4-double", "fp4", "int8"])]
+    quant: Option<String>,
+
+    /// What the adapter is to be trained by.
+    #[arg(
+        long, value_name = "NAME", requires = "batch", default_value = "adamw",
+        value_parser = ["adamw", "adamw8bit", "lion", "lion8bit", "adafactor", "sgd"]
+    )]
+    optimizer: String,
+
     #[command(flatten)]
     shared: Shared,
+}
+
+/// What training takes, where that is asked for.
+fn memory(arguments: &Arguments, python: Option<&dyn Python>) -> Result<Option<Value>> {
+    let Some(batch) = arguments.batch else { return Ok(None) };
+    let python = python.ok_or_else(|| {
+        no_python("only the model's class says what its forward pass keeps, and this program has no Python")
+    })?;
+    let request = json!({
+        "model": arguments.model,
+        "config": arguments.config,
+        "batch": batch,
+        "seq": arguments.seq,
+        "quant": arguments.quant,
+        "optimizer": arguments.optimizer,
+    });
+    python.memory(&request).map(Some)
+}
+
+/// The same for people.
+fn memory_text(memory: &Value) -> String {
+    let part = |name: &str| memory.get(name).and_then(Value::as_u64).unwrap_or_default();
+    let row = |(name, what): &(&str, &str)| vec![(*what).to_owned(), size(part(name))];
+    let rows: Vec<Vec<String>> = [
+        ("weights", "weights"),
+        ("adapter", "adapter"),
+        ("gradients", "gradients"),
+        ("optimizer", "optimizer"),
+        ("activations", "activations"),
+        ("total", "in all"),
+        ("activations_checkpointed", "activations with gradient checkpointing"),
+        ("total_checkpointed", "in all with gradient checkpointing"),
+    ]
+    .iter()
+    .filter(|(name, _)| memory.get(*name).is_some_and(Value::is_u64))
+    .map(row)
+    .collect();
+    let batch = format!("memory of training, {} x {} tokens", part("batch"), part("seq"));
+    "\n".to_owned() + &table(&[&batch, "size"], &rows)
 }
 
 pub fn run(arguments: &Arguments, printer: &Printer, python: Option<&dyn Python>) -> Result<()> {
@@ -51,7 +109,16 @@ pub fn run(arguments: &Arguments, printer: &Printer, python: Option<&dyn Python>
     };
     let aim = config.as_ref().map(|config| aim(&outline, config)).transpose()?;
     let report = Report { outline: &outline, aim, rank: arguments.rank as usize, guessed: outline.linear.is_none() };
-    printer.data(&if arguments.shared.json { pretty(&report.json()) } else { report.text() });
+    let memory = memory(arguments, python)?;
+    printer.data(&if arguments.shared.json {
+        let mut report = report.json();
+        if let (Some(memory), Some(fields)) = (memory, report.as_object_mut()) {
+            fields.insert("memory".to_owned(), memory);
+        }
+        pretty(&report)
+    } else {
+        report.text() + &memory.as_ref().map(memory_text).unwrap_or_default()
+    });
     Ok(())
 }
 

@@ -7,11 +7,13 @@
 mod find;
 pub mod header;
 mod index;
+mod made;
 mod open;
 mod shard;
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rayon::prelude::*;
 
@@ -20,6 +22,7 @@ use crate::error::{Error, Result, show_name};
 use crate::kernels::values::all_finite;
 
 pub(crate) use find::{CONFIG_DIGEST, digest};
+pub use made::{Made, Make};
 pub(crate) use open::check_name;
 pub use open::{Links, read_small};
 pub use shard::Shard;
@@ -83,11 +86,13 @@ impl Entry {
 #[derive(Debug)]
 pub struct Checkpoint {
     path: PathBuf,
-    shards: Vec<Shard>,
+    shards: Arc<Vec<Shard>>,
     /// In the order of the files' names and of the bytes within a file.
     tensors: Vec<(String, Entry)>,
     /// Positions in `tensors`, sorted by name.
     by_name: Vec<usize>,
+    /// What tensors are made of that are stored in another form.
+    makers: Option<made::Makers>,
 }
 
 impl Checkpoint {
@@ -134,7 +139,7 @@ impl Checkpoint {
             let fault = format!("tensor `{}` occurs twice, in {}", show_name(name), files.join(" and "));
             return Err(Error::checkpoint(path, fault));
         }
-        Ok(Self { path: path.to_owned(), shards, tensors, by_name })
+        Ok(Self { path: path.to_owned(), shards: Arc::new(shards), tensors, by_name, makers: None })
     }
 
     /// What was opened: the file, or the folder of the shards.
@@ -218,6 +223,10 @@ impl Checkpoint {
     pub fn read_into(&self, name: &str, bytes: &mut [u8]) -> Result<()> {
         let (shard, entry) = self.locate(name)?;
         entry.check_length(shard, name, bytes)?;
+        if self.maker(name).is_some() {
+            self.read_range(name, 0, bytes)?;
+            return self.check_unchanged();
+        }
         shard.read_at(bytes, entry.start)?;
         shard.check_unchanged()
     }
@@ -250,7 +259,10 @@ impl Checkpoint {
             let (name, there, asked) = (show_name(name), entry.bytes, bytes.len());
             return Err(shard.fault(format!("tensor `{name}` has {there} bytes, not {asked} from byte {offset} on")));
         }
-        shard.read_at(bytes, entry.start.saturating_add(offset))
+        match self.maker(name) {
+            Some((stored, make)) => make.make(stored, offset, bytes),
+            None => shard.read_at(bytes, entry.start.saturating_add(offset)),
+        }
     }
 
     /// The header of one of [`Checkpoint::files`] as it stands there, its length first.

@@ -10,6 +10,7 @@ use super::{Checked, Merge, Way, Written};
 use crate::checkpoint::{Checkpoint, digest, read_small};
 use crate::error::{Error, Result, show_name};
 use crate::plan::{Adapter, Change, Plan};
+use crate::quantized;
 use crate::writer::{FolderWriter, MARKER};
 
 /// The largest file that is copied along. Tokenizers reach 40 MB; what is larger is not part of a model's description.
@@ -49,7 +50,11 @@ impl Merge {
             list(&folder, "", 0, &mut names)?;
         }
         for (folder, name, inside) in names {
-            if inside.ends_with(".safetensors.index.json") || inside == MODEL_CONFIG && self.plan.config.is_some() {
+            let stale = self.base.is_made() && quantized::FILES.contains(&inside.as_str());
+            if stale
+                || inside.ends_with(".safetensors.index.json")
+                || inside == MODEL_CONFIG && self.plan.config.is_some()
+            {
                 continue;
             }
             if let Some(bytes) = read_small(&folder, &name, self.links, LARGEST)? {

@@ -4,6 +4,7 @@
 //! final place by all threads at once, so the memory needed does not grow with the model.
 
 mod check;
+mod choice;
 mod elsewhere;
 mod files;
 mod matrices;
@@ -25,6 +26,7 @@ use std::sync::Arc;
 use serde_json::Value;
 
 pub use check::Checked;
+pub use choice::Choice;
 pub use moved::Moved;
 pub use subtract::Subtracted;
 pub use unmerge::Way;
@@ -33,6 +35,7 @@ pub use write::{Writing, Written};
 use crate::checkpoint::{Checkpoint, Links, read_small};
 use crate::error::Result;
 use crate::plan::{Adapter, Apply, Options, Plan};
+use crate::quantized;
 
 /// The longest `config.json` that is read, in bytes.
 const MAX_CONFIG: u64 = 16 << 20;
@@ -84,9 +87,14 @@ impl Merge {
         let base = Checkpoint::open_model(base, links)?;
         let folder = files::folder_of(&base_path);
         let model = read_small(&folder, files::MODEL_CONFIG, links, MAX_CONFIG)?;
-        let model: Option<Value> =
+        let mut model: Option<Value> =
             model.map(|bytes| files::parse(&folder.join(files::MODEL_CONFIG), &bytes)).transpose()?;
-        let plan = Plan::new(&base, &adapters, model.as_ref(), &options)?;
+        let (base, dequantized) = quantized::open(base, model.as_mut())?;
+        let mut plan = Plan::new(&base, &adapters, model.as_ref(), &options)?;
+        if let Some(note) = dequantized {
+            plan.config = plan.config.or(model);
+            plan.notes.insert(0, note);
+        }
         Ok(Self {
             base_path,
             base,
@@ -97,6 +105,12 @@ impl Merge {
             allow_nonfinite: options.allow_nonfinite,
             way: Way::Merged,
         })
+    }
+
+    /// Whether the base's weights are quantized, and the output has them dequantized.
+    #[must_use]
+    pub fn dequantizes(&self) -> bool {
+        self.base.is_made()
     }
 
     /// How it does that.

@@ -101,7 +101,7 @@ impl Merge {
         Ok(written)
     }
 
-    fn inputs(&self) -> work::Inputs<'_> {
+    pub(super) fn inputs(&self) -> work::Inputs<'_> {
         work::Inputs {
             base: &self.base,
             adapters: &self.adapters,

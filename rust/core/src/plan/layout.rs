@@ -13,7 +13,7 @@ use crate::dtype::Dtype;
 /// The base's files with `drafts` in their places; what the base lacks goes at the end of the last one, a head that was tied
 /// first.
 pub fn files(base: &Base, adapters: &[Adapter], mut drafts: Drafts, head: Option<&Tie>) -> Vec<File> {
-    let same_header = base.layers.is_none();
+    let same_header = base.layers.is_none() && !base.checkpoint.is_made();
     let empty = |name: &String| File { name: name.clone(), outputs: Vec::new(), same_header };
     let mut files: Vec<File> = base.checkpoint.files().iter().map(|shard| empty(&shard.name)).collect();
     let mut starts: HashMap<String, u64> = HashMap::new();
