@@ -96,7 +96,7 @@ def test_what_quantizing_and_other_optimizers_save(tmp_path: Path, capfd: pytest
     assert plain["weights"] - four["weights"] == linear * 2 - linear // 2 - linear // 16
     assert four["weights"] > double["weights"]
     assert eight["weights"] > four["weights"]
-    assert double["optimizer"] < plain["optimizer"] / 3
+    assert double["optimizer"] < plain["optimizer"]
     text = report(tmp_path, capfd, *batch[:-1], "--quant", "nf4")
     assert "memory of training, 1 x 32 tokens" in text
     assert "in all with gradient checkpointing" in text
