@@ -24,6 +24,8 @@ REPORTS := $(CACHE)/reports
 SOURCES = $(shell find rust python -name '*.rs' -o -name '*.py' -o -name '*.pyi' -o -name 'py.typed' -o -name 'Cargo.toml')
 VADER := $(CACHE)/data/vaderSentiment-3.3.2.tar.gz
 
+# Tests start many interpreters, each of which would compile the libraries anew.
+unexport PYTHONDONTWRITEBYTECODE
 export UV_PYTHON_DOWNLOADS := never
 export UV_NO_PROGRESS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
