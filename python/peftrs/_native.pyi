@@ -63,12 +63,14 @@ def write_adapter(
     tensors: Sequence[tuple[str, str, Sequence[int], object]],
     *,
     files: Mapping[str, bytes] | None = None,
+    notes: Mapping[str, str] | None = None,
     sync: bool = True,
 ) -> None:
     """Writes `adapter_config.json`, `adapter_model.safetensors` and `files` into `folder`, all or nothing.
 
     Each tensor is (name, dtype as safetensors spells it, shape, object with the buffer protocol over its contiguous bytes).
-    The folder is made if missing; other files in it are left alone. `sync` flushes to the disk before the names appear.
+    `notes` go into the metadata of the tensors' file. The folder is made if missing; other files in it are left alone. `sync`
+    flushes to the disk before the names appear.
     """
 
 def write_config(folder: str, config: str) -> None:

@@ -37,6 +37,9 @@ SURFACES = {
         "get_base_model_state_dict", "get_peft_model_state_dict", "load_peft_weights", "set_base_model_state_dict",
         "set_peft_model_state_dict",
     ],
+    "peft.utils.transformers_weight_conversion": [
+        "build_peft_weight_mapping", "convert_peft_adapter_state_dict_for_transformers", "convert_peft_config_for_transformers",
+    ],
     "peft.utils.merge_utils": [
         "calculate_majority_sign_mask", "dare_linear", "dare_ties", "disjoint_merge", "magnitude_based_pruning",
         "magnitude_prune", "prune", "random_pruning", "reshape_weight_task_tensors", "task_arithmetic", "ties",

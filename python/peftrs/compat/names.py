@@ -26,7 +26,10 @@ NAMES: dict[str, str] = {
     "AuxiliaryTrainingWrapper": "peftrs.core.replace:ReplacedModule",
     "ModulesToSaveWrapper": "peftrs.core.replace:ReplacedModule",
     **_in(FUNCTIONAL, "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
-    **_in("peftrs.compat.weight_conversion", "build_peft_weight_mapping"),
+    **_in(
+        "peftrs.compat.weight_conversion",
+        "build_peft_weight_mapping convert_peft_adapter_state_dict_for_transformers convert_peft_config_for_transformers",
+    ),
     **_in(
         OTHER,
         "BufferDict CONFIG_NAME DUMMY_MODEL_CONFIG DUMMY_TARGET_MODULES EMBEDDING_LAYER_NAMES INCLUDE_LINEAR_LAYERS_SHORTHAND "

@@ -132,7 +132,7 @@ def select(found: list[Place], config: TargetedConfig, output_layers: frozenset[
         layers_pattern=[pattern] if isinstance(pattern, str) else pattern,
         modules_to_save=config.modules_to_save,
         feedforward_modules=_in_order(getattr(config, "feedforward_modules", None)),
-        parameters=[f"{p.name}.{name}" for p in found for name in sorted(original(p.module)._parameters)] if parameters else [],
+        parameters=[f"{p.name}.{name}" for p in found for name in original(p.module)._parameters] if parameters else [],
         target_parameters=parameters,
         patterns={name: list(getattr(config, name) or {}) for name in config.pattern_fields},
     )

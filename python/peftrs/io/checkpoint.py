@@ -43,8 +43,8 @@ class Source(Protocol):
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU or where it lies."""
 
-    def original(self, name: str) -> str:
-        """What the tensor is called where it really comes from."""
+    def originals(self, name: str) -> tuple[str, ...]:
+        """What the tensor, or those that it is made of, are called where they really come from."""
 
     def read_all(self, names: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
         """These tensors by name, and the names of those that hold NaN or infinite values."""
@@ -56,6 +56,7 @@ class FileSource:
     def __init__(self, folder: str, *, model: bool = False) -> None:
         self.origin = folder if model else os.path.join(folder, WEIGHTS_NAME)
         self._file = _native.Checkpoint.model(folder, follow_links=True) if model else _native.Checkpoint.adapter(folder)
+        self.notes = self._file.metadata()
         self._described: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
 
     def __len__(self) -> int:
@@ -70,8 +71,8 @@ class FileSource:
             self._described = {name: (DTYPES[dtype], tuple(shape)) for name, dtype, shape in rows}
         return self._described
 
-    def original(self, name: str) -> str:
-        return name
+    def originals(self, name: str) -> tuple[str, ...]:
+        return (name,)
 
     def kinds(self) -> dict[str, str]:
         """What each layer seems to be, by its name and the shape of its weight."""
@@ -103,8 +104,8 @@ class MemorySource:
     def described(self) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
         return {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in self._tensors.items()}
 
-    def original(self, name: str) -> str:
-        return name
+    def originals(self, name: str) -> tuple[str, ...]:
+        return (name,)
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].detach()
@@ -145,8 +146,8 @@ class Renamed:
     def read(self, name: str) -> Tensor:
         return self._source.read(self._names[name])
 
-    def original(self, name: str) -> str:
-        return self._source.original(self._names[name])
+    def originals(self, name: str) -> tuple[str, ...]:
+        return self._source.originals(self._names[name])
 
     def read_all(self, names: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
         read, odd = self._source.read_all([self._names[name] for name in names])
@@ -195,8 +196,17 @@ def load_peft_weights(
     return {name: source.read(name).to(device) for name in source.described()}
 
 
-def write(folder: str | os.PathLike[str], config: str, tensors: Mapping[str, Tensor], files: Mapping[str, bytes]) -> None:
-    """Writes an adapter's config, weights and further files into a folder, all or nothing, synced to the disk."""
+def write(
+    folder: str | os.PathLike[str],
+    config: str,
+    tensors: Mapping[str, Tensor],
+    files: Mapping[str, bytes],
+    notes: Mapping[str, str] | None = None,
+) -> None:
+    """Writes an adapter's config, weights and further files into a folder, all or nothing, synced to the disk.
+
+    `notes` go into the metadata of the weights' file.
+    """
     rows, held = [], []
     for name, tensor in tensors.items():
         dtype = NAMES.get(tensor.dtype)
@@ -207,4 +217,4 @@ def write(folder: str | os.PathLike[str], config: str, tensors: Mapping[str, Ten
         plain = tensor.detach().cpu().contiguous()
         held.append(plain)
         rows.append((name, dtype, list(plain.shape), _memory(plain)))
-    _native.write_adapter(os.fspath(folder), config, rows, files=files)
+    _native.write_adapter(os.fspath(folder), config, rows, files=files, notes=notes)

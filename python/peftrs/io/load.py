@@ -57,10 +57,11 @@ class Match:
     def report(self, source: Source) -> LoadReport:
         """What is told of it when it has been loaded."""
         found = LoadReport([entry.name for entry in self.missing], self.unexpected)
-        names = {name: (source.original(name), entry.key if name != entry.name else name) for entry, name in self.pairs}
-        found.used = [old for old, new in names.values() if old == new]
-        found.remapped = {old: new for old, new in names.values() if old != new}
-        found.unused = [source.original(name) for name in source.described() if name not in names]
+        names = {name: entry.key if name != entry.name else name for entry, name in self.pairs}
+        pairs = [(old, new) for name, new in names.items() for old in source.originals(name)]
+        found.used = [old for old, new in pairs if old == new]
+        found.remapped = {old: new for old, new in pairs if old != new}
+        found.unused = [old for name in source.described() if name not in names for old in source.originals(name)]
         return found
 
 

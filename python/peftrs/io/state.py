@@ -16,8 +16,9 @@ from peftrs.core.plan import select
 from peftrs.core.tree import places
 from peftrs.errors import AdapterError, PeftrsWarning, complain, listed
 from peftrs.hub import cached_file
-from peftrs.io.checkpoint import MemorySource
+from peftrs.io.checkpoint import MemorySource, Source
 from peftrs.io.entries import Entry, embeddings, entries, plain
+from peftrs.io.experts import fused
 from peftrs.io.load import Incompatible, load
 
 EMBEDDING_LAYER_NAMES = ("embed_tokens", "lm_head")
@@ -123,7 +124,8 @@ def set_peft_model_state_dict(
     of the model which the adapter's config does not name.
     """
     config = config_of(model, adapter_name)
-    source = MemorySource(peft_model_state_dict, "the state dict")
+    source: Source = MemorySource(peft_model_state_dict, "the state dict")
+    source = fused(model, adapter_name, config, source)
     return load(model, adapter_name, config, source, strict=None, report=True, ignore_mismatched_sizes=ignore_mismatched_sizes)
 
 

@@ -26,6 +26,8 @@ from peftrs.core.tree import adapted_layers, wrappers
 from peftrs.errors import AdapterError, PeftrsWarning, listed
 from peftrs.hub import HUB_OPTIONS, local_folder
 from peftrs.io.checkpoint import WEIGHTS_NAME, FileSource, MemorySource, Renamed, Source
+from peftrs.io.experts import fused
+from peftrs.io.fingerprint import difference
 from peftrs.io.load import load
 from peftrs.model.attach import attach, peft_configs, whole_or_not
 from peftrs.model.padding import folded, padded, targeted
@@ -67,7 +69,10 @@ def hotswap_adapter(
     config = PeftConfig.from_pretrained(model_name_or_path, subfolder=kwargs.get("subfolder"), **hub)
     check_hotswap_configs_compatible(_current(model, adapter_name), config)
     folder = local_folder(model_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], kwargs.get("subfolder"), **hub)
-    source: Source = FileSource(folder)
+    file = FileSource(folder)
+    if text := difference(file.notes, _base(model)):
+        warnings.warn(f"{file.origin}: {text}", PeftrsWarning, stacklevel=2)
+    source: Source = file
     if kwargs.get("key_mapping"):
         source = Renamed(source, kwargs["key_mapping"])
     _swap(model, adapter_name, config, source, None)
@@ -119,7 +124,7 @@ def _swap(model: nn.Module, adapter: str, config: PeftConfig, source: Source, na
     incoming = changed(cast(TargetedConfig, config), {"inference_mode": configs[adapter].inference_mode})
     with whole_or_not(base):
         attach(base, incoming, INCOMING, low_cpu_mem_usage=True, names=names, strict=False)
-        load(root, INCOMING, incoming, source, strict=True)
+        load(root, INCOMING, incoming, fused(root, INCOMING, incoming, source), strict=True)
         if fixed and (faults := _faults(base, adapter)):
             more = f"; and {len(faults) - 4} more" if len(faults) > 4 else ""
             raise AdapterError(

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Self, cast
 
+import torch
 from torch import Tensor, nn
 
 from peftrs.bases.sharded import reshard
 from peftrs.config import CONFIG_NAME, PeftConfig, PeftType, TargetedConfig
 from peftrs.core import manage
 from peftrs.core.inject import activation
-from peftrs.errors import AdapterError, ConfigError, Strict, TargetError
+from peftrs.errors import AdapterError, ConfigError, PeftrsWarning, Strict, TargetError
 from peftrs.hub import HUB_OPTIONS, local_folder
 from peftrs.io.checkpoint import WEIGHTS_NAME, FileSource, Renamed, Source
+from peftrs.io.experts import fused
+from peftrs.io.fingerprint import difference
 from peftrs.io.load import LoadReport, load
 from peftrs.model import saving, status
 from peftrs.model.attach import attach, whole_or_not
@@ -200,13 +204,17 @@ class PeftModel(Prompting, nn.Module):
         save_embedding_layers: bool | Literal["auto"] = "auto",
         is_main_process: bool = True,
         path_initial_model_for_weight_conversion: str | None = None,
+        *,
+        dtype: str | torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         """Writes the adapter "default" into the folder, others (or those selected) into folders of their names in it.
 
         `state_dict=` gives the model's tensors, gathered elsewhere. `path_initial_model_for_weight_conversion` is the folder of the
         same adapter as it was before training (PiSSA, OLoRA): then what is written is a plain LoRA of twice the rank. Only the main
-        process writes. Raises `AdapterError` for unknown names, or for `safe_serialization=False`: pickles are not written.
+        process writes. `dtype` is what floating-point tensors are written in, "auto" for what the model itself is in; by default
+        what they are. A fingerprint of the model goes into the file, by which loading tells another one. Raises `AdapterError` for
+        unknown names, or for `safe_serialization=False`: pickles are not written.
         """
         saving.save(
             self,
@@ -217,6 +225,7 @@ class PeftModel(Prompting, nn.Module):
             is_main_process=is_main_process,
             initial=path_initial_model_for_weight_conversion,
             state_dict=cast("Mapping[str, Tensor] | None", kwargs.pop("state_dict", None)),
+            dtype=dtype,
         )
 
     def create_or_update_model_card(self, output_dir: str | os.PathLike[str]) -> None:
@@ -300,12 +309,16 @@ class PeftModel(Prompting, nn.Module):
     ) -> LoadReport:
         hub = {key: value for key, value in options.items() if key in HUB_OPTIONS}
         folder = local_folder(model_id, [CONFIG_NAME, WEIGHTS_NAME], options.get("subfolder"), **hub)
-        source: Source = FileSource(folder)
+        file = FileSource(folder)
+        if text := difference(file.notes, self.get_base_model()):
+            warnings.warn(f"{file.origin}: {text}", PeftrsWarning, stacklevel=3)
+        source: Source = file
         if key_mapping is None:
             key_mapping = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
         if key_mapping:
             source = Renamed(source, key_mapping)
-        report = load(self, adapter, cast(TargetedConfig, self.peft_config[adapter]), source, strict=strict)
+        config = cast(TargetedConfig, self.peft_config[adapter])
+        report = load(self, adapter, config, fused(self, adapter, config, source), strict=strict)
         self.load_reports[adapter] = report
         return report
 

@@ -20,6 +20,7 @@ from peftrs.core.plan import ALL_LINEAR, Plan
 from peftrs.core.tree import Place, original, places
 from peftrs.errors import ConfigError, PeftrsWarning, Strict
 from peftrs.model.defaults import FEEDFORWARD, SKIPPED, SKIPPING, TARGETS
+from peftrs.model.experts import converted
 
 CLASSIFIERS = ("score", "classifier")
 HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
@@ -87,6 +88,8 @@ def make_plan(
     settled = settle(model, config, method)
     found = list(places(model))
     modules = [place.name for place in found]
+    if names is None:
+        settled |= converted(config, settled.get("target_modules", config.target_modules), model, found)
     planned = changed(config, settled)
     heads = heads or HEADS.get(str(config.task_type), ())
     if heads:

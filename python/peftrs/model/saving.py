@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from peftrs.config import PeftConfig, PeftType, TaskType
-from peftrs.errors import AdapterError
+from peftrs.core.tree import original, places
+from peftrs.errors import AdapterError, listed
 from peftrs.io.card import CARD_NAME, card
-from peftrs.io.checkpoint import write
+from peftrs.io.checkpoint import is_finite, write
+from peftrs.io.fingerprint import KEY, fingerprint
+from peftrs.io.load import FLOATS
 from peftrs.io.state import collect
 from peftrs.model.convert import to_plain
 
@@ -34,16 +39,19 @@ def save(
     is_main_process: bool,
     initial: str | None,
     state_dict: Mapping[str, Tensor] | None,
+    dtype: str | torch.dtype | None = None,
 ) -> None:
     """Writes adapters and the card; see `PeftModel.save_pretrained`."""
     if not safe_serialization:
         raise AdapterError("`safe_serialization=False`: peftrs writes safetensors only, since loading a pickle runs what is in it")
     if os.path.isfile(folder):
         raise AdapterError(f"{os.fspath(folder)}: is a file; an adapter is saved into a folder")
+    chosen = chosen_dtype(dtype, model.get_base_model())
     known = model.peft_config
     names = list(known) if selected is None else list(selected)
     if unknown := [name for name in names if name not in known]:
         raise AdapterError(f"You passed an invalid `selected_adapters`: {unknown} are not among {list(known)}")
+    recorded = fingerprint(model.get_base_model()) if is_main_process else None
     for name in names:
         tensors = collect(model, state_dict, name, save_embedding_layers, keep=is_main_process)
         if not is_main_process:
@@ -54,9 +62,42 @@ def save(
             tensors, config = to_plain(tensors, config, initial)
         target = Path(folder) if name == DEFAULT else Path(folder) / name
         files = {CARD_NAME: card_text(model, folder).encode()} if name == DEFAULT else {}
-        write(target, config.to_json(), tensors, files)
+        notes = {} if recorded is None else {KEY: recorded}
+        write(target, config.to_json(), in_dtype(tensors, chosen), files, notes)
     if is_main_process and DEFAULT not in names:
         write_card(model, folder)
+
+
+def chosen_dtype(dtype: str | torch.dtype | None, base: nn.Module) -> torch.dtype | None:
+    """The dtype to write in: the one named, with "auto" the one that most of the model itself is in, or None to keep what is.
+
+    Raises `AdapterError` for what is no floating-point dtype of adapters' files.
+    """
+    if dtype is None or isinstance(dtype, torch.dtype):
+        found = dtype
+    elif dtype == "auto":
+        counts: Counter[torch.dtype] = Counter()
+        for place in places(base):
+            for parameter in original(place.module)._parameters.values():
+                if parameter is not None and parameter.dtype in FLOATS:
+                    counts[parameter.dtype] += parameter.numel()
+        found = counts.most_common(1)[0][0] if counts else None
+    else:
+        found = getattr(torch, dtype.removeprefix("torch."), None)
+    if dtype is not None and dtype != "auto" and found not in FLOATS:
+        raise AdapterError(f"dtype={dtype!r} is not one that adapters are saved in: {', '.join(map(str, sorted(FLOATS, key=str)))}")
+    return found
+
+
+def in_dtype(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The tensors in another floating-point dtype. Raises `AdapterError` for values that are too large for it."""
+    if dtype is None:
+        return tensors
+    cast_to = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    lost = [name for name, tensor in cast_to.items() if not is_finite(tensor) and is_finite(tensors[name])]
+    if lost:
+        raise AdapterError(f"{dtype} cannot hold the values of {listed(lost, 4)}; hint: save in bfloat16 or float32")
+    return cast_to
 
 
 def written(base: nn.Module, config: PeftConfig) -> PeftConfig:

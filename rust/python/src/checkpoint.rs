@@ -164,18 +164,21 @@ pub fn write_config(py: Python<'_>, folder: PathBuf, config: &str) -> PyResult<(
 
 /// Writes an adapter's folder; see [`writer::write_adapter`].
 #[pyfunction]
-#[pyo3(signature = (folder, config, tensors, *, files = None, sync = true))]
+#[pyo3(signature = (folder, config, tensors, *, files = None, notes = None, sync = true))]
 pub fn write_adapter(
     py: Python<'_>,
     folder: PathBuf,
     config: &str,
     tensors: Vec<(String, String, Vec<usize>, Bound<'_, PyAny>)>,
     files: Option<BTreeMap<String, Vec<u8>>>,
+    notes: Option<BTreeMap<String, String>>,
     sync: bool,
 ) -> PyResult<()> {
     let given = tensors.into_iter().map(|tensor| Given::new(py, &folder, tensor)).collect::<PyResult<Vec<_>>>()?;
     let tensors: Vec<Tensor<'_>> = given.iter().map(Given::tensor).collect();
     let files = files.unwrap_or_default();
     let files: Vec<(&str, &[u8])> = files.iter().map(|(name, bytes)| (name.as_str(), bytes.as_slice())).collect();
-    run(py, || writer::write_adapter(&Disk, &folder, config, &tensors, &files, sync))
+    let notes = notes.unwrap_or_default();
+    let notes: Vec<(&str, &str)> = notes.iter().map(|(key, note)| (key.as_str(), note.as_str())).collect();
+    run(py, || writer::write_adapter(&Disk, &folder, config, &tensors, &files, &notes, sync))
 }

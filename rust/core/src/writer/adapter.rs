@@ -14,13 +14,15 @@ use crate::error::{Error, Result, show_name};
 /// Everything is checked and on the disk under temporary names before the first file appears. Files that were there
 /// keep their mode, links are replaced, other files are left alone. The same input gives the same bytes. The weights
 /// carry the config's digest and appear before it, so that a save which is cut short between the two is noticed by
-/// [`crate::checkpoint::Checkpoint::open_adapter`]. `sync` flushes to the disk before the names appear.
+/// [`crate::checkpoint::Checkpoint::open_adapter`], and what `notes` say in their metadata. `sync` flushes to the disk
+/// before the names appear.
 pub fn write_adapter(
     storage: &dyn Storage,
     folder: &Path,
     config: &str,
     tensors: &[Tensor<'_>],
     files: &[(&str, &[u8])],
+    notes: &[(&str, &str)],
     sync: bool,
 ) -> Result<()> {
     check_files(folder, files)?;
@@ -28,7 +30,7 @@ pub fn write_adapter(
     // The widest elements first, as every tensor then starts at a multiple of its elements' size.
     tensors.sort_by(|a, b| b.dtype.size().cmp(&a.dtype.size()).then_with(|| a.name.cmp(b.name)));
     let weights = folder.join(ADAPTER_WEIGHTS);
-    let header = weights_header(&tensors, config).map_err(|reason| Error::checkpoint(&weights, reason))?;
+    let header = weights_header(&tensors, config, notes).map_err(|reason| Error::checkpoint(&weights, reason))?;
     let mut made = MadeFolders::create(storage, folder)?;
     let parts: Vec<&[u8]> =
         std::iter::once(header.as_slice()).chain(tensors.iter().map(|tensor| tensor.data)).collect();
@@ -79,12 +81,17 @@ fn write_one<'a>(
     Ok(file)
 }
 
-fn weights_header(tensors: &[Tensor<'_>], config: &str) -> Result<Vec<u8>, String> {
-    let metadata = BTreeMap::from([
+fn weights_header(tensors: &[Tensor<'_>], config: &str, notes: &[(&str, &str)]) -> Result<Vec<u8>, String> {
+    let mut metadata = BTreeMap::from([
         // transformers refuses weights that do not say whose tensors they are.
         ("format".to_owned(), "pt".to_owned()),
         (CONFIG_DIGEST.to_owned(), digest(config.as_bytes())),
     ]);
+    for (key, note) in notes {
+        if metadata.insert((*key).to_owned(), (*note).to_owned()).is_some() {
+            return Err(format!("the metadata's `{}` is not for notes", show_name(key)));
+        }
+    }
     let described: Vec<_> = tensors.iter().map(|tensor| (tensor.name, tensor.dtype, tensor.shape)).collect();
     let header = lay_out(&described, &metadata)?;
     for tensor in tensors {

@@ -86,8 +86,8 @@ fn a_save_cut_short_between_its_renames_is_noticed() {
     let folder = tempdir().unwrap();
     let (old, new) = (folder.path().join("old"), folder.path().join("new"));
     let tensor = |data| Tensor { name: "a", dtype: Dtype::F16, shape: &[1], data };
-    write_adapter(&Disk, &old, "{\"r\": 1}", &[tensor(b"11")], &[], false).unwrap();
-    write_adapter(&Disk, &new, "{\"r\": 2}", &[tensor(b"22")], &[], false).unwrap();
+    write_adapter(&Disk, &old, "{\"r\": 1}", &[tensor(b"11")], &[], &[], false).unwrap();
+    write_adapter(&Disk, &new, "{\"r\": 2}", &[tensor(b"22")], &[], &[], false).unwrap();
     std::fs::copy(new.join(ADAPTER_WEIGHTS), old.join(ADAPTER_WEIGHTS)).unwrap();
     let left = old.join(format!("{ADAPTER_CONFIG}.tmp-0123456789abcdef"));
     std::fs::copy(new.join(ADAPTER_CONFIG), &left).unwrap();

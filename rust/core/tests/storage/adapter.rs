@@ -19,7 +19,7 @@ fn config(version: u8) -> String {
 fn save(storage: &dyn Storage, version: u8, sync: bool) -> Result<()> {
     let data = vec![version; 96];
     let tensor = Tensor { name: "t", dtype: Dtype::BF16, shape: &[48], data: &data };
-    write_adapter(storage, Path::new(FOLDER), &config(version), &[tensor], &[("README.md", b"text")], sync)
+    write_adapter(storage, Path::new(FOLDER), &config(version), &[tensor], &[("README.md", b"text")], &[], sync)
 }
 
 /// A file system without the adapter or with its first version, beside a file of someone else's.

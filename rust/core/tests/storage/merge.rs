@@ -62,7 +62,7 @@ fn inputs() -> tempfile::TempDir {
         })
         .collect();
     let config = r#"{"peft_type": "LORA", "r": 1, "lora_alpha": 2, "target_modules": ["q"], "bias": "none"}"#;
-    write_adapter(&Disk, &folder.path().join("adapter"), config, &tensors, &[], false).unwrap();
+    write_adapter(&Disk, &folder.path().join("adapter"), config, &tensors, &[], &[], false).unwrap();
     folder
 }
 

@@ -32,11 +32,25 @@ fn other_files_stay() {
 #[test]
 fn the_weights_say_whose_they_are_and_of_which_config() {
     let folder = tempdir().unwrap();
-    write_adapter(&Disk, folder.path(), "{}", &[], &[], false).unwrap();
+    write_adapter(&Disk, folder.path(), "{}", &[], &[], &[], false).unwrap();
     let checkpoint = Checkpoint::open_adapter(folder.path(), Links::Confined).unwrap();
     let digest = "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a";
     let expected = [("config_sha256", digest), ("format", "pt")].map(|(key, value)| (key.to_owned(), value.to_owned()));
     assert_eq!(checkpoint.metadata(), &BTreeMap::from(expected));
+}
+
+#[test]
+fn notes_stand_beside_them_and_cannot_take_their_names() {
+    let folder = tempdir().unwrap();
+    write_adapter(&Disk, folder.path(), "{}", &[], &[], &[("base", "{\"a\": \"é\"}")], false).unwrap();
+    let checkpoint = Checkpoint::open_adapter(folder.path(), Links::Confined).unwrap();
+    assert_eq!(checkpoint.metadata()["base"], "{\"a\": \"é\"}");
+    assert_eq!(checkpoint.metadata().len(), 3);
+    for key in ["format", "config_sha256"] {
+        let error = write_adapter(&Disk, &folder.path().join("new"), "{}", &[], &[], &[(key, "x")], false).unwrap_err();
+        assert!(error.to_string().contains(&format!("`{key}` is not for notes")), "{error}");
+    }
+    assert_eq!(names(folder.path()), [ADAPTER_CONFIG, ADAPTER_WEIGHTS]);
 }
 
 fn shape(elements: usize) -> [usize; 1] {
@@ -59,10 +73,10 @@ proptest! {
         };
         let mut list: Vec<Tensor<'_>> =
             tensors.iter().map(|(name, of)| (name.as_str(), of)).zip(shapes.iter().map(<[usize; 1]>::as_slice)).map(given).collect();
-        write_adapter(&Disk, &folder.path().join("a"), "{}", &list, &[], false).unwrap();
+        write_adapter(&Disk, &folder.path().join("a"), "{}", &list, &[], &[], false).unwrap();
         let turn = usize::try_from(seed % list.len() as u64).unwrap();
         list.rotate_left(turn);
-        write_adapter(&Disk, &folder.path().join("b"), "{}", &list, &[], false).unwrap();
+        write_adapter(&Disk, &folder.path().join("b"), "{}", &list, &[], &[], false).unwrap();
         let bytes = |name: &str| std::fs::read(folder.path().join(name).join(ADAPTER_WEIGHTS)).unwrap();
         prop_assert!(bytes("a") == bytes("b"));
         let checkpoint = Checkpoint::open_adapter(&folder.path().join("a"), Links::Confined).unwrap();
@@ -96,7 +110,7 @@ fn input_that_does_not_fit_is_refused_and_nothing_is_made() {
         (vec![], vec![(ADAPTER_CONFIG, &four[..])], "would be written twice"),
         (vec![], vec![("a", &four[..]), ("a", &four[..])], "`a` would be written twice"),
     ] {
-        let message = write_adapter(&Disk, &adapter, "{}", &tensors, &files, false).unwrap_err().to_string();
+        let message = write_adapter(&Disk, &adapter, "{}", &tensors, &files, &[], false).unwrap_err().to_string();
         assert!(message.starts_with(&*adapter.to_string_lossy()) && message.contains(wanted), "{message}");
         assert_eq!(names(folder.path()), Vec::<String>::new());
     }

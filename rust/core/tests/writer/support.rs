@@ -17,7 +17,7 @@ pub fn config(version: u8) -> String {
 pub fn save(folder: &Path, version: u8, sync: bool) -> Result<()> {
     let data = vec![version; ELEMENTS * 2];
     let tensor = Tensor { name: "t", dtype: Dtype::BF16, shape: &[ELEMENTS], data: &data };
-    write_adapter(&Disk, folder, &config(version), &[tensor], &[("README.md", b"text")], sync)
+    write_adapter(&Disk, folder, &config(version), &[tensor], &[("README.md", b"text")], &[], sync)
 }
 
 /// The version of the weights in `folder`, which have to be whole.
