@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +213,7 @@ def test_what_is_not_read_is_named_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_transformers_saved_in_four_bits(tmp_path: Path) -> None:
+def test_a_model_that_transformers_saved_in_four_bits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """From a quantized model and its adapter in memory to floats on the disk that answer the same."""
     pytest.importorskip("bitsandbytes")
     import transformers
@@ -240,3 +241,40 @@ def test_a_model_that_transformers_saved_in_four_bits(tmp_path: Path) -> None:
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", torch_dtype=torch.float32)
     assert not hasattr(plain.config, "quantization_config")
     assert (tiny.logits(plain) - wanted).abs().max() < 1e-4 * wanted.abs().max()
+    # Into the model that was quantized, with what either choice is off by.
+    base, original, folder = (str(tmp_path / name) for name in ("base", "original", "adapter"))
+    capfd.readouterr()
+    options = ["--original", original, "--base", "original"]
+    assert merge_main([base, folder, "-o", str(tmp_path / "chosen"), *options]) == 0
+    told = re.search(r"by ([0-9.]+) % of the change with --base dequantized, by ([0-9.]+) %", capfd.readouterr().err)
+    assert told is not None
+    update, lost = [], []
+    for name, layer in model.named_modules():
+        if name.endswith("_proj"):
+            weight = quantized_weight(layer.base_layer)
+            update.append(layer.get_delta_weight("default"))
+            lost.append(plain_weight(tmp_path / "original", name) - weight)
+    share = [sum(float(one.square().sum()) for one in found) for found in (lost, update)]
+    assert float(told[2]) == pytest.approx(100 * (share[0] / share[1]) ** 0.5, rel=1e-3)
+    assert float(told[1]) < 1e-3
+    assert merge_main([original, folder, "-o", str(tmp_path / "plain")]) == 0
+    chosen, direct = (load_file(tmp_path / name / "model.safetensors") for name in ("chosen", "plain"))
+    assert all(torch.equal(chosen[name], direct[name]) for name in direct)
+    for arguments, message in (
+        ([base, folder, "--base", "original"], "--base original needs --original"),
+        ([original, folder, "--original", original], "BASE is not quantized"),
+        ([base, folder, "--base", "other"], "--base is `original` or `dequantized`"),
+    ):
+        assert merge_main([*arguments, "-o", str(tmp_path / "no")]) == 1
+        assert message in capfd.readouterr().err
+
+
+def quantized_weight(layer: Any) -> Tensor:
+    import bitsandbytes
+
+    found: Tensor = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    return found
+
+
+def plain_weight(folder: Path, name: str) -> Tensor:
+    return load_file(folder / "model.safetensors")[f"{name.removeprefix('base_model.model.')}.weight"]
