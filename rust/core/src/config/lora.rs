@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::MAX_SIZE;
 use super::fields::{Fields, integer, integers, number};
 use crate::error::{Error, Result, show_name};
-use crate::pattern::{Keys, Role};
+use crate::pattern::{Budget, Keys, Role};
 
 /// The most layers that replication may make.
 const MAX_LAYERS: i64 = 16_384;
@@ -62,8 +62,8 @@ pub struct LoraFields {
     pub layer_replication: Option<Vec<(usize, usize)>>,
     /// Which of the variants' fields are set: each changes what the tensors mean.
     pub variants: Vec<&'static str>,
-    rank_keys: OnceLock<Keys>,
-    alpha_keys: OnceLock<Keys>,
+    rank_keys: OnceLock<(Keys, Budget)>,
+    alpha_keys: OnceLock<(Keys, Budget)>,
 }
 
 impl LoraFields {
@@ -110,20 +110,21 @@ impl LoraFields {
 
 fn lookup<'a, T>(
     pattern: &'a [(String, T)],
-    keys: &OnceLock<Keys>,
+    keys: &OnceLock<(Keys, Budget)>,
     field: &str,
     module: &str,
 ) -> Result<Option<&'a T>> {
     if pattern.is_empty() {
         return Ok(None);
     }
-    let compiled = if let Some(compiled) = keys.get() {
+    let (compiled, budget) = if let Some(compiled) = keys.get() {
         compiled
     } else {
-        let compiled = Keys::new(field, pattern.iter().map(|(key, _)| key.as_str()), Role::Suffix)?;
-        keys.get_or_init(|| compiled)
+        let budget = Budget::default();
+        let compiled = Keys::new(field, pattern.iter().map(|(key, _)| key.as_str()), Role::Suffix, &budget)?;
+        keys.get_or_init(|| (compiled, budget))
     };
-    Ok(compiled.first(module)?.and_then(|index| pattern.get(index)).map(|(_, value)| value))
+    Ok(compiled.first(module, budget)?.and_then(|index| pattern.get(index)).map(|(_, value)| value))
 }
 
 /// The sub-configs, which are kept unread, and the number of them that change what the tensors mean.

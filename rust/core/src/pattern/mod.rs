@@ -7,15 +7,18 @@
 mod emit;
 mod escape;
 mod flags;
+mod keys;
 mod parse;
 mod plain;
 mod syntax;
+mod texts;
 
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result, show_name};
+pub use keys::Keys;
 use parse::Fault;
 use plain::Plain;
 
@@ -99,8 +102,8 @@ pub struct Pattern {
 struct Engine {
     /// What every simple name that matches ends with.
     tail: String,
-    /// What every simple name that matches holds.
-    text: String,
+    /// Texts of which every simple name that matches holds one; none if there is no telling.
+    texts: Vec<String>,
     /// For simple names.
     linear: Option<regex::Regex>,
     /// For all names.
@@ -132,7 +135,7 @@ impl Pattern {
             return Ok(if self.role == Role::Subtree { plain.within(text) } else { plain.ends(text) });
         }
         let engine = self.engine(budget)?;
-        if simple && !(text.ends_with(&engine.tail) && text.contains(&engine.text)) {
+        if simple && !(text.ends_with(&engine.tail) && engine.holds(text)) {
             return Ok(false);
         }
         match &engine.linear {
@@ -141,6 +144,15 @@ impl Pattern {
                 let full = self.full(engine, budget)?;
                 self.spend(budget, || full.is_match(text))?.map_err(|error| self.failed(&error))
             }
+        }
+    }
+
+    /// Texts of which every simple name that matches holds one; none if there is no telling.
+    fn texts(&self) -> Vec<String> {
+        match (&self.plain, self.engine.get()) {
+            (Some(plain), _) => vec![plain.longest_text()],
+            (None, Some(engine)) => engine.texts.clone(),
+            (None, None) => Vec::new(),
         }
     }
 
@@ -205,6 +217,11 @@ impl Pattern {
 }
 
 impl Engine {
+    /// Whether a simple name holds one of the texts, where looking is quicker than matching.
+    fn holds(&self, name: &str) -> bool {
+        !(1..=2).contains(&self.texts.len()) || self.texts.iter().any(|text| name.contains(text))
+    }
+
     fn new(source: &str, role: Role) -> Result<Self, String> {
         let tree = parse::parse(&role.wrap(source)).map_err(|fault| match fault {
             Fault::Malformed(reason) => format!("is malformed: {reason}"),
@@ -221,39 +238,12 @@ impl Engine {
         });
         Ok(Self {
             tail,
-            text: tree.node.longest_text(),
+            texts: tree.node.texts(),
             linear: linear.transpose()?,
             full: OnceLock::new(),
             spelling: anchored(&emit::full(&tree.node)),
             index_group: tree.names.get("idx").copied(),
         })
-    }
-}
-
-/// Keys of one field, of which the first that matches counts.
-#[derive(Debug)]
-pub struct Keys {
-    patterns: Vec<Pattern>,
-    budget: Budget,
-}
-
-impl Keys {
-    /// Keys of `field` in the order of the file.
-    pub fn new<'a>(field: &str, keys: impl IntoIterator<Item = &'a str>, role: Role) -> Result<Self> {
-        let budget = Budget::default();
-        let patterns = keys.into_iter().map(|key| Pattern::new(field, key, role, &budget)).collect::<Result<_>>()?;
-        Ok(Self { patterns, budget })
-    }
-
-    /// The index of the first key that matches the name.
-    pub fn first(&self, name: &str) -> Result<Option<usize>> {
-        let name = Name::new(name);
-        for (index, pattern) in self.patterns.iter().enumerate() {
-            if pattern.is_match(name, &self.budget)? {
-                return Ok(Some(index));
-            }
-        }
-        Ok(None)
     }
 }
 

@@ -27,6 +27,13 @@ impl Plain {
         (!bytes.is_empty()).then_some(Self { anchored, bytes })
     }
 
+    /// The longest part of the text without characters that may be any; empty if all may be.
+    pub fn longest_text(&self) -> String {
+        let parts = self.bytes.split(|&byte| byte == 0);
+        let longest = parts.max_by_key(|part| part.len()).unwrap_or_default();
+        longest.iter().map(|&byte| char::from(byte)).collect()
+    }
+
     /// Whether the name is this text, or ends in it after a dot.
     pub fn ends(&self, name: &str) -> bool {
         let name = name.as_bytes();

@@ -132,30 +132,6 @@ impl Node {
         reversed.chars().rev().collect()
     }
 
-    /// The longest text that every match has somewhere, for the same purpose.
-    pub fn longest_text(&self) -> String {
-        let mut run = String::new();
-        let mut longest = String::new();
-        self.walk_texts(&mut run, &mut longest);
-        if run.len() > longest.len() { run } else { longest }
-    }
-
-    /// Adds single characters to `run`, and starts it anew where what follows is not certain.
-    fn walk_texts(&self, run: &mut String, longest: &mut String) {
-        match self {
-            Self::Set(set) if set.single().is_some() => run.extend(set.single()),
-            Self::Anchor(_) | Self::Look { .. } => {}
-            Self::Concat(nodes) => nodes.iter().for_each(|node| node.walk_texts(run, longest)),
-            Self::Group(_, node) | Self::Atomic(node) => node.walk_texts(run, longest),
-            _ => {
-                if run.len() > longest.len() {
-                    std::mem::swap(run, longest);
-                }
-                run.clear();
-            }
-        }
-    }
-
     /// Adds the last characters, last first; false if what precedes them is not certain.
     fn push_tail(&self, reversed: &mut String) -> bool {
         match self {

@@ -155,3 +155,64 @@ proptest! {
         }
     }
 }
+
+fn texts(pattern: &str) -> Vec<String> {
+    let mut texts = parse::parse(pattern).map_err(|_| ()).unwrap().node.texts();
+    texts.sort_unstable();
+    texts
+}
+
+#[test]
+fn texts_that_a_name_needs_are_found() {
+    for (pattern, expected) in [
+        (
+            r"model\.layers\.(3|1003)\.mlp\.(up|down)_proj",
+            &[
+                "model.layers.1003.mlp.down_proj",
+                "model.layers.1003.mlp.up_proj",
+                "model.layers.3.mlp.down_proj",
+                "model.layers.3.mlp.up_proj",
+            ] as &[&str],
+        ),
+        (r".*layers\.7\..*self_attn\.q_proj", &["layers.7."]),
+        (r".*[qv]_proj", &["q_proj", "v_proj"]),
+        (r"(?i)q", &["Q", "q"]),
+        (r"x?(?!lm)head", &["head", "xhead"]),
+        (r"layers\.\d+\.(?:attn|.*)\.out", &["layers."]),
+        (
+            r"[abcdefghij][abcdefghij]end",
+            &["aend", "bend", "cend", "dend", "eend", "fend", "gend", "hend", "iend", "jend"],
+        ),
+        (r"a|b.*", &[]),
+        (r"[^a]\w.?", &[]),
+        ("é", &[]),
+    ] {
+        assert_eq!(texts(pattern), expected, "{pattern}");
+    }
+    assert!(texts(&"a".repeat(1000)).iter().all(|text| text.len() <= 65));
+}
+
+#[test]
+fn many_keys_match_as_each_does_alone() {
+    let forms: [fn(usize) -> String; 8] = [
+        |layer| format!(r"model\.layers\.{layer}\.attn\.(q|k)_proj"),
+        |layer| format!(r".*layers\.{layer}\..*proj"),
+        |layer| format!(r"layers.{layer}.mlp.up"),
+        |layer| format!(r"(?:{layer}|1{layer})\.[a-z_.]+"),
+        |layer| format!(r"(?!.*mlp).*\.{layer}\.\w+\.q_proj"),
+        |layer| format!(r"^model.layers.{layer}"),
+        |_| r".*".to_owned(),
+        |layer| format!(r"(\w+)\.{layer}\.é?.*"),
+    ];
+    let keys: Vec<String> = forms.iter().flat_map(|form| (0..4).map(form)).collect();
+    let names = (0..14).flat_map(|layer| {
+        ["attn.q_proj", "attn.k_proj", "mlp.up", "", "é"].map(|end| format!("model.layers.{layer}.{end}"))
+    });
+    let budget = Budget::default();
+    let together = Keys::new("rank_pattern", keys.iter().map(String::as_str), Role::Suffix, &budget).unwrap();
+    for name in names.chain(["layers.1.mlp.up".to_owned(), "model.layers.1\n".to_owned()]) {
+        let alone: Vec<usize> = (0..keys.len()).filter(|&key| is_match(&keys[key], Role::Suffix, &name)).collect();
+        assert_eq!(together.matches(&name, &budget).unwrap(), alone, "{name:?}");
+        assert_eq!(together.first(&name, &budget).unwrap(), alone.first().copied());
+    }
+}

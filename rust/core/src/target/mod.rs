@@ -11,7 +11,7 @@ mod suffixes;
 
 use crate::config::Names;
 use crate::error::Result;
-use crate::pattern::{Budget, Name, Pattern, Role};
+use crate::pattern::{Budget, Keys, Name, Pattern, Role};
 use layers::Layers;
 use list::{Hit, List};
 use nearest::Nearest;
@@ -238,20 +238,15 @@ fn select_feedforward(
 
 /// Looks up the keys of one field for everything selected.
 fn look_up(field: &str, keys: &[String], budget: &Budget, selection: &mut Selection) -> Result<()> {
-    let patterns: Vec<Pattern> =
-        keys.iter().map(|key| Pattern::new(field, key, Role::Suffix, budget)).collect::<Result<_>>()?;
+    let patterns = Keys::new(field, keys.iter().map(String::as_str), Role::Suffix, budget)?;
     let mut counts = vec![0; keys.len()];
     let mut first = Vec::with_capacity(selection.targets.len() + selection.parameters.len());
     for name in selection.targets.iter().chain(&selection.parameters) {
-        let name = Name::new(name);
-        let mut found = None;
-        for ((index, pattern), count) in patterns.iter().enumerate().zip(&mut counts) {
-            if pattern.is_match(name, budget)? {
-                *count += 1;
-                found = found.or(Some(index));
-            }
+        let found = patterns.matches(name, budget)?;
+        for &index in &found {
+            counts.get_mut(index).into_iter().for_each(|count| *count += 1);
         }
-        first.push(found);
+        first.push(found.first().copied());
     }
     let mut nearest = Nearest::new(&selection.targets);
     let rows = keys.iter().zip(counts).map(|(key, count)| row(field, key, count, nearest.end(key, count)));
