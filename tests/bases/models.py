@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -42,6 +44,8 @@ def write(folder: Path) -> None:
 
 def load(folder: Path, kind: str | None, dtype: torch.dtype = torch.float32) -> Any:
     """The model, quantized if a kind is given; not every transformers quantizes by HQQ, whose layers are put in here."""
+    if kind is not None:
+        pytest.importorskip({"nf4": "bitsandbytes", "int8": "bitsandbytes"}.get(kind, kind))
     if kind == "hqq":
         model = load(folder, None, dtype)
         for name, layer in list(model.model.named_modules()):
@@ -50,5 +54,6 @@ def load(folder: Path, kind: str | None, dtype: torch.dtype = torch.float32) -> 
                 setattr(model.model.get_submodule(parent), last, hqq(4, dtype)(layer))
         model.hqq_quantized = model.is_quantized = True
         return model
-    options = {} if kind is None else {"quantization_config": settings(kind), "device_map": "cpu"}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    options: dict[str, Any] = {} if kind is None else {"quantization_config": settings(kind), "device_map": "cpu"}
+    options["dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"] = dtype
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
