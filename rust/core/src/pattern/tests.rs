@@ -211,7 +211,8 @@ fn many_keys_match_as_each_does_alone() {
     let budget = Budget::default();
     let together = Keys::new("rank_pattern", keys.iter().map(String::as_str), Role::Suffix, &budget).unwrap();
     for name in names.chain(["layers.1.mlp.up".to_owned(), "model.layers.1\n".to_owned()]) {
-        let alone: Vec<usize> = (0..keys.len()).filter(|&key| is_match(&keys[key], Role::Suffix, &name)).collect();
+        let alone = keys.iter().enumerate().filter(|(_, key)| is_match(key, Role::Suffix, &name));
+        let alone: Vec<usize> = alone.map(|(index, _)| index).collect();
         assert_eq!(together.matches(&name, &budget).unwrap(), alone, "{name:?}");
         assert_eq!(together.first(&name, &budget).unwrap(), alone.first().copied());
     }

@@ -87,7 +87,9 @@ fn fit(texts: &[String], more: &[String]) -> bool {
 /// Every text of the one followed by every text of the other.
 fn joined(mut texts: Vec<String>, more: &[String]) -> Vec<String> {
     if let [one] = more {
-        texts.iter_mut().for_each(|text| text.push_str(one));
+        for text in &mut texts {
+            text.push_str(one);
+        }
         return texts;
     }
     texts.iter().flat_map(|text| more.iter().map(move |one| format!("{text}{one}"))).collect()
@@ -103,10 +105,10 @@ struct Runs {
 
 impl Runs {
     fn add(&mut self, texts: &[String]) {
-        if !fit(&self.current, &texts) {
+        if !fit(&self.current, texts) {
             self.end();
         }
-        self.current = joined(std::mem::take(&mut self.current), &texts);
+        self.current = joined(std::mem::take(&mut self.current), texts);
     }
 
     /// Ends a part: what follows is not certain.
