@@ -122,11 +122,27 @@ def test_with_ensure_weight_tying_a_merge_keeps_both_layers_equal(dtype: torch.d
     assert torch.equal(inner(model.head).weight, inner(model.embedding).weight)
 
 
-def test_a_layer_in_two_places_is_not_merged_into_the_one_that_is_not_adapted() -> None:
+def test_a_layer_in_two_places_is_adapted_in_both() -> None:
     layer = nn.Linear(6, 6)
     model = nn.ModuleDict({"first": layer, "second": layer})
+    add(model, lora("first"), "a")
+    stir(model)
+    assert model["first"] is model["second"] is not layer
+    x = torch.randn(3, 6)
+    changed = model["second"](x)
+    assert not torch.equal(changed, layer(x))
+    manage.merge(model)
+    assert distance(model["second"](x), changed) < TOLERANCE[torch.float32]
+    assert manage.unload(model, merged=False)["first"] is model["second"] is layer
+
+
+def test_a_layer_in_two_places_is_not_merged_into_the_one_that_is_not_adapted() -> None:
+    layer = nn.Linear(6, 6)
+    model = nn.ModuleDict({"first": layer})
     before = bits(model)
     add(model, lora("first"), "a")
+    model["second"] = layer
     with pytest.raises(MergeError, match=r"^first: .* hangs in another place"):
         manage.merge(model)
+    del model["second"]
     assert same(bits(model), before)

@@ -165,6 +165,7 @@ def test_tensors_by_their_names_in_the_model(folders: dict[str, Path]) -> None:
         assert torch.equal(out(model), out(other))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 compiles once more where ranks differ by layer")
 @pytest.mark.parametrize("kind", ["module", "in place"])
 def test_nothing_is_compiled_anew(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     torch._dynamo.reset()

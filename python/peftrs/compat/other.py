@@ -72,7 +72,7 @@ def check_adapters_to_merge(module: AdaptedLayer, adapter_names: Sequence[str] |
 def check_target_module_exists(config: TargetedConfig, key: str) -> bool:
     """Whether the config's patterns make a target of a module of this name."""
     nowhere = nn.Identity()
-    return bool(select([Place(key, nowhere, nowhere, "")], config).targets)
+    return bool(select([Place(key, nowhere, nowhere, "", [])], config).targets)
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:

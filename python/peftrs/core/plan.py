@@ -170,7 +170,7 @@ def _targets(
         targets.append(aim(place, base, method, matched, name=name))
         if base.kind is LayerKind.ATTENTION:
             inner = original(place.module)
-            projection = Place(f"{name}.out_proj", inner.get_submodule("out_proj"), inner, "out_proj")
+            projection = Place(f"{name}.out_proj", inner.get_submodule("out_proj"), inner, "out_proj", [])
             targets.append(aim(projection, dense.LINEAR, method, matched, strength=PROJECTION))
     return targets
 

@@ -25,24 +25,33 @@ class Place(NamedTuple):
     module: nn.Module
     parent: nn.Module
     attribute: str
+    also: list[Place]
+    """Where else it hangs, as far as the walk has come: one module may be called in several places of a model."""
 
     def put(self, module: nn.Module) -> None:
-        """Puts another module in this one's place."""
-        setattr(self.parent, self.attribute, module)
+        """Puts another module in this one's place, and wherever else it hangs."""
+        for place in (self, *self.also):
+            setattr(place.parent, place.attribute, module)
 
 
 def places(model: nn.Module) -> Iterator[Place]:
     """Every module below the root, parents first, each once; inside wrappers only what the original module holds."""
-    seen = {id(model)}
+    seen: dict[int, Place | None] = {id(model): None}
     # Not by recursion, which would pass every module up through every level.
     waiting = _children(model, "")
     while waiting:
         place = waiting.pop()
         module = place.module
-        if id(module) in seen or isinstance(module, Prompts):
+        if isinstance(module, Prompts):
+            continue
+        if id(module) in seen:
+            first = seen[id(module)]
+            if first is not None:
+                first.also.append(place)
             continue
         inner = original(module)
-        seen |= {id(module), id(inner)}
+        seen[id(inner)] = None
+        seen[id(module)] = place
         if inner._modules:
             waiting += _children(inner, f"{place.name}.")
         yield place
@@ -51,7 +60,7 @@ def places(model: nn.Module) -> Iterator[Place]:
 def _children(parent: nn.Module, prefix: str) -> list[Place]:
     """The last first."""
     return [
-        Place(prefix + attribute, module, parent, attribute)
+        Place(prefix + attribute, module, parent, attribute, [])
         for attribute, module in reversed(parent._modules.items())
         if module is not None
     ]

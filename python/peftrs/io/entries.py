@@ -26,7 +26,7 @@ from peftrs.core.prompt import Prompts, home_of
 from peftrs.core.prompt_call import word_embeddings
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
-from peftrs.core.tree import Holder, modules, original, wrappers
+from peftrs.core.tree import Holder, modules, original, places, wrappers
 from peftrs.io.checkpoint import PREFIX
 
 SHORT_PREFIX = "base_model."
@@ -95,6 +95,9 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
     """Every tensor that the adapter's file holds by its config; embeddings of the base apart."""
     held = [(plain(path), wrapper) for path, wrapper in wrappers(model)]
     paths = {wrapper: path for path, wrapper in held}
+    # Where tied layers are written too, so is one layer under all of its names.
+    tied = getattr(config, "ensure_weight_tying", False)
+    others = {place.module: [plain(other.name) for other in place.also] for place in list(places(model))} if tied else {}
     for path, wrapper in held:
         if isinstance(wrapper, Prompts):
             yield from _prompt(model, path, wrapper, adapter)
@@ -108,6 +111,8 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
             fitted = wrapper.adapters[adapter]
             if fitted.leader is None:
                 yield from _slots(path, fitted)
+                for other in others.get(wrapper, ()):
+                    yield from _same_slots(other, path, fitted)
             elif fitted.method.name != TOKEN_ROWS:
                 yield from _shared_slots(path, fitted, paths[fitted.leader.layer])
     before = _before_merging(held)
@@ -138,6 +143,12 @@ def _slots(path: str, fitted: FittedAdapter) -> Iterator[Entry]:
     for slot, _ in fitted.parameters():
         name = f"{path}.{fitted.full_name(slot)}"
         yield Entry(f"{path}.{slot}", name, fitted[slot], partial(_bind_slot, fitted, slot), owner=fitted, slot=slot)
+
+
+def _same_slots(other: str, path: str, fitted: FittedAdapter) -> Iterator[Entry]:
+    """The tensors of a layer that hangs in another place as well, under its name there."""
+    for slot in fitted.slots:
+        yield Entry(f"{other}.{slot}", f"{path}.{fitted.full_name(slot)}", fitted[slot], _leave, required=False)
 
 
 def _shared_slots(path: str, fitted: FittedAdapter, leading_path: str) -> Iterator[Entry]:

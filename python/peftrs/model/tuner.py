@@ -216,12 +216,16 @@ def shown(layers: list[Layer], doing: str) -> Iterable[Layer]:
 
 
 def untie(model: nn.Module) -> None:
-    """Makes the model's config say so where its input and output embeddings no longer share one weight."""
+    """Ties input and output embeddings of equal weights that were one, and makes the model's config say so where they differ now."""
     settings = getattr(model, "config", None)
     if not getattr(settings, "tie_word_embeddings", False):
         return
     first, last = (_weight_of(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings"))
     if first is None or last is None or first.data_ptr() == last.data_ptr():
+        return
+    if torch.equal(first, last):
+        # Merged alike, they are one again: some models compute otherwise where they are said to differ.
+        cast(Any, model).get_output_embeddings().weight = cast(Any, model).get_input_embeddings().weight
         return
     cast(Any, settings).tie_word_embeddings = False
     warnings.warn(

@@ -65,7 +65,10 @@ def map_cache_to_layer_device_map(model: nn.Module, cache: Any) -> None:
     """Moves the keys and values in a cache to where the layers of a model that is spread over devices compute."""
     cache = getattr(cache, "self_attention_cache", cache)
     for layer, device in layer_devices(model).items():
-        if layer < len(cache.layers):
+        if not hasattr(cache, "layers"):  # transformers 4 keeps two lists
+            for states in (cache.key_cache, cache.value_cache):
+                states[layer : layer + 1] = [one.to(device) for one in states[layer : layer + 1]]
+        elif layer < len(cache.layers):
             held = cache.layers[layer]
             held.keys, held.values = held.keys.to(device), held.values.to(device)
 
