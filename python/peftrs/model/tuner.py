@@ -216,7 +216,7 @@ def shown(layers: list[Layer], doing: str) -> Iterable[Layer]:
 
 
 def untie(model: nn.Module) -> None:
-    """Ties input and output embeddings of equal weights that were one, and makes the model's config say so where they differ now."""
+    """Ties the input and output embeddings again where they are equal, and says in the config where they differ now."""
     settings = getattr(model, "config", None)
     if not getattr(settings, "tie_word_embeddings", False):
         return
