@@ -73,7 +73,7 @@ def inject(
         state.active = (adapter,)
     fitted: dict[str, FittedAdapter] = {}
     _check_rebasing(plan, config, fill)
-    for module in model.modules():
+    for module in (model, *(original(place.module) for place in plan.found)):
         # Gradients pass through layers that are not adapted too.
         if (base := of_library(module)) is not None:
             base.prepare(module)
