@@ -194,6 +194,7 @@ class Nested(nn.Module):
         return self.inner(self.inner.conv(self.conv(x)))
 
 
+@pytest.mark.filterwarnings("ignore:.*trained on another model")  # of other random weights
 def test_patterns_tell_layers_apart_whose_names_end_alike(tmp_path: Path) -> None:
     model = two(
         Nested, LoraConfig(r=4, target_modules=["inner.conv", "0", "1"]), LoraConfig(r=2, target_modules="conv|inner.layers.1")
