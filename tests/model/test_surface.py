@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ SURFACES = {
     ],
 }  # fmt: skip
 """The names that each module of PEFT offers."""
+if find_spec("transformers.conversion_mapping") is None:
+    del SURFACES["peft.utils.transformers_weight_conversion"]  # PEFT's own needs transformers 5
 
 
 def ours(module: str, name: str) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from peftrs.bases.offload import fetched, hook_of
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.tree import original, places
 from peftrs.io.entries import plain
@@ -29,10 +30,10 @@ LONGEST = 1 << 16
 
 def fingerprint(base: nn.Module) -> str | None:
     """The text for a file's metadata, or None for a model whose weights are not at hand (sharded, quantized, without values)."""
-    found = dict(_weights(base))
+    found = {name: (module, tensor) for name, module, tensor in _weights(base)}
     names = sorted(found)
     chosen = [names[at * len(names) // TENSORS] for at in range(TENSORS)] if len(names) > TENSORS else names
-    taken = {name: [list(found[name].shape), told] for name in chosen if (told := _hashed(found[name])) is not None}
+    taken = {name: [list(found[name][1].shape), told] for name in chosen if (told := _hashed(*found[name])) is not None}
     return json.dumps(taken, separators=(",", ":"), sort_keys=True) if taken else None
 
 
@@ -41,8 +42,8 @@ def difference(notes: Mapping[str, str], base: nn.Module) -> str | None:
     recorded = _read(notes.get(KEY, ""))
     if not recorded:
         return None
-    own = {name: tensor for name, tensor in _weights(base) if name in recorded}
-    others = [name for name, tensor in own.items() if recorded[name] != [list(tensor.shape), _hashed(tensor)]]
+    own = {name: (module, tensor) for name, module, tensor in _weights(base) if name in recorded}
+    others = [name for name, (module, tensor) in own.items() if recorded[name] != [list(tensor.shape), _hashed(module, tensor)]]
     if 2 * len(others) <= len(own):
         return None
     return (
@@ -51,8 +52,8 @@ def difference(notes: Mapping[str, str], base: nn.Module) -> str | None:
     )
 
 
-def _weights(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The weights of the model itself that lie here as plain matrices or stacks, with no adapter merged into them."""
+def _weights(base: nn.Module) -> Iterator[tuple[str, nn.Module, Tensor]]:
+    """The weights of the model itself that are plain matrices or stacks, with no adapter merged into them, and their modules."""
     for place in places(base):
         module = place.module
         merged = False
@@ -60,16 +61,18 @@ def _weights(base: nn.Module) -> Iterator[tuple[str, Tensor]]:
             merged, module = merged or module.merged, module.base_layer
         if merged:
             continue
-        for leaf, tensor in original(module)._parameters.items():
-            if type(tensor) is not nn.Parameter or tensor.device.type == "meta" or not tensor.is_floating_point():
+        module = original(module)
+        for leaf, tensor in module._parameters.items():
+            if type(tensor) is not nn.Parameter or not tensor.is_floating_point() or (tensor.is_meta and hook_of(module) is None):
                 continue
             if tensor.ndim > 1 and tensor.numel() >= VALUES:
-                yield f"{plain(place.name)}.{leaf}", tensor
+                yield f"{plain(place.name)}.{leaf}", module, tensor
 
 
 @torch.no_grad()
-def _hashed(tensor: Tensor) -> str | None:
-    """A hash of values spread over a tensor; None where they are all the same, which tells nothing."""
+def _hashed(module: nn.Module, tensor: Tensor) -> str | None:
+    """A hash of values spread over a module's tensor; None where they are all the same, which tells nothing."""
+    tensor = fetched(module, tensor)
     steps = torch.arange(VALUES, device=tensor.device)
     at = torch.unravel_index((2 * steps + 1) * tensor.numel() // (2 * VALUES), tensor.shape)
     values = tensor[at].to("cpu", torch.float32).to(torch.bfloat16)

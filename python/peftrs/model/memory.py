@@ -11,7 +11,7 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 from unittest import mock
 
@@ -167,9 +167,9 @@ def _attending() -> Iterator[None]:
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
         return cast(Tensor, fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0])
 
-    # Nor does torch know of autocast on a device without values.
-    without = mock.patch.object(torch, "is_autocast_enabled", return_value=False)
-    with mock.patch.object(functional, "scaled_dot_product_attention", attend), without:
+    # Nor does torch know of autocast on a device without values: models may only turn it off here.
+    off = mock.patch.multiple(torch, is_autocast_enabled=lambda *_: False, autocast=lambda *_, **__: nullcontext())
+    with mock.patch.object(functional, "scaled_dot_product_attention", attend), off:
         yield
 
 
