@@ -28,9 +28,10 @@ from peftrs.registry import method, register
 
 @dataclass
 class LoraRuntimeConfig:
-    """Settings of one process that no file keeps. None of them has an effect yet."""
+    """Settings of one process that no file keeps."""
 
     ephemeral_gpu_offload: bool = False
+    """Whether first values of adapters on the CPU (DoRA's norms, PiSSA's factors) are computed on the accelerator, where one is."""
 
 
 @dataclass

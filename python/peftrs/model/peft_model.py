@@ -252,7 +252,7 @@ class PeftModel(Prompting, nn.Module):
 
         Everything is checked against the model before a tensor is read: missing, unexpected and misshapen tensors are one
         `CheckpointError` (the first two are a warning with `strict=False` or "warn"), and the model is left as it was. What
-        became of each tensor of the file stands in `load_reports`.
+        became of each tensor of the file stands in `load_reports`. `ephemeral_gpu_offload` has no effect.
         """
         from peftrs.model.tasks import class_for
 
@@ -286,8 +286,8 @@ class PeftModel(Prompting, nn.Module):
     ) -> LoadReport:
         """Loads an adapter beside the others, or new tensors into one that is there; which are active stays as it is.
 
-        Returns what became of each tensor. They go to the devices of their layers, whatever `torch_device` says. See
-        `from_pretrained` for what is checked.
+        Returns what became of each tensor. They go to the devices of their layers, whatever `torch_device` says, and nothing is
+        moved to an accelerator on the way, whatever `ephemeral_gpu_offload` says. See `from_pretrained` for what is checked.
         """
         with whole_or_not(self.get_base_model()):
             if adapter_name not in self.peft_config:
