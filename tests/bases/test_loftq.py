@@ -1,5 +1,6 @@
 """LoftQ: a base rounded to what quantizing makes of it, and factors that make up for that; from weights, or from a checkpoint."""
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,15 @@ def test_loading_rounds_the_base_again(tmp_path: Path) -> None:
     assert torch.equal(PeftModel.from_pretrained(other, tmp_path)(x), expected)
 
 
+def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    model = Two()
+    names = {name for name, _ in model.named_parameters()}
+    with pytest.raises(ConfigError, match="pip install bitsandbytes"):
+        get_peft_model(model, config())
+    assert {name for name, _ in model.named_parameters()} == names
+
+
 def test_what_does_not_go_is_refused_before_anything_changes() -> None:
     with pytest.raises(ConfigError, match="needs `loftq_config`"):
         LoraConfig(init_lora_weights="loftq")
@@ -110,6 +120,8 @@ def test_what_does_not_go_is_refused_before_anything_changes() -> None:
         config(2)
     with pytest.raises(ConfigError, match="`loftq_iter` is 0"):
         config(4, 0)
+    with pytest.raises(ConfigError, match=r"divides by the scaling, which lora_alpha makes 0\.0"):
+        get_peft_model(Two(), LoraConfig(target_modules=["below"], lora_alpha=0, init_lora_weights="pissa"))
     with pytest.warns(PeftrsWarning, match="ignored"):
         assert LoraConfig(loftq_config=LoftQConfig()).loftq_config == {}
     model = Two()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftrs.bases.base import Base
 from peftrs.bases.kinds import Affine
 from peftrs.bases.quantized import Quantized, twin
+from peftrs.errors import ConfigError
 
 
 class EightBit(Quantized):
@@ -110,8 +111,10 @@ def resolve(module: nn.Module) -> Base | None:
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
     """A weight `(out, in)`, quantized to nf4 in blocks of 64 (`bits=4`) or int8 by rows (8) and back, in float32."""
-    from bitsandbytes import functional
-
+    try:
+        from bitsandbytes import functional
+    except ImportError:
+        raise ConfigError("LoftQ quantizes by bitsandbytes, which is not installed; hint: pip install bitsandbytes") from None
     if bits == 4:
         return cast(Tensor, functional.dequantize_4bit(*functional.quantize_4bit(weight.contiguous(), quant_type="nf4"))).float()
     codes, scales, _ = functional.int8_vectorwise_quant(weight.half())

@@ -8,33 +8,19 @@ alone writes it, being for a base that is quantized.
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
-from torch import Tensor
-
-from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
 from peftrs.errors import ConfigError
 from peftrs.inits.loftq import Loftq, LoftQConfig
 from peftrs.inits.olora import Olora
 from peftrs.inits.orthogonal import Orthogonal
 from peftrs.inits.pissa import Pissa
+from peftrs.inits.start import Start
 
 __all__ = ["LoftQConfig", "Start", "find"]
 
 PISSA = re.compile(r"pissa(?:_niter_(?P<iterations>[0-9]{1,4}))?")
 UNBUILT = ("eva", "corda", "lora_ga", "mica")
-
-
-class Start(Protocol):
-    """First values for an adapter's slots. Instances compare equal when they do the same, and pickle."""
-
-    changes_base: ClassVar[bool]
-    kinds: ClassVar[frozenset[LayerKind]]
-
-    def fault(self, rank: int, spec: LayerSpec) -> str | None:
-        """Why a layer cannot start like this, or None if it can."""
-
-    def __call__(self, adapter: Any, base: Affine) -> dict[str, Tensor]: ...
 
 
 def find(name: bool | str, loftq: dict[str, Any] | None = None) -> Start | None:

@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
+from peftrs.bases.kinds import Affine
 from peftrs.errors import ConfigError
+from peftrs.inits.start import Start, principal
 
 BITS = (4, 8)
 
@@ -23,7 +24,7 @@ class LoftQConfig:
 
 
 @dataclass(frozen=True)
-class Loftq:
+class Loftq(Start):
     """Li et al. 2023, https://arxiv.org/abs/2310.08659, algorithm 1: `Q = quantized(W - s·B·A)`, then `s·B·A ≈ W - Q` of rank `r`.
 
     The base becomes `Q`, in its own dtype: what the adapter is for is a base quantized like this one. The factors are divided by
@@ -32,8 +33,7 @@ class Loftq:
 
     bits: int
     iterations: int
-    changes_base: ClassVar[bool] = False
-    kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR})
+    rebases: ClassVar[bool] = True
 
     @staticmethod
     def of(settings: dict[str, Any]) -> Loftq:
@@ -46,10 +46,6 @@ class Loftq:
         if not isinstance(iterations, int) or iterations < 1:
             raise ConfigError(f"`loftq_iter` is {iterations}, not a positive number of rounds")
         return Loftq(bits, iterations)
-
-    def fault(self, rank: int, spec: LayerSpec) -> str | None:
-        smaller = min(spec.shape)
-        return f"rank {rank} is over the smaller side of the weight, {smaller}" if rank > smaller else None
 
     def __call__(self, adapter: Any, base: Affine) -> dict[str, Tensor]:
         weight = base.weight.detach().float()
@@ -70,8 +66,6 @@ class Loftq:
 
 
 def factors(residual: Tensor, adapter: Any) -> dict[str, Tensor]:
-    """The best factors of the adapter's rank for a residual `(out, in)`: `A = √(S/s)·Vᵀ`, `B = U·√(S/s)`."""
-    rank = adapter.values["r"]
+    """The best factors of the adapter's rank for a residual `(out, in)`."""
     left, singular, right = torch.linalg.svd(residual, full_matrices=False)
-    root = (singular[:rank] / adapter.scaling).sqrt()
-    return {"lora_A.weight": root[:, None] * right[:rank], "lora_B.weight": left[:, :rank] * root}
+    return principal(left, singular, right, adapter)

@@ -8,19 +8,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
+from peftrs.bases.kinds import Affine
+from peftrs.inits.start import Start
 
 
 @dataclass(frozen=True)
-class Olora:
+class Olora(Start):
     """Büyükakyüz 2024, https://arxiv.org/abs/2406.01775."""
 
     changes_base: ClassVar[bool] = True
-    kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR})
-
-    def fault(self, rank: int, spec: LayerSpec) -> str | None:
-        smaller = min(spec.shape)
-        return f"rank {rank} is over the smaller side of the weight, {smaller}" if rank > smaller else None
 
     def __call__(self, adapter: Any, base: Affine) -> dict[str, Tensor]:
         rank = adapter.values["r"]

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
+from peftrs.inits.start import Start
 
 
 @dataclass(frozen=True)
-class Orthogonal:
+class Orthogonal(Start):
     """https://datta0.github.io/posts/rethink-lora-init/: `A = (G₁ Q_even)ᵀ / 10`, `B = G₂ Q_odd / 10`, G normal; `B·A = 0`."""
 
-    changes_base: ClassVar[bool] = False
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.ATTENTION, LayerKind.PARAMETER})
 
     def fault(self, rank: int, spec: LayerSpec) -> str | None:

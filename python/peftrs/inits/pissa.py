@@ -8,11 +8,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
+from peftrs.bases.kinds import Affine
+from peftrs.inits.start import Start, principal
 
 
 @dataclass(frozen=True)
-class Pissa:
+class Pissa(Start):
     """Meng et al. 2024, https://arxiv.org/abs/2404.02948: `A = √(S/s)·Vᵀ`, `B = U·√(S/s)` of the largest `r` components.
 
     With `iterations` a randomised SVD of that many subspace iterations takes the place of the full one. It draws from a
@@ -21,21 +22,14 @@ class Pissa:
 
     iterations: int | None = None
     changes_base: ClassVar[bool] = True
-    kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR})
-
-    def fault(self, rank: int, spec: LayerSpec) -> str | None:
-        smaller = min(spec.shape)
-        return f"rank {rank} is over the smaller side of the weight, {smaller}" if rank > smaller else None
 
     def __call__(self, adapter: Any, base: Affine) -> dict[str, Tensor]:
-        rank = adapter.values["r"]
         weight = base.weight.detach().to(torch.float32)
         if self.iterations is None:
             left, singular, right = torch.linalg.svd(weight, full_matrices=False)
         else:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 torch.manual_seed(0)
-                left, singular, right = torch.svd_lowrank(weight, rank, niter=self.iterations)
+                left, singular, right = torch.svd_lowrank(weight, adapter.values["r"], niter=self.iterations)
             right = right.mT
-        root = (singular[:rank] / adapter.scaling).sqrt()
-        return {"lora_A.weight": root[:, None] * right[:rank], "lora_B.weight": left[:, :rank] * root}
+        return principal(left, singular, right, adapter)

@@ -123,19 +123,14 @@ class Lora(Additive):
         faults = []
         if values["r"] < 1:
             faults.append(f"rank {values['r']} is not a positive integer")
+        elif start is not None and (fault := start.unfit(spec, values["r"], self.scale(config, values))) is not None:
+            faults.append(f"init_lora_weights={config.init_lora_weights!r}: {fault}")
         if config.lora_bias and spec.kind in (LayerKind.EMBEDDING, LayerKind.ATTENTION, LayerKind.PARAMETER):
             faults.append(f"`lora_bias` needs a layer with outputs of its own, not an {spec.kind} weight")
         if config.lora_dropout and spec.kind is LayerKind.PARAMETER:
             faults.append("`lora_dropout` needs the layer's input, which a bare parameter does not see")
         if spec.kind in CONVOLUTIONS and values["r"] % spec.groups:
             faults.append(f"rank {values['r']} must be a multiple of the layer's {spec.groups} groups")
-        if start is not None:
-            fault = (
-                start.fault(values["r"], spec) if spec.kind in start.kinds and not spec.stacked else f"not for {spec.kind} layers"
-            )
-            if fault is None and (start.changes_base or self.rebases(config)) and values["lora_alpha"] <= 0:
-                fault = f"it divides by the scaling, which lora_alpha={values['lora_alpha']} makes {self.scale(config, values)}"
-            faults += [] if fault is None else [f"init_lora_weights={config.init_lora_weights!r}: {fault}"]
         if faults:
             raise ConfigError("; ".join(faults))
         return values
@@ -195,11 +190,11 @@ class Lora(Additive):
         return {"origin_A.weight": factors["lora_A.weight"], "origin_B.weight": factors["lora_B.weight"]}
 
     def rebases(self, config: LoraConfig) -> bool:
-        return config.init_lora_weights == "loftq"
+        start = inits.find(config.init_lora_weights, config.loftq_config)
+        return start is not None and start.rebases
 
     def rebase(self, adapter: Adapter, base: Affine) -> Tensor:
-        weight: Tensor = adapter.values["start"].rebase(adapter, base)
-        return weight
+        return cast(Tensor, adapter.values["start"].rebase(adapter, base))
 
     def factors(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         lower, upper = _names(adapter)
