@@ -17,9 +17,9 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from run import Row, options, run
+from run import Row
 from torch import Tensor, nn
-from train_linear import DEVICE, GPU, BaseFirst, limits
+from train_linear import DEVICE, GPU, BaseFirst, main
 
 warnings.filterwarnings("ignore")
 RANK, SCALING = 16, 2.0
@@ -148,14 +148,5 @@ ROWS = [
 ]
 
 
-def main() -> None:
-    parser = options(__doc__)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    limits()
-    run(ROWS, arguments, arguments.threads)
-
-
 if __name__ == "__main__":
-    main()
+    main(ROWS, __doc__)

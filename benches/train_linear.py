@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from typing import Any
@@ -166,14 +166,15 @@ ROWS = [row(f"host, {'forward and backward' if case[-1] else 'forward'}", case, 
 ROWS += [row(f"{case[0]} x {case[1]} -> {case[2]}, {case[3]}, dropout {case[4]}", case, 1 if GPU else 3) for case in CASES]
 
 
-def main() -> None:
-    parser = options(__doc__)
+def main(rows: Sequence[Row], description: str | None) -> None:
+    """Measures the rows that the command line asks for, beside what the device can do."""
+    parser = options(description)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     limits()
-    run(ROWS, arguments, arguments.threads)
+    run(rows, arguments, arguments.threads)
 
 
 if __name__ == "__main__":
-    main()
+    main(ROWS, __doc__)
