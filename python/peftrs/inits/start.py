@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -19,14 +20,14 @@ class Start(ABC):
     """Whether the adapter is for a weight that `rebase` computes, which takes the base's place."""
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR})
 
-    def unfit(self, spec: LayerSpec, rank: int, scaling: float) -> str | None:
-        """Why an adapter of this rank and strength cannot start like this on a layer, or None if it can."""
+    def unfit(self, spec: LayerSpec, values: Mapping[str, Any], scaling: float) -> str | None:
+        """Why an adapter of these values on a layer, and of this strength, cannot start like this, or None if it can."""
         if spec.kind not in self.kinds or spec.stacked:
             return f"not for {spec.kind} layers"
-        if (fault := self.fault(rank, spec)) is not None:
+        if (fault := self.fault(values["r"], spec)) is not None:
             return fault
         if (self.changes_base or self.rebases) and scaling <= 0:
-            return f"it divides by the scaling, which lora_alpha makes {scaling}"
+            return f"it divides by the scaling, which lora_alpha={values['lora_alpha']} makes {scaling}"
         return None
 
     def fault(self, rank: int, spec: LayerSpec) -> str | None:

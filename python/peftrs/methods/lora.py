@@ -123,7 +123,7 @@ class Lora(Additive):
         faults = []
         if values["r"] < 1:
             faults.append(f"rank {values['r']} is not a positive integer")
-        elif start is not None and (fault := start.unfit(spec, values["r"], self.scale(config, values))) is not None:
+        elif start is not None and (fault := start.unfit(spec, values, self.scale(config, values))) is not None:
             faults.append(f"init_lora_weights={config.init_lora_weights!r}: {fault}")
         if config.lora_bias and spec.kind in (LayerKind.EMBEDDING, LayerKind.ATTENTION, LayerKind.PARAMETER):
             faults.append(f"`lora_bias` needs a layer with outputs of its own, not an {spec.kind} weight")
