@@ -120,7 +120,7 @@ def test_what_does_not_go_is_refused_before_anything_changes() -> None:
         config(2)
     with pytest.raises(ConfigError, match="`loftq_iter` is 0"):
         config(4, 0)
-    with pytest.raises(ConfigError, match=r"divides by the scaling, which lora_alpha makes 0\.0"):
+    with pytest.raises(ConfigError, match=r"divides by the scaling, which lora_alpha=0 makes 0\.0"):
         get_peft_model(Two(), LoraConfig(target_modules=["below"], lora_alpha=0, init_lora_weights="pissa"))
     with pytest.warns(PeftrsWarning, match="ignored"):
         assert LoraConfig(loftq_config=LoftQConfig()).loftq_config == {}
