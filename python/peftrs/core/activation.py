@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 from weakref import ref
 
@@ -12,6 +12,9 @@ from torch import nn
 from peftrs.core.batch import Rows
 from peftrs.errors import AdapterError
 
+Store = tuple[dict[str, nn.Parameter | None], str]
+"""Where torch keeps a parameter: a module's table of them, and the name in it."""
+
 
 class Activation:
     """The active adapters, in order, and whether they act. A model's wrapped modules share one: switching is one write.
@@ -19,7 +22,7 @@ class Activation:
     A copy has none of the modules: those that are copied with it join it themselves, and others stay where they are.
     """
 
-    __slots__ = ("active", "enabled", "joined", "overridden", "rows")
+    __slots__ = ("active", "enabled", "joined", "overridden", "rows", "stores")
 
     def __init__(self, active: Sequence[str] = (), enabled: bool = True) -> None:
         self.active = tuple(active)
@@ -29,6 +32,8 @@ class Activation:
         """The modules that go their own way."""
         self.rows: Rows | None = None
         """The adapters of the rows of the call that is running, where every row has its own."""
+        self.stores: dict[str, list[Store]] = {}
+        """Of each adapter, what `Switched.stores` says of all modules together, so far as it was asked for since it changed."""
 
     def __reduce__(self) -> Any:
         return Activation, (self.active, self.enabled)
@@ -50,6 +55,22 @@ class Activation:
     def leave(self, module: Switched) -> None:
         """Forgets a module that was taken out of the model."""
         self.joined = [held for held in self.joined if held() not in (module, None)]
+        self.stores.clear()
+
+    def lose(self, module: ref[Switched]) -> None:
+        """Lets go of the tensors of a module that nothing holds any more."""
+        self.stores.clear()
+
+    def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:
+        """Sets in all modules whether the named adapters are trained; `only` freezes all others."""
+        members = self.members
+        for name in self.adapters() if only else names:
+            if name not in self.stores:
+                self.stores[name] = [store for member in members for store in member.stores(name)]
+            require_grad(self.stores[name], requires_grad and name in names)
+        for member in members:
+            if member.whole:
+                member.require_grad(names, only=only, requires_grad=requires_grad)
 
     def clear(self) -> None:
         """Makes every module follow again."""
@@ -58,16 +79,27 @@ class Activation:
         self.overridden.clear()
 
 
+def require_grad(stores: Iterable[Store], trained: bool) -> None:
+    """Sets whether these parameters are trained, those of them that can be."""
+    for held, name in stores:
+        parameter = held.get(name)
+        if parameter is not None and parameter.requires_grad is not trained:
+            parameter.requires_grad = trained and parameter.is_floating_point()
+
+
 class Switched:
     """A wrapped module whose adapters can be switched: with its model, or alone, as transformers and diffusers do."""
 
     activation: Activation
     override: Activation | None = None
+    whole = True
+    """Whether adapters have whole modules here, whose tensors may become others unseen, and not slots."""
 
     def join(self, activation: Activation) -> None:
         """Shares this with the other wrapped modules of the model."""
         self.__dict__["activation"] = activation
-        activation.joined.append(ref(self))
+        activation.joined.append(ref(self, activation.lose))
+        activation.stores.clear()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -102,6 +134,10 @@ class Switched:
     @abstractmethod
     def tensors(self, adapter: str) -> list[nn.Parameter]:
         """This module's own tensors of an adapter."""
+
+    def stores(self, adapter: str) -> list[Store]:
+        """Where the tensors of an adapter are that may be trained, as long as this module's slots stay the same."""
+        return []
 
     @abstractmethod
     def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:

@@ -94,8 +94,7 @@ def inject(
             parameter.requires_grad_(False)
         for _, bias in biases(model, config):
             bias.requires_grad_(not config.inference_mode)
-    for member in state.members:
-        member.require_grad((adapter,), requires_grad=adapter in state.active and not config.inference_mode)
+    state.require_grad((adapter,), requires_grad=adapter in state.active and not config.inference_mode)
     log.info("%s", plan.summary(adapter))
 
 

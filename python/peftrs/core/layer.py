@@ -22,9 +22,9 @@ from peftrs.bases.parallel import Parallel
 from peftrs.bases.sharded import alike, gathered, in_parts, whole
 from peftrs.core import batch
 from peftrs.core import merge as merging
-from peftrs.core.activation import Activation, Switched
+from peftrs.core.activation import Activation, Store, Switched, require_grad
 from peftrs.core.method import Side
-from peftrs.core.slots import ORIGIN, FittedAdapter
+from peftrs.core.slots import FittedAdapter, empty
 from peftrs.errors import AdapterError, MergeError, PeftrsWarning
 
 Chain = tuple[FittedAdapter, ...]
@@ -92,14 +92,15 @@ class AdaptedLayer(Switched, nn.Module):
     spec: LayerSpec
     adapters: dict[str, FittedAdapter]
     ledger: merging.Ledger | None = None
+    whole = False
     parallel: Parallel | None = None
     """How the layer lies over processes, where a plan of tensor parallelism spreads it."""
     read_by_owner = False
     """Whether the module above reads `weight` and `bias` instead of calling the layer: it then gets the changed ones."""
 
     def __init__(self, base_layer: nn.Module, base: Base, activation: Activation, spec: LayerSpec) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        empty(self)
+        self._modules["base_layer"] = base_layer
         # Not one by one as attributes, each of which torch would look over for parameters and modules.
         self.__dict__ |= {"base": base, "spec": spec, "adapters": {}, "training": base_layer.training}
         self.join(activation)
@@ -236,22 +237,17 @@ class AdaptedLayer(Switched, nn.Module):
     def tensors(self, adapter: str) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.adapters[adapter].parameters()] if adapter in self.adapters else []
 
+    def stores(self, adapter: str) -> list[Store]:
+        fitted = self.adapters.get(adapter)
+        if fitted is None or fitted.leader is not None:
+            return []
+        held = (fitted.holder(slot) for slot in fitted.slots)
+        return [(module._parameters, name) for module, name in held]
+
     def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:
         """Sets whether the named adapters are trained; `only` freezes all others."""
-        containers: dict[str, Any] = self._modules
-        for container, held in containers.items():
-            if container == "base_layer" or container.startswith(ORIGIN):
-                continue
-            # By containers, which have the tensors of all adapters: looking them up slot by slot takes four times as long.
-            for name, leaves in held._modules.items():
-                if only or name in names:
-                    trained = requires_grad and name in names
-                    for parameter in leaves._parameters.values():
-                        if parameter.requires_grad is not trained:
-                            parameter.requires_grad = trained and parameter.is_floating_point()
-            for name, parameter in held._parameters.items():
-                if only or name in names:
-                    parameter.requires_grad_(requires_grad and name in names and parameter.is_floating_point())
+        for name in self.adapters if only else names:
+            require_grad(self.stores(name), requires_grad and name in names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes an adapter off this layer. Raises `AdapterError` while it is merged."""

@@ -33,10 +33,10 @@ Track = Callable[[list[AdaptedLayer]], Iterable[AdaptedLayer]]
 
 def check_known(model: nn.Module, names: Sequence[str]) -> None:
     """Raises `AdapterError` naming the adapters that the model does not have."""
-    known = adapters(model) if names else ()
+    members = activation(model).members
     for name in names:
-        if name not in known:
-            raise AdapterError(f"Adapter {name} not found. The model has {known}.")
+        if not any(name in member.adapter_names() for member in members):
+            raise AdapterError(f"Adapter {name} not found. The model has {adapters(model)}.")
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -56,16 +56,14 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
         unmerge(merged)
     state.active = tuple(chosen)
     state.clear()
-    for member in members:
-        member.require_grad(chosen, only=True, requires_grad=not inference_mode)
+    state.require_grad(chosen, only=True, requires_grad=not inference_mode)
 
 
 def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_grad: bool = True) -> None:
     """Sets whether the named adapters are trained, leaving the others as they are."""
     chosen = [names] if isinstance(names, str) else list(names)
     check_known(model, chosen)
-    for member in activation(model).members:
-        member.require_grad(chosen, requires_grad=requires_grad)
+    activation(model).require_grad(chosen, requires_grad=requires_grad)
 
 
 def set_enabled(model: nn.Module, enabled: bool) -> None:
@@ -73,8 +71,7 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
     state = activation(model)
     state.enabled = enabled
     state.clear()
-    for member in state.members:
-        member.require_grad(state.active if enabled else (), only=True)
+    state.require_grad(state.active if enabled else (), only=True)
 
 
 @contextmanager

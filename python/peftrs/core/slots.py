@@ -26,8 +26,23 @@ ORIGIN = "origin_"
 """How the containers of tensors begin that are neither trained nor saved, since they follow from the base."""
 
 
+_EMPTY = nn.Module().__dict__
+_OWN = {name: type(value) for name, value in _EMPTY.items() if isinstance(value, dict | set)}
+
+
+def empty(module: nn.Module) -> None:
+    """What `nn.Module.__init__` does, in a third of its time: a layer has five modules, and a model hundreds of layers."""
+    attributes = module.__dict__
+    attributes.update(_EMPTY)
+    for name, kind in _OWN.items():
+        attributes[name] = kind()
+
+
 class Leaves(nn.Module):
     """The tensors of one adapter in one container, by leaf name."""
+
+    def __init__(self) -> None:
+        empty(self)
 
     def forward(self, x: Tensor) -> Tensor:
         """The linear map that a `weight` of two dimensions is, for code that calls `layer.lora_A[name]` and its like itself."""
@@ -112,7 +127,10 @@ class FittedAdapter:
         container, _, leaf = slot.partition(".")
         held = self.layer._modules.get(container)
         if held is None:
-            held = nn.ModuleDict() if leaf else nn.ParameterDict()
+            if leaf:
+                empty(held := nn.ModuleDict.__new__(nn.ModuleDict))
+            else:
+                held = nn.ParameterDict()
             # `add_module` would find the container of a layer adapted beneath this one, which answers for what this one lacks.
             self.layer._modules[container] = held
         if leaf:
@@ -123,7 +141,9 @@ class FittedAdapter:
             leaves._parameters[leaf] = parameter
         else:
             cast(nn.ParameterDict, held)[self.name] = parameter
-        self.places[slot] = (container, leaf)
+        if slot not in self.places:
+            self.places[slot] = (container, leaf)
+            self.layer.activation.stores.pop(self.name, None)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This layer's own trained and saved tensors by slot; none where it shares those of another."""
@@ -140,6 +160,8 @@ class FittedAdapter:
         for container in {place[0] for place in self.places.values()}:
             held = cast("nn.ModuleDict | nn.ParameterDict", self.layer._modules[container])
             held[name] = held.pop(self.name)
+        for one in (self.name, name):
+            self.layer.activation.stores.pop(one, None)
         del self.layer.adapters[self.name]
         self.layer.adapters[name] = self
         self.name = name
@@ -152,6 +174,7 @@ class FittedAdapter:
             if not len(held):
                 delattr(self.layer, container)
         self.places.clear()
+        self.layer.activation.stores.pop(self.name, None)
 
     def spread(self) -> None:
         """Spreads the tensors over processes as the layer is spread, if it is: along what follows the layer's own slices."""

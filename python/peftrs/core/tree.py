@@ -31,7 +31,7 @@ class Place(NamedTuple):
     def put(self, module: nn.Module) -> None:
         """Puts another module in this one's place, and wherever else it hangs."""
         for place in (self, *self.also):
-            setattr(place.parent, place.attribute, module)
+            place.parent._modules[place.attribute] = module
 
 
 def places(model: nn.Module) -> Iterator[Place]:

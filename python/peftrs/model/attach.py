@@ -19,7 +19,7 @@ from peftrs.core.layer import AdaptedLayer
 from peftrs.core.method import Method
 from peftrs.core.prompt import PromptMethod, prompts_of
 from peftrs.core.prompt_call import uproot, word_embeddings
-from peftrs.core.tree import Wrapped, places
+from peftrs.core.tree import Place, Wrapped, places
 from peftrs.errors import AdapterError, ConfigError, PeftrsWarning, Strict, listed
 from peftrs.io.checkpoint import PREFIX
 from peftrs.io.entries import plain
@@ -53,10 +53,11 @@ def attach(
             f"an adapter of its own; hint: add the adapter first and call {sharing} on what that gives"
         )
     targeted = cast(TargetedConfig, config)
-    with whole_or_not(model, state):
-        _grow(model, targeted, state)
+    with whole_or_not(model, state) as found:
+        if _grown(model, targeted, state):
+            found = list(places(model))
         exact = None if names is None else _modules_in(names, model, method, targeted)
-        plan, settled = make_plan(model, targeted, method, heads=heads, names=exact, strict=strict)
+        plan, settled = make_plan(model, targeted, method, heads=heads, names=exact, strict=strict, found=found)
         for text in uneven(targeted, plan) if exact is None else ():
             warnings.warn(f"{text}; hint: peftrs.plan(model, config) shows each layer", PeftrsWarning, stacklevel=5)
         if isinstance(method, PromptMethod):
@@ -100,13 +101,15 @@ def check(config: PeftConfig, adapter: str, configs: dict[str, PeftConfig], stat
     return method
 
 
-def _grow(model: nn.Module, config: TargetedConfig, state: Activation) -> None:
+def _grown(model: nn.Module, config: TargetedConfig, state: Activation) -> bool:
+    """Whether the config repeats layers, which is done then."""
     ranges = getattr(config, "layer_replication", None)
     if not ranges:
-        return
+        return False
     if state.adapters():
         raise AdapterError("`layer_replication` changes the model's layers and works for its first adapter only")
     replicate(model, ranges)
+    return True
 
 
 def _modules_in(keys: Iterable[str], model: nn.Module, method: Method, config: TargetedConfig) -> set[str]:
@@ -123,10 +126,10 @@ def _modules_in(keys: Iterable[str], model: nn.Module, method: Method, config: T
 
 
 @contextmanager
-def whole_or_not(model: nn.Module, state: Activation | None = None) -> Iterator[None]:
+def whole_or_not(model: nn.Module, state: Activation | None = None) -> Iterator[list[Place]]:
     """Leaves the model as it was if what happens inside fails: no new adapters or wrappers, the same active ones and gradients.
 
-    `state` is what the model's adapters share, if it was looked for already.
+    Gives the model's modules. `state` is what the model's adapters share, if it was looked for already.
     """
     collecting = gc.isenabled()
     # Thousands of objects are made here that all stay: going through them time and again takes longer than making them.
@@ -137,7 +140,7 @@ def whole_or_not(model: nn.Module, state: Activation | None = None) -> Iterator[
     lists = layer_lists(found)
     configs = dict(peft_configs(model))
     try:
-        yield
+        yield found
     except BaseException:
         _keep(model, configs)
         for layers in lists:

@@ -15,6 +15,7 @@ from peftrs.bases.sharded import reshard
 from peftrs.config import CONFIG_NAME, PeftConfig, PeftType, TargetedConfig
 from peftrs.core import manage
 from peftrs.core.inject import activation
+from peftrs.core.tree import modules
 from peftrs.errors import AdapterError, ConfigError, PeftrsWarning, Strict, TargetError
 from peftrs.hub import HUB_OPTIONS, local_folder
 from peftrs.io.checkpoint import WEIGHTS_NAME, FileSource, Renamed, Source
@@ -56,9 +57,8 @@ class PeftModel(Prompting, nn.Module):
             model = model.get_base_model()
         self.base_model = Tuner(model)
         self.load_reports: dict[str, LoadReport] = {}
-        checkpoints = _checkpoints(model)  # asks every module, of which there are fewer now
         self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, strict=strict)
-        if checkpoints:
+        if _checkpoints(model):
             self.prepare_model_for_gradient_checkpointing(model)
         if hasattr(getattr(model, "config", None), "pretraining_tp"):
             # Sliced projections read weights past their layers.
@@ -356,9 +356,8 @@ class PeftModel(Prompting, nn.Module):
 
 
 def _checkpoints(model: nn.Module) -> bool:
-    """Whether the model recomputes activations in the backward pass, by the name that its version of transformers has for it."""
-    newer = "is_activation_checkpointing"
-    return bool(getattr(model, newer if hasattr(type(model), newer) else "is_gradient_checkpointing", False))
+    """Whether any module recomputes its activations in the backward pass, by the mark that transformers puts on it."""
+    return any(module.__dict__.get("gradient_checkpointing") for _, module in modules(model))
 
 
 def _origin(model_id: str | os.PathLike[str], options: Mapping[str, Any]) -> str:

@@ -80,13 +80,15 @@ def make_plan(
     heads: tuple[str, ...] = (),
     names: set[str] | None = None,
     strict: Strict = None,
+    found: list[Place] | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """What the adapter changes, and the config's fields as they are to be kept; nothing is changed yet.
 
-    `heads` are modules to train whole if the model has them. `names` are the exact targets, whatever the config's patterns say.
+    `heads` are modules to train whole if the model has them. `names` are the exact targets, whatever the config's patterns say;
+    `found` the model's modules, where they were walked through already.
     """
     settled = settle(model, config, method)
-    found = list(places(model))
+    found = list(places(model)) if found is None else found
     modules = [place.name for place in found]
     if names is None:
         settled |= converted(config, settled.get("target_modules", config.target_modules), model, found)
