@@ -80,8 +80,8 @@ def plan(
         # Its mask is made again from a seed, not kept, which tensors without values cannot show.
         settings.lora_dropout = 0.0
     found: dict[str, Any] = {"batch": batch, "seq": seq, "quant": quant, "optimizer": optimizer}
+    base = built(model, _dtype(model))
     with torch.device("meta"):
-        base = built(model, _dtype(model))
         found["weights"] = _weights(base, quant)
         adapted = get_peft_model(base, cast(TargetedConfig, settings), low_cpu_mem_usage=True).train()
         trained = [one for one in adapted.parameters() if one.requires_grad]
