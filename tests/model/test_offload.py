@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 import peftrs
@@ -121,6 +123,30 @@ def test_a_model_is_put_away_with_its_adapter(tmp_path: Path, place: str) -> Non
     other.save_pretrained(tmp_path / "other")
     model.load_adapter(tmp_path / "other", "default")
     assert (tiny.logits(model) - tiny.logits(other)).abs().max() < 1e-6
+
+
+def test_weights_that_are_read_from_the_checkpoint_leave_it_alone(tmp_path: Path) -> None:
+    if int(transformers.__version__.split(".")[0]) < 5:
+        pytest.skip("this version of transformers copies the checkpoint")
+    tiny.llama().save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+    rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
+    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path, device_map={"model.layers": "disk", **rest})
+    model = adapted(base, "lora")
+    wanted = tiny.logits(model)
+    with pytest.warns(peftrs.PeftrsWarning, match="changed weights are kept in") as told:
+        model.merge_adapter()
+    assert len(told) == 1
+    folder = Path(str(told[0].message).split()[5])
+    # Each in its file, and none in memory.
+    assert len(list(folder.glob("*.dat"))) == 14
+    assert (tiny.logits(model) - wanted).abs().max() < 1e-5
+    model.unmerge_adapter()
+    assert torch.equal(tiny.logits(model), wanted)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    del model, base
+    gc.collect()
+    assert not folder.exists()
 
 
 def test_tied_weights_that_are_elsewhere_part_for_the_merge(tmp_path: Path) -> None:

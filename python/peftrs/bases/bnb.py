@@ -74,6 +74,10 @@ class FourBit(Quantized):
                 state.absmax = state.absmax.T.reshape(-1).float()
             stored.quant_state = layer.quant_state = state
 
+    def dropped(self, module: nn.Module) -> None:
+        """The weight knows its layer, for what it notes there when it is quantized."""
+        cast(Any, module.weight).module = None
+
     def requantized(self, module: nn.Module, affine: Affine) -> nn.Module:
         import bitsandbytes
 

@@ -6,12 +6,18 @@ While they are away the module's own parameters are on the device meta, and a ho
 from __future__ import annotations
 
 import copy
+import shutil
+import tempfile
+import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+
+from peftrs.errors import PeftrsWarning
 
 Held = TypeVar("Held", bound=Tensor)
 
@@ -59,18 +65,30 @@ def onloaded(module: nn.Module, *, write: bool = False) -> Iterator[None]:
 
 
 def put(module: nn.Module, name: str, value: Tensor) -> None:
-    """Makes `value` what calls see of a parameter that is away: on disk if it was there, and in memory else."""
+    """Makes `value` what calls see of a parameter that is away: on disk if it was there, and in memory else.
+
+    Where the disk means the user's own checkpoint, which stays as it is, a folder is made that lasts as long as the model.
+    """
     hook: Any = hook_of(module)
     place, value = hook.weights_map, value.detach().cpu()
     while hasattr(place, "prefix"):
         place, name = place.dataset, place.prefix + name
     if isinstance(place, dict):
         place[name] = value
-    elif name in place.state_dict or place.save_folder is None:
+    elif name in place.state_dict:
         place.state_dict[name] = value
     else:
         from accelerate.utils import offload_weight
 
+        if place.save_folder is None:
+            place.save_folder = tempfile.mkdtemp(prefix="peftrs-")
+            weakref.finalize(place, shutil.rmtree, place.save_folder, ignore_errors=True)
+            warnings.warn(
+                f"changed weights are kept in {place.save_folder} as long as the model is there, since it was loaded without an "
+                "`offload_folder`",
+                PeftrsWarning,
+                stacklevel=2,
+            )
         offload_weight(value, name, place.save_folder, place.index)
 
 

@@ -72,6 +72,10 @@ class Quantized(Base):
         """A layer of the same settings with another weight and bias, quantized again. Raises `MergeError` if it is read only."""
         raise MergeError(f"{self.format(module)} weights are not written again here; hint: {IN_A_DTYPE}")
 
+    def dropped(self, module: nn.Module) -> None:
+        """Frees what only the garbage collector would of a layer that another one stands in for, for good."""
+        return
+
     def plain(self, affine: Affine, dtype: torch.dtype) -> nn.Linear:
         """An `nn.Linear` with this weight and bias, rounded once to the dtype."""
         weight, bias = as_dtype(affine, dtype)

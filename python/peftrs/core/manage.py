@@ -18,7 +18,7 @@ from peftrs.core import rounding
 from peftrs.core.activation import Switched
 from peftrs.core.batch import NONE, Rows
 from peftrs.core.inject import activation, adapters
-from peftrs.core.layer import AdaptedLayer
+from peftrs.core.layer import AdaptedLayer, Chain
 from peftrs.core.prompt import Prompts, prompts_of
 from peftrs.core.prompt_call import uproot
 from peftrs.core.tree import Wrapped, adapted_layers, places
@@ -193,8 +193,7 @@ def merge(
     if faults := [fault for layer, found in chosen.items() if (fault := layer.conflict([*layer.merged_adapters, *found]))]:
         raise MergeError("; ".join(faults[:4]))
     for layer, found in chosen.items():
-        together = tuple(dict.fromkeys([*layer.merged_adapters, *found]))
-        merging.check(layer, layer.chain(together), keep=keep, dtype=dtype)
+        merging.check(layer, _chain(layer, found), keep=keep, dtype=dtype)
     shared = merging.shared_weights(model, list(chosen))
     if shared:
         copied = [one.parameter.nbytes for its in shared.values() for one in its]
@@ -204,6 +203,9 @@ def merge(
     done: dict[AdaptedLayer, list[str]] = {}
     # Quantized layers first: what rounding loses is known before a layer is changed for good.
     coarse = [layer for layer in chosen if rounding.coarse(layer)]
+    if not keep and dtype is None:
+        # Quantized twice over, so that at no time all layers are there as they were and as they are to be.
+        rounding.judge([rounding.requantize(layer, _chain(layer, chosen[layer]))[1] for layer in coarse])
     try:
         for layer in track(coarse + [layer for layer in chosen if not rounding.coarse(layer)]):
             if len(done) == len(coarse):
@@ -219,8 +221,11 @@ def merge(
                 layer.unmerge()
                 merging.merge(layer, earlier, shared.get(layer, ()))
         raise
-    for layer in coarse if not keep else ():
-        merging.forget(layer)
+
+
+def _chain(layer: AdaptedLayer, names: Sequence[str]) -> Chain:
+    """What is merged into the layer once these adapters are too."""
+    return layer.chain(tuple(dict.fromkeys([*layer.merged_adapters, *names])))
 
 
 def unmerge(layers: Sequence[AdaptedLayer]) -> None:
@@ -257,7 +262,9 @@ def unload(
                 module = module.modules_to_save[chosen[0]] if chosen else module.original_module
         base = None if dtype is None else resolve(module)
         if isinstance(base, Quantized) and dtype is not None:
-            module = base.plain(base.dense(module), dtype).train(module.training)
+            plain = base.plain(base.dense(module), dtype).train(module.training)
+            base.dropped(module)
+            module = plain
         if module is not place.module:
             place.put(module)
     uproot(model)

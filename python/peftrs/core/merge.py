@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from peftrs.bases.kinds import Affine, Deferred
+from peftrs.bases.quantized import Quantized
 from peftrs.bases.sharded import alike, is_distributed, overwrite, whole
 from peftrs.core import rounding
 from peftrs.core.method import Additive
@@ -91,8 +92,8 @@ def merge(
 ) -> None:
     """Merges the named adapters into a layer, beside those merged already; without `keep` for good.
 
-    A quantized layer is quantized again, the one from before being kept whatever `keep` says until `forget`, or with `dtype`
-    becomes a dense one for good. What `check` lets pass is assumed. Raises `MergeError`, changing nothing.
+    A quantized layer is quantized again, or with `dtype` becomes a dense one for good. What `check` lets pass is assumed. Raises
+    `MergeError`, changing nothing.
     """
     if names:
         with layer.at_hand(write=True):
@@ -111,7 +112,9 @@ def _merge(layer: AdaptedLayer, names: Sequence[str], shared: tuple[Shared, ...]
             return
         before = rounding.before(layer)
         layer.base_layer, lost = rounding.requantize(layer, chain)
-        layer.ledger = Ledger(together, {}, layer=before, rounding=lost)
+        layer.ledger = Ledger(together, {}, layer=before, rounding=lost) if keep else Ledger(together, None)
+        if not keep:
+            cast(Quantized, layer.base).dropped(before)
         return
     if layer.ledger is not None:
         shared = layer.ledger.shared
@@ -144,6 +147,7 @@ def unmerge(layer: AdaptedLayer) -> None:
 
 def _unmerge(layer: AdaptedLayer, ledger: Ledger, kept: dict[int, Tensor | Correction]) -> None:
     if ledger.layer is not None:
+        cast(Quantized, layer.base).dropped(layer.base_layer)
         layer.base_layer = ledger.layer.to(stored(layer)[0].device)
     for at, was in kept.items():
         parameter = stored(layer)[at].detach()
@@ -167,12 +171,6 @@ def _unmerge(layer: AdaptedLayer, ledger: Ledger, kept: dict[int, Tensor | Corre
 def judge(layers: Sequence[AdaptedLayer]) -> None:
     """Tells what rounding did to the updates of layers that are merged. Raises `MergeError` if most of them is lost."""
     rounding.judge([one.ledger.rounding for one in layers if one.ledger is not None and one.ledger.rounding is not None])
-
-
-def forget(layer: AdaptedLayer) -> None:
-    """Makes the merge of a quantized layer one for good."""
-    if layer.ledger is not None and layer.ledger.layer is not None:
-        layer.ledger = Ledger(layer.ledger.names, None)
 
 
 def unmerged(layer: AdaptedLayer) -> list[Tensor]:

@@ -23,6 +23,8 @@ from peftrs.errors import MergeError, PeftrsWarning, complain
 if TYPE_CHECKING:
     from peftrs.core.layer import AdaptedLayer, Chain
 
+BLOCK = 256
+"""Rows that are looked at together."""
 LEAST, LARGEST = 0.5, 10.0
 """The share of an update that must be left of it, and how many times its size the error may be."""
 
@@ -80,11 +82,13 @@ def requantize(layer: AdaptedLayer, chain: Chain) -> tuple[nn.Module, Rounding]:
     base, module = cast(Quantized, layer.base), before(layer)
     first, affine = folded(layer, chain)
     merged = base.requantized(module, affine)
-    asked, stored = affine.weight - first, base.dense(merged).weight.float() - first
-    whole, along, missed = (
-        float((one * other).sum(dtype=torch.float64))
-        for one, other in ((asked, asked), (asked, stored), (asked - stored, asked - stored))
-    )
+    sums = torch.zeros(3, dtype=torch.float64)
+    # By blocks of rows: the layer is there several times over already.
+    for was, asked, stored in zip(*(one.split(BLOCK) for one in (first, affine.weight, base.dense(merged).weight)), strict=True):
+        asked, stored = asked - was, stored.float() - was
+        pairs = ((asked, asked), (asked, stored), (asked - stored, asked - stored))
+        sums += torch.stack([(one * other).sum(dtype=torch.float64) for one, other in pairs]).cpu()
+    whole, along, missed = sums.tolist()
     return merged, Rounding(layer.spec.name, base.format(module), whole, along, missed)
 
 
@@ -92,7 +96,10 @@ def requantize(layer: AdaptedLayer, chain: Chain) -> tuple[nn.Module, Rounding]:
 def dequantize(layer: AdaptedLayer, chain: Chain, dtype: torch.dtype) -> None:
     """Replaces the frozen layer by a dense one with the chain in it, for good. Raises `MergeError`."""
     _, affine = folded(layer, chain)
-    plain = cast(Quantized, layer.base).plain(affine, dtype)
+    base = cast(Quantized, layer.base)
+    plain = base.plain(affine, dtype)
+    for module in {layer.base_layer, before(layer)}:
+        base.dropped(module)
     layer.base_layer, layer.base = plain.train(layer.base_layer.training), LINEAR
 
 
