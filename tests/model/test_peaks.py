@@ -1,4 +1,4 @@
-"""No step of an adapter's life takes a copy of the model: not adding it, training, saving, loading, merging, or saving the whole."""
+"""No step of an adapter's life takes a copy of the model: adding it, training, saving, loading, merging, saving the whole."""
 
 from __future__ import annotations
 
