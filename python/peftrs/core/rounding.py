@@ -84,7 +84,9 @@ def requantize(layer: AdaptedLayer, chain: Chain) -> tuple[nn.Module, Rounding]:
     merged = base.requantized(module, affine)
     sums = torch.zeros(3, dtype=torch.float64)
     # By blocks of rows: the layer is there several times over already.
-    for was, asked, stored in zip(*(one.split(BLOCK) for one in (first, affine.weight, base.dense(merged).weight)), strict=True):
+    for was, asked, stored in zip(
+        *(torch.split(one, BLOCK) for one in (first, affine.weight, base.dense(merged).weight)), strict=True
+    ):
         asked, stored = asked - was, stored.float() - was
         pairs = ((asked, asked), (asked, stored), (asked - stored, asked - stored))
         sums += torch.stack([(one * other).sum(dtype=torch.float64) for one, other in pairs]).cpu()
