@@ -13,6 +13,7 @@ LONGEST = 400
 
 # A room imports itself and what stands below it.
 ORDER = [
+    {"functional", "helpers", "utils"},
     {"cli", "compat"},
     {"model", "optimizers"},
     {"io"},

@@ -16,6 +16,7 @@ import torch
 import peftrs
 from peftrs import ConfigError, registry
 from peftrs.compat.finder import Alias
+from peftrs.compat.parts import PARTS, Defaults, Part, part
 from peftrs.model import coming
 from tests.model.tiny import llama, logits, shake
 
@@ -51,6 +52,27 @@ if find_spec("transformers.conversion_mapping") is None:
     del SURFACES["peft.utils.transformers_weight_conversion"]  # PEFT's own needs transformers 5
 
 
+HOMES = (
+    "config", "helpers", "import_utils", "peft_model", "tuners.tuners_utils", "utils.constants", "utils.integrations",
+    "utils.loftq_utils", "utils.other", "utils.peft_types", "utils.quantization_utils", "utils.save_and_load",
+)  # fmt: skip
+"""Modules whose own functions, classes and constants are imported from there, whatever they list."""
+
+
+def own_names(module: str) -> list[str]:
+    """The public functions, classes and constants that a module of PEFT defines."""
+    held = vars(import_module(module))
+    tables = {name for name, value in held.items() if name.isupper() and isinstance(value, str | int | dict | list | tuple | set)}
+    return sorted(
+        name for name, value in held.items() if name[0] != "_" and (name in tables or getattr(value, "__module__", None) == module)
+    )
+
+
+for home in HOMES:
+    found = SURFACES.setdefault(f"peft.{home}", [])
+    found += [name for name in own_names(f"peft.{home}") if name not in found]
+
+
 def ours(module: str, name: str) -> Any:
     """What the alias gives for a name, or None."""
     return getattr(Alias(module), name, None)
@@ -62,19 +84,8 @@ def lacking(module: str) -> list[str]:
 
 def works(module: str) -> list[str]:
     """The names of a module that are more than placeholders."""
-    return [name for name in SURFACES[module] if name not in lacking(module) and not isinstance(ours(module, name), coming.Coming)]
-
-
-INNER = {
-    "TrainableTokensLayer", "_set_trainable", "get_gptqmodel_quant_linear", "get_quantization_config", "get_quantization_kwargs",
-    "quantization_extra_repr", "register_peft_method", "resolve_quantization_backend", "set_additional_trainable_modules",
-}  # fmt: skip
-"""Parts that PEFT's own methods are made of, which are made otherwise here."""
-
-
-def expected(name: str) -> bool:
-    """Whether a name must be there: not the table of default targets of a method to come, nor a part of PEFT's methods."""
-    return name not in INNER and not (name.startswith("TRANSFORMERS_MODELS_TO_") and name.endswith("_MODULES_MAPPING"))
+    to_come = (coming.Coming, Part, Defaults)
+    return [name for name in SURFACES[module] if name not in lacking(module) and not isinstance(ours(module, name), to_come)]
 
 
 def test_the_share_of_names(record_property: Callable[[str, object], None]) -> None:
@@ -82,8 +93,7 @@ def test_the_share_of_names(record_property: Callable[[str, object], None]) -> N
         share = f"{len(works(module))} of {len(names)} work, {len(names) - len(lacking(module)) - len(works(module))} are to come"
         record_property(module, share)
         print(f"{module}: {share}, missing: {lacking(module)}")  # noqa: T201
-    assert [f"{module}.{name}" for module in SURFACES for name in lacking(module) if expected(name)] == []
-    assert not lacking("peft")
+    assert [f"{module}.{name}" for module in SURFACES for name in lacking(module)] == []
 
 
 def parameters(function: Any) -> list[str]:
@@ -160,6 +170,32 @@ def test_what_is_to_come_says_so(name: str) -> None:
     with pytest.raises(ConfigError, match=f"`{name}`: .* is not built yet in peftrs"):
         found(1, r=2)
     assert getattr(coming, name) is found
+
+
+@pytest.mark.parametrize("name", sorted(PARTS))
+def test_parts_of_pefts_methods_say_so(name: str) -> None:
+    assert not isinstance(torch.nn.Linear(1, 1), part(name))
+    with pytest.raises(ConfigError, match=f"`{name}` is a part that PEFT's methods are made of"):
+        part(name)(1, r=2)
+
+
+def test_defaults_of_methods_to_come_say_so() -> None:
+    table = part("TRANSFORMERS_MODELS_TO_LNTUNING_TARGET_MODULES_MAPPING")
+    assert (len(table), "llama" in list(table)) == (0, False)
+    with pytest.raises(ConfigError, match="LN_TUNING is not built yet"):
+        _ = table["llama"]
+    assert part("TRANSFORMERS_MODELS_TO_NOTHING_TARGET_MODULES_MAPPING") is None
+
+
+def test_names_of_pefts_modules_are_in_ours() -> None:
+    for name in ("functional", "helpers", "optimizers", "utils", "utils.hotswap"):
+        module = import_module(f"peftrs.{name}")
+        for one in SURFACES[f"peft.{name}"]:
+            assert getattr(module, one) is ours(f"peft.{name}", one), one
+        with pytest.raises(AttributeError):
+            _ = module.nothing
+    with pytest.raises(AttributeError, match="install"):
+        _ = import_module("peftrs.utils").other
 
 
 def test_every_method_works_or_is_to_come() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from importlib.machinery import ModuleSpec
 from importlib.metadata import Distribution, DistributionFinder
@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from peftrs.compat.names import HOMES, LAYERS, METHODS, MODULES, NAMES
+from peftrs.compat.parts import part
 from peftrs.config import FORMAT_VERSION
 
 METADATA = {
@@ -64,13 +65,28 @@ class Alias(ModuleType):
         folder = self.__name__.removeprefix("peft.tuners.").partition(".")[0]
         if folder in METHODS and (found := import_module(LAYERS).layer_class(folder, name)) is not None:
             return found
-        if name not in NAMES:
-            return None
-        module, _, attribute = NAMES[name].partition(":")
-        return getattr(import_module(module), attribute) if attribute else import_module(module)
+        if name in NAMES:
+            module, _, attribute = NAMES[name].partition(":")
+            return getattr(import_module(module), attribute) if attribute else import_module(module)
+        if name == "LoraLayer":
+            return import_module(LAYERS).layer_class("lora", name)
+        # What asks for libraries is imported into many of PEFT's modules.
+        return getattr(import_module(HOMES["peft.import_utils"]), name, None) if name.startswith("is_") else part(name)
 
     def __dir__(self) -> list[str]:
         return sorted(NAMES)
+
+
+def under(module: str) -> Callable[[str], Any]:
+    """A module's `__getattr__` that gives the names of one of PEFT's modules, but for modules in it."""
+    alias = Alias(module)
+
+    def find(name: str) -> Any:
+        if f"{module}.{name}" in MODULES:
+            raise AttributeError(f"peftrs has no module of its own for `{module}.{name}`; hint: peftrs.compat.install()")
+        return getattr(alias, name)
+
+    return find
 
 
 class AliasDistribution(Distribution):

@@ -19,7 +19,6 @@ PACKAGES = {
     "optimum": "optimum",
     "te": "transformer_engine",
     "te_pytorch": "transformer_engine",
-    "torch_tpu": "torch_xla",
     "torchao": "torchao",
     "transformers": "transformers",
 }
@@ -30,8 +29,8 @@ QUESTION = re.compile(r"is_(?P<name>\w+?)_(?:available|(?P<order>ge|le)_v?(?P<ve
 
 def __getattr__(name: str) -> Callable[..., bool]:
     asked = QUESTION.fullmatch(name)
-    if name == "is_xpu_available":
-        return _xpu
+    if name in DEVICES:
+        return DEVICES[name]
     if asked is None or asked["name"] not in PACKAGES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     package, order, bound = PACKAGES[asked["name"]], asked["order"], _numbers((asked["version"] or "0").replace("_", "."))
@@ -60,3 +59,19 @@ def _xpu(check_device: bool = False) -> bool:
     import torch
 
     return torch.xpu.is_available()
+
+
+def _tpu(check_device: bool = True) -> bool:
+    if importlib.util.find_spec("torch_xla") is None:
+        return False
+    if check_device:
+        import torch_xla.core.xla_model  # type: ignore[import-not-found, unused-ignore]
+
+        try:
+            torch_xla.core.xla_model.xla_device()
+        except RuntimeError:
+            return False
+    return True
+
+
+DEVICES: dict[str, Callable[..., bool]] = {"is_torch_tpu_available": _tpu, "is_xpu_available": _xpu}

@@ -23,6 +23,12 @@ KINDS = {
 QUANTIZED = ("Linear4bit", "Linear8bitLt")
 """Classes for layers of bitsandbytes, whose names they share."""
 
+LIBRARIES = {
+    "AqlmLoraLinear": "aqlm", "AwqLoraLinear": "awq", "EetqLoraLinear": "eetq", "GPTQLoraLinear": "gptq", "HqqLoraLinear": "hqq",
+    "TeLinear": "te", "TorchaoLoraLinear": "torchao",
+}  # fmt: skip
+"""LoRA's classes for layers of other libraries, and the file of the base that presents those."""
+
 SLOTS = {
     "lora": ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B", "lora_magnitude_vector"),
     "loha": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
@@ -41,7 +47,10 @@ class Virtual(type):
     def __instancecheck__(cls, module: Any) -> bool:
         if not isinstance(module, AdaptedLayer) or (cls.kind is not None and module.spec.kind is not cls.kind):
             return False
-        if cls.kind is LayerKind.LINEAR:
+        if cls.base in LIBRARIES:
+            if type(module.base).__module__ != f"peftrs.bases.{LIBRARIES[cls.base]}":
+                return False
+        elif cls.kind is LayerKind.LINEAR:
             quantized = type(module.get_base_layer()).__name__
             if (quantized if quantized in QUANTIZED else None) != cls.base:
                 return False
@@ -53,9 +62,10 @@ def layer_class(folder: str, name: str) -> type | None:
     """The class `name` of `peft.tuners.<folder>`'s modules, or None if it is not one of a layer."""
     stem = METHODS[folder]
     bare = name.removeprefix(stem) or name
-    if bare not in KINDS and bare not in QUANTIZED and name != f"{stem}Layer":
+    quantized = bare in QUANTIZED or (folder == "lora" and bare in LIBRARIES)
+    if bare not in KINDS and not quantized and name != f"{stem}Layer":
         return None
-    kind = LayerKind.LINEAR if bare in QUANTIZED else KINDS.get(bare)
+    kind = LayerKind.LINEAR if quantized else KINDS.get(bare)
     place = f"peft.tuners.{folder}.layer"
     held = {
         "__doc__": f"A {kind or 'layer'} with an adapter of the type {folder.upper()}.",
@@ -63,7 +73,7 @@ def layer_class(folder: str, name: str) -> type | None:
         "__new__": _refuse,
         "peft_type": folder.upper(),
         "kind": kind,
-        "base": bare if bare in QUANTIZED else None,
+        "base": bare if quantized else None,
         "adapter_layer_names": SLOTS.get(folder, ()),
     }
     parent = None if name == f"{stem}Layer" else layer_class(folder, f"{stem}Layer")

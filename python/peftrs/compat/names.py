@@ -10,6 +10,7 @@ import peftrs
 
 LAYERS = "peftrs.compat.layers"
 FUNCTIONAL = "peftrs.model.functional"
+INNER = "peftrs.compat.inner"
 OTHER = "peftrs.compat.other"
 TASK_VECTORS = "peftrs.methods.task_vectors"
 
@@ -50,6 +51,19 @@ NAMES: dict[str, str] = {
         "peftrs.model.hotswap",
         "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict prepare_model_for_compiled_hotswap",
     ),
+    **_in(
+        INNER,
+        "MIN_EXPECTED_CONFIG_KEYS _get_no_split_modules check_deepspeed_zero3_enabled check_file_exists_on_hf_hub "
+        "check_import_allowlist clone_module dequantize_bnb_weight find_parameter_name_by_module get_bnb_param_type "
+        "get_default_import_allowlist "
+        "get_device_map get_layer_device_map get_pattern_key get_quantization_config inspect_matched_modules "
+        "is_gptqmodel_awq_layer is_gptqmodel_quant_linear "
+        "match_target_against_key onload_layer register_peft_method skip_init_on_device starcoder_model_postprocess_past_key_value "
+        "str_to_bool",
+    ),
+    "BasePromptEncoder": "peftrs.core.prompt:Encoder",
+    "LoraFAOptimizer": "peftrs.optimizers.lora_fa:LoraFAOptimizer",
+    "PeftConfigMixin": "peftrs.config:PeftConfig",
     "KappaTuneSelector": "peftrs.model.kappa:KappaTuneSelector",
     "MixedModel": "peftrs.model.tuner:Tuner",
     "MontecloraTrainerMixin": "peftrs.model.coming:MontecloraTrainerMixin",

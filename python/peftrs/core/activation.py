@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 from weakref import ref
 
@@ -12,8 +12,29 @@ from torch import nn
 from peftrs.core.batch import Rows
 from peftrs.errors import AdapterError
 
-Store = tuple[dict[str, nn.Parameter | None], str]
-"""Where torch keeps a parameter: a module's table of them, and the name in it."""
+Table = dict[str, nn.Parameter | None]
+"""Where torch keeps the parameters of a module, by name."""
+
+
+class Stores:
+    """Where parameters are: each one's table, and its name in it. Two lists, which take least time to go through."""
+
+    __slots__ = ("names", "tables")
+
+    def __init__(self) -> None:
+        self.tables: list[Table] = []
+        self.names: list[str] = []
+
+    def add(self, table: Table, name: str) -> None:
+        """Adds the place of one parameter."""
+        self.tables.append(table)
+        self.names.append(name)
+
+    def require_grad(self, trained: bool) -> None:
+        """Sets whether these parameters are trained, those of them that can be."""
+        for parameter in list(map(dict.get, self.tables, self.names)):
+            if parameter is not None and parameter.requires_grad is not trained:
+                parameter.requires_grad = trained and parameter.is_floating_point()
 
 
 class Activation:
@@ -22,18 +43,24 @@ class Activation:
     A copy has none of the modules: those that are copied with it join it themselves, and others stay where they are.
     """
 
-    __slots__ = ("active", "enabled", "joined", "overridden", "rows", "stores")
+    __slots__ = ("active", "complete", "enabled", "joined", "merged", "overridden", "rows", "stores", "whole")
 
     def __init__(self, active: Sequence[str] = (), enabled: bool = True) -> None:
         self.active = tuple(active)
         self.enabled = enabled
         self.joined: list[ref[Switched]] = []
+        self.whole: list[ref[Switched]] = []
+        """Those of them whose adapters have whole modules."""
+        self.merged = False
+        """Whether adapters may be merged into layers; it stays set until somebody looks."""
         self.overridden: list[Switched] = []
         """The modules that go their own way."""
         self.rows: Rows | None = None
         """The adapters of the rows of the call that is running, where every row has its own."""
-        self.stores: dict[str, list[Store]] = {}
-        """Of each adapter, what `Switched.stores` says of all modules together, so far as it was asked for since it changed."""
+        self.stores: dict[str, Stores] = {}
+        """Where the tensors of each adapter are in all modules together, so far as it was asked for since the adapter changed."""
+        self.complete = False
+        """Whether that is so for all adapters."""
 
     def __reduce__(self) -> Any:
         return Activation, (self.active, self.enabled)
@@ -55,36 +82,42 @@ class Activation:
     def leave(self, module: Switched) -> None:
         """Forgets a module that was taken out of the model."""
         self.joined = [held for held in self.joined if held() not in (module, None)]
-        self.stores.clear()
+        self.whole = [held for held in self.whole if held() not in (module, None)]
+        self.change()
 
-    def lose(self, module: ref[Switched]) -> None:
-        """Lets go of the tensors of a module that nothing holds any more."""
-        self.stores.clear()
+    def change(self, adapter: str | None = None) -> None:
+        """Tells that an adapter's tensors come and go, or any adapter's."""
+        self.complete = False
+        if adapter is None:
+            self.stores.clear()
+        else:
+            self.stores.pop(adapter, None)
 
     def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:
         """Sets in all modules whether the named adapters are trained; `only` freezes all others."""
-        members = self.members
-        for name in self.adapters() if only else names:
+        if only and not self.complete:
+            self._find(self.adapters())
+            self.complete = True
+        elif not only:
+            self._find(names)
+        for name in self.stores if only else names:
+            self.stores[name].require_grad(requires_grad and name in names)
+        for held in self.whole:
+            if (module := held()) is not None:
+                module.require_grad(names, only=only, requires_grad=requires_grad)
+
+    def _find(self, names: Sequence[str]) -> None:
+        for name in names:
             if name not in self.stores:
-                self.stores[name] = [store for member in members for store in member.stores(name)]
-            require_grad(self.stores[name], requires_grad and name in names)
-        for member in members:
-            if member.whole:
-                member.require_grad(names, only=only, requires_grad=requires_grad)
+                self.stores[name] = found = Stores()
+                for member in self.members:
+                    member.store(name, found)
 
     def clear(self) -> None:
         """Makes every module follow again."""
         for module in self.overridden:
             module.override = None
         self.overridden.clear()
-
-
-def require_grad(stores: Iterable[Store], trained: bool) -> None:
-    """Sets whether these parameters are trained, those of them that can be."""
-    for held, name in stores:
-        parameter = held.get(name)
-        if parameter is not None and parameter.requires_grad is not trained:
-            parameter.requires_grad = trained and parameter.is_floating_point()
 
 
 class Switched:
@@ -98,8 +131,12 @@ class Switched:
     def join(self, activation: Activation) -> None:
         """Shares this with the other wrapped modules of the model."""
         self.__dict__["activation"] = activation
-        activation.joined.append(ref(self, activation.lose))
-        activation.stores.clear()
+        held = ref(self, lambda _: activation.change())
+        activation.joined.append(held)
+        if self.whole:
+            activation.whole.append(held)
+        activation.merged = activation.merged or self.__dict__.get("ledger") is not None  # of a copy
+        activation.change()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]
@@ -135,9 +172,8 @@ class Switched:
     def tensors(self, adapter: str) -> list[nn.Parameter]:
         """This module's own tensors of an adapter."""
 
-    def stores(self, adapter: str) -> list[Store]:
-        """Where the tensors of an adapter are that may be trained, as long as this module's slots stay the same."""
-        return []
+    def store(self, adapter: str, stores: Stores) -> None:
+        """Adds where an adapter's slots are, if it has slots here."""
 
     @abstractmethod
     def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:

@@ -23,7 +23,7 @@ from peftrs.core.prompt_call import plant
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.target import Target
-from peftrs.core.tree import Place, original, wrappers
+from peftrs.core.tree import Place, first_wrapper, original, wrappers
 from peftrs.errors import AdapterError, ConfigError, listed
 
 log = logging.getLogger("peftrs")
@@ -46,7 +46,8 @@ def adapters(model: nn.Module) -> list[str]:
 
 def activation(model: nn.Module) -> Activation:
     """What the wrapped modules of a model share about which adapters are active; new if it has none."""
-    return next((wrapper.activation for _, wrapper in wrappers(model)), Activation())
+    found = first_wrapper(model)
+    return Activation() if found is None else found.activation
 
 
 def inject(

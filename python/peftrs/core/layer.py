@@ -22,7 +22,7 @@ from peftrs.bases.parallel import Parallel
 from peftrs.bases.sharded import alike, gathered, in_parts, whole
 from peftrs.core import batch
 from peftrs.core import merge as merging
-from peftrs.core.activation import Activation, Store, Switched, require_grad
+from peftrs.core.activation import Activation, Stores, Switched
 from peftrs.core.method import Side
 from peftrs.core.slots import FittedAdapter, empty
 from peftrs.errors import AdapterError, MergeError, PeftrsWarning
@@ -237,17 +237,19 @@ class AdaptedLayer(Switched, nn.Module):
     def tensors(self, adapter: str) -> list[nn.Parameter]:
         return [parameter for _, parameter in self.adapters[adapter].parameters()] if adapter in self.adapters else []
 
-    def stores(self, adapter: str) -> list[Store]:
+    def store(self, adapter: str, stores: Stores) -> None:
         fitted = self.adapters.get(adapter)
-        if fitted is None or fitted.leader is not None:
-            return []
-        held = (fitted.holder(slot) for slot in fitted.slots)
-        return [(module._parameters, name) for module, name in held]
+        if fitted is not None and fitted.leader is None:
+            for slot in fitted.slots:
+                module, name = fitted.holder(slot)
+                stores.add(module._parameters, name)
 
     def require_grad(self, names: Sequence[str], *, only: bool = False, requires_grad: bool = True) -> None:
         """Sets whether the named adapters are trained; `only` freezes all others."""
         for name in self.adapters if only else names:
-            require_grad(self.stores(name), requires_grad and name in names)
+            stores = Stores()
+            self.store(name, stores)
+            stores.require_grad(requires_grad and name in names)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Takes an adapter off this layer. Raises `AdapterError` while it is merged."""

@@ -15,9 +15,9 @@ from peftrs.bases.resolve import resolve
 from peftrs.bases.sharded import reshard
 from peftrs.core import merge as merging
 from peftrs.core import rounding
-from peftrs.core.activation import Switched
+from peftrs.core.activation import Activation, Switched
 from peftrs.core.batch import NONE, Rows
-from peftrs.core.inject import activation, adapters
+from peftrs.core.inject import activation
 from peftrs.core.layer import AdaptedLayer, Chain
 from peftrs.core.prompt import Prompts, prompts_of
 from peftrs.core.prompt_call import uproot
@@ -33,10 +33,13 @@ Track = Callable[[list[AdaptedLayer]], Iterable[AdaptedLayer]]
 
 def check_known(model: nn.Module, names: Sequence[str]) -> None:
     """Raises `AdapterError` naming the adapters that the model does not have."""
-    members = activation(model).members
+    _check_known(activation(model), names)
+
+
+def _check_known(state: Activation, names: Sequence[str]) -> None:
     for name in names:
-        if not any(name in member.adapter_names() for member in members):
-            raise AdapterError(f"Adapter {name} not found. The model has {adapters(model)}.")
+        if not any((member := held()) is not None and name in member.adapter_names() for held in state.joined):
+            raise AdapterError(f"Adapter {name} not found. The model has {state.adapters()}.")
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bool = False) -> None:
@@ -45,12 +48,13 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
     Merged adapters are unmerged, with a warning. Raises `AdapterError` for an unknown name, or for two that cannot act together.
     """
     chosen = [names] if isinstance(names, str) else list(names)
-    check_known(model, chosen)
     state = activation(model)
-    members = state.members
-    if len(chosen) > 1 and (faults := [fault for member in members if (fault := member.conflict(chosen))]):
+    _check_known(state, chosen)
+    if len(chosen) > 1 and (faults := [fault for member in state.members if (fault := member.conflict(chosen))]):
         raise AdapterError("; ".join(faults[:4]))
-    merged = [member for member in members if isinstance(member, AdaptedLayer) and member.ledger is not None]
+    held = state.members if state.merged else ()
+    merged = [member for member in held if isinstance(member, AdaptedLayer) and member.ledger is not None]
+    state.merged = bool(merged)
     if any(layer.merged_adapters != [name for name in chosen if name in layer.adapters] for layer in merged):
         warnings.warn(f"{merged[0].merged_adapters} were merged and are unmerged now", PeftrsWarning, 3)
         unmerge(merged)

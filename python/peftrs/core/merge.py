@@ -96,6 +96,7 @@ def merge(
     `MergeError`, changing nothing.
     """
     if names:
+        layer.activation.merged = True
         with layer.at_hand(write=True):
             _merge(layer, names, shared, keep=keep, dtype=dtype)
 

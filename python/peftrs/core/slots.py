@@ -143,7 +143,7 @@ class FittedAdapter:
             cast(nn.ParameterDict, held)[self.name] = parameter
         if slot not in self.places:
             self.places[slot] = (container, leaf)
-            self.layer.activation.stores.pop(self.name, None)
+            self.layer.activation.change(self.name)
 
     def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """This layer's own trained and saved tensors by slot; none where it shares those of another."""
@@ -161,7 +161,7 @@ class FittedAdapter:
             held = cast("nn.ModuleDict | nn.ParameterDict", self.layer._modules[container])
             held[name] = held.pop(self.name)
         for one in (self.name, name):
-            self.layer.activation.stores.pop(one, None)
+            self.layer.activation.change(one)
         del self.layer.adapters[self.name]
         self.layer.adapters[name] = self
         self.name = name
@@ -174,7 +174,7 @@ class FittedAdapter:
             if not len(held):
                 delattr(self.layer, container)
         self.places.clear()
-        self.layer.activation.stores.pop(self.name, None)
+        self.layer.activation.change(self.name)
 
     def spread(self) -> None:
         """Spreads the tensors over processes as the layer is spread, if it is: along what follows the layer's own slices."""

@@ -78,6 +78,22 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Holder]]:
     return ((name, module) for name, module in modules(model) if isinstance(module, _HOLDER))
 
 
+def first_wrapper(model: nn.Module) -> Holder | None:
+    """Any of the wrappers of a model, the sooner found the earlier it stands: what all share can be asked of each."""
+    seen: set[int] = set()
+    waiting = [iter((model,))]
+    while waiting:
+        module = next(waiting[-1], waiting)
+        if module is waiting:
+            waiting.pop()
+        elif isinstance(module, _HOLDER):
+            return module
+        elif isinstance(module, nn.Module) and module._modules and id(module) not in seen:
+            seen.add(id(module))
+            waiting.append(iter(module._modules.values()))  # type: ignore[arg-type]
+    return None
+
+
 def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Every module with its full name in memory, parents first, each once, but for what adapters hold themselves."""
     seen: set[int] = set()

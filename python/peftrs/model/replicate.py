@@ -36,14 +36,14 @@ def layer_lists(found: Iterable[Place]) -> list[LayerList]:
     return [LayerList(place.parent, place.attribute, place.module) for place in found if isinstance(place.module, nn.ModuleList)]
 
 
-def replicate(model: nn.Module, ranges: Sequence[Sequence[int]]) -> None:
-    """Replaces the model's layers by those in `ranges`, each `[first, last)`, in that order. Raises `ConfigError`."""
+def replicate(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> None:
+    """Replaces the model's layers by those in `layer_map`, each `[first, last)`, in that order. Raises `ConfigError`."""
     owner, attribute = _find(model)
     layers = getattr(owner, attribute)
-    wrong = [list(pair) for pair in ranges if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= len(layers)]
-    if wrong or not ranges:
-        raise ConfigError(f"`layer_replication`: {wrong or list(ranges)} are not ranges within the model's {len(layers)} layers")
-    copies = nn.ModuleList(_sharing(layers[index]) for first, last in ranges for index in range(first, last))
+    wrong = [list(pair) for pair in layer_map if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= len(layers)]
+    if wrong or not layer_map:
+        raise ConfigError(f"`layer_replication`: {wrong or list(layer_map)} are not ranges within the model's {len(layers)} layers")
+    copies = nn.ModuleList(_sharing(layers[index]) for first, last in layer_map for index in range(first, last))
     for index, layer in enumerate(copies):
         parts: list[Any] = [module for module in layer.modules() if hasattr(module, "layer_idx")]
         for part in parts:
