@@ -21,7 +21,7 @@ def eight_bit(dense: nn.Linear) -> nn.Module:
     return layer.to("cpu")
 
 
-def four_bit(kind: str, double: bool) -> Quantize:
+def four_bit(kind: str, double: bool, dtype: torch.dtype = torch.float32) -> Quantize:
     """bitsandbytes' 4-bit formats."""
 
     def quantize(dense: nn.Linear) -> nn.Module:
@@ -31,7 +31,7 @@ def four_bit(kind: str, double: bool) -> Quantize:
             dense.in_features,
             dense.out_features,
             dense.bias is not None,
-            torch.float32,
+            dtype,
             compress_statistics=double,
             quant_type=kind,
         )

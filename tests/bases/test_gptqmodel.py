@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from peftrs import LoraConfig, MergeError, get_peft_model
 from peftrs.bases.resolve import resolve
-from peftrs.core.layer import fold
+from peftrs.core.fold import fold
 from tests.bases.formats import ELSEWHERE
 
 WIDTH, OUT = 128, 64

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from peftrs import LoraConfig, get_peft_model
 from peftrs.bases.resolve import resolve
-from peftrs.core.layer import fold
+from peftrs.core.fold import fold
 from tests.bases.formats import ELSEWHERE, FORMATS, library
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -14,7 +14,8 @@ from peftrs import ConfigError, IA3Config, LoraConfig, MergeError, OFTConfig, Pe
 from peftrs.bases.kinds import Affine
 from peftrs.bases.resolve import resolve
 from peftrs.core import merge as merging
-from peftrs.core.layer import AdaptedLayer, fold
+from peftrs.core.fold import fold
+from peftrs.core.layer import AdaptedLayer
 from peftrs.errors import set_strict
 from tests.bases.formats import FORMATS, OUT, WIDTH, library
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from peftrs import IA3Config, LoraConfig, MergeError, OFTConfig, get_peft_model
 from peftrs.bases.resolve import resolve
-from peftrs.core.layer import fold
+from peftrs.core.fold import fold
 from tests.bases.standins import OUT, PUBLISHED, RECORD, STANDINS, WIDTH, place
 
 METHODS = {

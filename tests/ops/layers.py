@@ -14,12 +14,13 @@ def layer(
 ) -> nn.Module:  # fmt: skip
     """A frozen linear layer, with a LoRA whose output is `ratio` times the layer's own where a library is given."""
     torch.manual_seed(0)
-    frozen = (nn.Linear(width, out, bias=bias) if base is None else base).to(dtype).requires_grad_(False)
+    frozen = (nn.Linear(width, out, bias=bias).to(dtype) if base is None else base).requires_grad_(False)
     if library is None:
         return frozen
     config = library.LoraConfig(target_modules=["0"], **{"r": 16, "lora_alpha": 16, **settings})
     adapted = library.get_peft_model(nn.Sequential(frozen), config).base_model.model[0].train()
     down, up = adapted.lora_A["default"].weight, adapted.lora_B["default"].weight
+    torch.manual_seed(1)  # what follows is the same for either library
     with torch.no_grad():
         down.copy_(torch.randn(down.shape) / width**0.5)
         up.copy_(torch.randn(up.shape) * ratio * (3 * down.shape[0]) ** -0.5)

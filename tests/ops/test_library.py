@@ -59,7 +59,8 @@ def test_torch_accepts_the_registrations(lead, dtype, wide, bias, dropout) -> No
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize(("lead", "dtype", "wide", "bias", "dropout"), CASES, ids=str)
-def test_the_operator_is_the_eager_function_to_the_bit(lead, dtype, wide, bias, dropout, autocast) -> None:
+def test_the_operator_is_the_eager_function_to_the_bit(lead, dtype, wide, bias, dropout, autocast, monkeypatch) -> None:
+    monkeypatch.setattr(package, "SMALL", -1)
     x, weight, shift, down, up = arguments(lead, dtype, wide, bias)
     outcomes = []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
 
 import peft
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import peftrs
+from peftrs.ops import lora_linear as package
 from peftrs.ops.lora_linear import Unstored, lora_linear
 from tests.laws.cases import distance, seeds
 from tests.ops.layers import layer, step, tensors
@@ -20,6 +22,14 @@ from tests.ops.masks import assert_fair
 
 UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
 NARROW = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True, params=["large", "small"], scope="module")
+def size(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Small inputs run torch's own operations, large ones ours: here either takes all."""
+    before, package.SMALL = package.SMALL, 2**62 if request.param == "small" else -1
+    yield
+    package.SMALL = before
 
 
 @settings(max_examples=8)
@@ -139,7 +149,10 @@ def test_a_seed_makes_the_run_repeatable_and_the_next_step_another() -> None:
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_a_weight_that_is_computed_is_gone_between_the_passes(checkpointed: bool, autocast: bool) -> None:
+def test_a_weight_that_is_computed_is_gone_between_the_passes(
+    checkpointed: bool, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(package, "SMALL", -1)
     stored, alive = torch.randn(24, 40).to(torch.float32 if autocast else torch.bfloat16), []
 
     def compute() -> Tensor:

@@ -18,16 +18,29 @@ from peftrs.errors import ConfigError
 class EightBit(Quantized):
     """`Linear8bitLt` that holds int8 weights, with one scale a row."""
 
+    own = "Linear8bitLt"
+
+    def plain_product(self, module: nn.Module) -> bool:
+        """On a CPU; elsewhere the library rounds the input too."""
+        return cast(Tensor, module.weight).device.type == "cpu"
+
     def format(self, module: nn.Module) -> str:
         return "bitsandbytes int8"
 
     def weight(self, module: nn.Module) -> Tensor:
         import bitsandbytes
 
+        return cast(Tensor, bitsandbytes.functional.int8_vectorwise_dequant(*self.codes(module)))
+
+    def codes(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        """The codes, `(out, in)`, and the scales, `(out,)`, which the first forward moves from the weight to the layer's state."""
         stored: Any = module.weight
-        # The scales move from the weight to the layer's state in its first forward.
         scales = stored.SCB if stored.SCB is not None else cast(Any, module.state).SCB
-        return cast(Tensor, bitsandbytes.functional.int8_vectorwise_dequant(stored.data, scales.to(stored.device)))
+        return stored.data, scales.to(stored.device)
+
+    def multiplied(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
+        codes, scales = self.codes(module)
+        return codes.to(dtype).mul_(scales.unsqueeze(1).mul(1 / 127))
 
     def requantized(self, module: nn.Module, affine: Affine) -> nn.Module:
         import bitsandbytes
@@ -43,6 +56,14 @@ class EightBit(Quantized):
 
 class FourBit(Quantized):
     """`Linear4bit`, blocks of 64 weights or so with one scale each, which may be quantized in turn."""
+
+    own = "Linear4bit"
+
+    def computes_in(self, module: nn.Module, dtype: torch.dtype) -> torch.dtype:
+        """The first input's dtype, unless that is float16: the layer has one of its own then, if any."""
+        layer: Any = module
+        set_by_input = not layer.compute_type_is_set and dtype in (torch.float32, torch.bfloat16)
+        return dtype if set_by_input or layer.compute_dtype is None else cast(torch.dtype, layer.compute_dtype)
 
     def format(self, module: nn.Module) -> str:
         state = cast(Any, module.weight).quant_state

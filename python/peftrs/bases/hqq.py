@@ -16,6 +16,15 @@ from peftrs.bases.quantized import Quantized
 class Hqq(Quantized):
     """Packed codes in `W_q`, scales and zeros beside them, the bias a plain tensor."""
 
+    own = "HQQLinear"
+
+    def plain_product(self, module: nn.Module) -> bool:
+        """Whether the backend chosen for the library is one of those; one rounds the input."""
+        return "int8" not in cast(Any, type(module)).forward.__name__
+
+    def computes_in(self, module: nn.Module, dtype: torch.dtype) -> torch.dtype:
+        return cast(torch.dtype, module.compute_dtype)
+
     def format(self, module: nn.Module) -> str:
         return f"hqq {cast(Any, module).meta['nbits']}-bit"
 

@@ -1,7 +1,8 @@
 """Linear layers that store their weight quantized: what is common to every library of such layers.
 
-The library's own forward runs beneath an adapter. The weight itself, `(out, in)`, is computed where the weight view needs it, one
-layer at a time. Merging never writes into such a layer: it makes a new one, so that taking the old one back is exact.
+The library's own forward runs beneath an adapter, but in training where it is nothing but the product with the weight: that is then
+taken together with the adapter's, as over any layer. The weight itself, `(out, in)`, is computed where it is needed, one layer at a
+time. Merging never writes into such a layer: it makes a new one, so that taking the old one back is exact.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from peftrs.bases.base import Base, as_dtype
+from peftrs.bases.base import Base, as_dtype, called
 from peftrs.bases.dense import LINEAR
 from peftrs.bases.kinds import Affine, LayerKind
 from peftrs.errors import MergeError
@@ -26,6 +27,8 @@ class Quantized(Base):
     quantized = True
     writes = True
     """Whether `requantized` can store a weight in the layer's own format."""
+    own: str | None = None
+    """The library's class whose forward is `functional.linear` with the weight of `dense`; None where it computes otherwise."""
 
     @abstractmethod
     def format(self, module: nn.Module) -> str:
@@ -63,7 +66,26 @@ class Quantized(Base):
         through(self, module)
 
     def obstacle(self, module: nn.Module) -> str | None:
-        return f"the weight beneath is {self.format(module)}"
+        if torch.compiler.is_compiling():
+            return "compiled code calls the library's own product"
+        own: Any = next((kind for kind in type(module).__mro__ if kind.__name__ == self.own), None)
+        if own is None or not self.plain_product(module):
+            return f"the weight beneath is {self.format(module)}, whose library has a product of its own"
+        if not module.training:  # not by whether gradients are on: reentrant checkpointing must compute the same without and with
+            return "in eval mode the library's own product runs"
+        return called(module, own.forward)
+
+    def plain_product(self, module: nn.Module) -> bool:
+        """Whether, in training, the forward of `own` is that product in this layer's settings."""
+        return True
+
+    def computes_in(self, module: nn.Module, dtype: torch.dtype) -> torch.dtype:
+        """The dtype in which the forward of `own` takes the product for an input of `dtype`."""
+        return dtype
+
+    def multiplied(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
+        """The weight as that forward takes its product with it, in the dtype that it computes in."""
+        return self.dense(module).weight.to(dtype)
 
     def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
         return LINEAR.op(module, x, affine, rest, options)

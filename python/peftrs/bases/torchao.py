@@ -6,6 +6,7 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from peftrs.bases.base import Base
@@ -16,6 +17,14 @@ from peftrs.errors import MergeError
 
 class Torchao(Quantized):
     """The tensor says how it was quantized, so that it can be done again; tensors of a kind that `AGAIN` lacks are read only."""
+
+    own = "Linear"
+
+    def plain_product(self, module: nn.Module) -> bool:
+        return self.differentiable(module)
+
+    def computes_in(self, module: nn.Module, dtype: torch.dtype) -> torch.dtype:
+        return cast(Tensor, module.weight).dtype
 
     def format(self, module: nn.Module) -> str:
         weight: Any = module.weight

@@ -1,8 +1,4 @@
-"""The adapted layer: a frozen layer with adapters over it, and the fold that both forward and merging are.
-
-Active adapters `[a, b]`: of two that act on the input, `a` meets it first, being the outermost; of two that act on the output,
-`a` acts first, being the innermost.
-"""
+"""The adapted layer: a frozen layer with adapters over it."""
 
 from __future__ import annotations
 
@@ -23,63 +19,10 @@ from peftrs.bases.sharded import alike, gathered, in_parts, whole
 from peftrs.core import batch
 from peftrs.core import merge as merging
 from peftrs.core.activation import Activation, Stores, Switched
+from peftrs.core.fold import Beneath, Chain, fold
 from peftrs.core.method import Side
 from peftrs.core.slots import FittedAdapter, empty
 from peftrs.errors import AdapterError, MergeError, PeftrsWarning
-
-Chain = tuple[FittedAdapter, ...]
-
-
-class Beneath:
-    """What lies beneath an adapter of a chain, for one call of the layer."""
-
-    __slots__ = ("chain", "layer", "options", "rest")
-
-    def __init__(self, layer: AdaptedLayer, chain: Chain, rest: tuple[Any, ...], options: dict[str, Any]) -> None:
-        self.layer = layer
-        self.chain = chain
-        self.rest = rest
-        self.options = options
-
-    @property
-    def training(self) -> bool:
-        return self.layer.training
-
-    @property
-    def module(self) -> nn.Module:
-        return self.layer.get_base_layer()
-
-    @property
-    def base(self) -> Base:
-        return self.layer.base
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if not self.chain:
-            y = cast(Tensor, self.layer.base_layer(x, *self.rest, **self.options))
-            return y if self.layer.parallel is None else self.layer.parallel.joined(y)
-        outermost = self.chain[-1]
-        return outermost.method.forward(outermost, x, Beneath(self.layer, self.chain[:-1], self.rest, self.options))
-
-    def dense(self) -> Affine:
-        affine = self.layer.dense()
-        return fold(self.chain, affine) if self.chain else affine
-
-    def obstacle(self) -> str | None:
-        if self.chain:
-            return "another adapter lies beneath"
-        if self.rest or self.options:
-            return "the layer beneath takes more than one input"
-        return self.layer.base.obstacle(self.layer.base_layer)
-
-    def op(self, x: Tensor, affine: Affine) -> Tensor:
-        return cast(Tensor, self.layer.base.op(self.layer.base_layer, x, affine, self.rest, self.options))
-
-
-def fold(chain: Chain, affine: Affine) -> Affine:
-    """The affine map under the chain, innermost first."""
-    for adapter in chain:
-        affine = adapter.method.apply(adapter, affine)
-    return affine
 
 
 class AdaptedLayer(Switched, nn.Module):
@@ -144,7 +87,7 @@ class AdaptedLayer(Switched, nn.Module):
             return self.base.op(self.base_layer, inputs, affine, (), options)
         if not inputs:
             inputs = (options.pop(self.base.first),)
-        if self.parallel is None:
+        if self.parallel is None and len(chain) == 1:
             outermost = chain[-1]
             return outermost.method.forward(outermost, inputs[0], Beneath(self, chain[:-1], inputs[1:], options))
         return self.through_processes(Beneath(self, chain, inputs[1:], options), inputs[0])
@@ -199,7 +142,7 @@ class AdaptedLayer(Switched, nn.Module):
 
     def dense(self) -> Affine:
         """The frozen layer as an affine map, to be read: whole, or as a whole that lies over processes as the layer does."""
-        affine = self.base.dense(self.base_layer)
+        affine = self.base.dense(self._modules["base_layer"])  # type: ignore[arg-type]
         if self.parallel is not None or not in_parts(affine.weight):
             return affine
         return Affine(whole(affine.weight), None if affine.bias is None else whole(affine.bias))
@@ -212,9 +155,10 @@ class AdaptedLayer(Switched, nn.Module):
 
     def routes(self) -> dict[str, str]:
         """How each active adapter runs: "fused" with the layer beneath, or "composite: " and why."""
-        found = {}
-        for place, adapter in enumerate(chain := self.acting()):
-            fault = adapter.method.obstacle(adapter, Beneath(self, chain[:place], (), {}))
+        found, chain = {}, self.acting()
+        together = Beneath(self, (), (), {}).takes(chain)
+        for place, adapter in enumerate(chain):
+            fault = adapter.method.obstacle(adapter, Beneath(self, () if together else chain[:place], (), {}))
             found[adapter.name] = "fused" if fault is None else f"composite: {fault}"
         return found
 

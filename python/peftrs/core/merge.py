@@ -28,7 +28,8 @@ from peftrs.errors import MergeError, PeftrsWarning, listed
 from peftrs.ops.low_rank import NATIVE, Correction, Update, add_low_rank_, overflows
 
 if TYPE_CHECKING:
-    from peftrs.core.layer import AdaptedLayer, Chain
+    from peftrs.core.fold import Chain
+    from peftrs.core.layer import AdaptedLayer
 
 
 MOST = 0.5

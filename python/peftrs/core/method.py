@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peftrs.bases.base import Base
 from peftrs.bases.kinds import Affine, LayerKind, LayerSpec, along_channels
 from peftrs.config import TargetedConfig
+from peftrs.ops.lora_linear.reference import Unstored
 
 
 class Side(Enum):
@@ -53,6 +54,9 @@ class Below(Protocol):
 
     def dense(self) -> Affine:
         """The same as an affine map; to be read, never written."""
+
+    def weight(self, dtype: torch.dtype) -> tuple[Tensor | Unstored, Tensor | None]:
+        """As `dense`, but a quantized weight is yet to be computed, in the dtype in which the layer takes an input of `dtype`."""
 
     def obstacle(self) -> str | None:
         """Why the output for `x` is more than the affine map of `dense` applied to it, or None if that is all."""
@@ -150,6 +154,14 @@ class Method(ABC):
     def obstacle(self, adapter: Adapter, below: Below) -> str | None:
         """Why this adapter and the layer beneath do not run as one operation, or None if they do."""
         return f"{self.name} has no fused form"
+
+    def apart(self, adapters: Sequence[Adapter], below: Below) -> str | None:
+        """Why these several adapters of this method do not run as one operation with the layer beneath, or None if they do."""
+        return f"{self.name} has no form for several"
+
+    def together(self, adapters: Sequence[Adapter], x: Tensor, below: Below) -> Tensor | None:
+        """The output with all of them as one operation, where `apart` has nothing against it; None where `x` has."""
+        return None
 
     def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
         """The activation view; by default the layer's own operation with the changed weights."""

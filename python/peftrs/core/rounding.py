@@ -21,7 +21,8 @@ from peftrs.bases.quantized import IN_A_DTYPE, Quantized
 from peftrs.errors import MergeError, PeftrsWarning, complain
 
 if TYPE_CHECKING:
-    from peftrs.core.layer import AdaptedLayer, Chain
+    from peftrs.core.fold import Chain
+    from peftrs.core.layer import AdaptedLayer
 
 BLOCK = 256
 """Rows that are looked at together."""

@@ -94,11 +94,15 @@ class FittedAdapter:
         if self.leader is not None:
             leading, transposed = self.method.tied_slots[slot]
             return self.leader[leading].mT if transposed else self.leader[leading]
-        holder, name = self.holder(slot)
-        tensor = holder._parameters.get(name)
+        # What `holder` finds, without a call more: asked several times at every step of every layer.
+        container, leaf = self.places[slot]
+        holder: Any = self.layer._modules[container]
+        tensor: nn.Parameter | None = (
+            holder._modules[self.name]._parameters.get(leaf) if leaf else holder._parameters.get(self.name)
+        )
         if tensor is None or tensor.is_meta:
             tensor = self.raw(slot)
-            return offload.fetched(holder, tensor) if tensor.is_meta else tensor
+            return offload.fetched(self.holder(slot)[0], tensor) if tensor.is_meta else tensor
         return tensor
 
     def holder(self, slot: str) -> tuple[nn.Module, str]:

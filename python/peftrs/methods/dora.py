@@ -7,6 +7,7 @@ dropout, unlike PEFT, which runs the base a second time on the dropped input; wi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -55,6 +56,9 @@ class Dora(Lora):
         weight = super().apply(adapter, affine).weight
         strength = adapter[MAGNITUDE].flatten().to(weight.dtype) / weight.detach().flatten(1).norm(dim=1)
         return Affine(weight * strength.view(-1, *[1] * (weight.ndim - 1)), affine.bias)
+
+    def apart(self, adapters: Sequence[Adapter], below: Below) -> str | None:
+        return "each sets the length of what is beneath it"
 
     def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
         affine = below.dense()

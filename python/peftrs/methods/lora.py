@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
@@ -23,6 +24,7 @@ from peftrs.config import RUNTIME, LayeredConfig, PeftType
 from peftrs.core.method import Adapter, Additive, Below, Method
 from peftrs.errors import ConfigError, PeftrsWarning
 from peftrs.ops import lora_linear
+from peftrs.ops.lora_linear import Unstored
 from peftrs.registry import method, register
 
 
@@ -199,6 +201,8 @@ class Lora(Additive):
     def factors(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
         lower, upper = _names(adapter)
         down, up = adapter[lower], adapter[upper]
+        if adapter.spec.kind is LayerKind.LINEAR and "origin_A.weight" not in adapter:
+            return up, down
         if "origin_A.weight" in adapter:
             down = torch.cat([down, adapter["origin_A.weight"]])
             up = torch.cat([up, -adapter["origin_B.weight"]], 1)
@@ -230,7 +234,7 @@ class Lora(Additive):
         if found is None:
             up, down = self.factors(adapter)
             dropout = adapter.config.lora_dropout if below.training else 0.0
-            found = lora_linear.unfit(below.dense().weight, down, up, dropout)
+            found = lora_linear.unfit(below.weight(down.dtype)[0], down, up, dropout)
         return found
 
     def _obstacle(self, adapter: Adapter, below: Below) -> str | None:
@@ -250,14 +254,52 @@ class Lora(Additive):
         """The output, computed together with the layer beneath; None where that does not go. `biased` adds that layer's bias."""
         if self._obstacle(adapter, below) is not None:
             return None
-        up, down = self.factors(adapter)
-        weight, bias = below.dense()
+        shift = self.shift(adapter) if adapter.config.lora_bias else None
+        shift = None if shift is None else adapter.scaling * shift
+        dropout = adapter.config.lora_dropout if below.training else 0.0
+        return self._joined(x, below, self.factors(adapter), adapter.scaling, dropout, shift, biased=biased)
+
+    def _joined(
+        self,
+        x: Tensor,
+        below: Below,
+        factors: tuple[Tensor, Tensor],
+        scaling: float,
+        dropout: float,
+        shift: Tensor | None,
+        *,
+        biased: bool = True,
+    ) -> Tensor | None:
+        weight, bias = below.weight(x.dtype)
+        computed = isinstance(weight, Unstored)
+        if computed and torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.get_autocast_dtype(x.device.type):
+            return None  # the library would take its product in the dtype of its own
         if not biased:
             bias = None
-        if adapter.config.lora_bias and (shift := self.shift(adapter)) is not None:
-            bias = adapter.scaling * shift if bias is None else torch.add(bias, shift, alpha=adapter.scaling)
-        dropout = adapter.config.lora_dropout if below.training else 0.0
-        return lora_linear.lora_linear(x, weight, bias, down, up, adapter.scaling, dropout)
+        if shift is not None:
+            bias = shift if bias is None else bias + shift
+        up, down = factors
+        y = lora_linear.lora_linear(x, weight, bias, down, up, scaling, dropout)
+        return y.to(x.dtype) if computed and y is not None else y
+
+    def apart(self, adapters: Sequence[Adapter], below: Below) -> str | None:
+        if below.training and any(adapter.config.lora_dropout for adapter in adapters):
+            return "each has a mask of dropout of its own"
+        if len({adapter["lora_A.weight"].dtype for adapter in adapters if adapter.spec.kind is LayerKind.LINEAR}) > 1:
+            return "their dtypes differ"
+        return next((fault for adapter in adapters if (fault := self._obstacle(adapter, below)) is not None), None)
+
+    def together(self, adapters: Sequence[Adapter], x: Tensor, below: Below) -> Tensor | None:
+        """As one adapter of the sum of their ranks.
+
+        Two (r=16 and r=8, 256 tokens, 576 to 1536 and back, forward and backward, CPU) take 0.87 to 0.91 of the time of one over
+        the other.
+        """
+        factors = [self.factors(adapter) for adapter in adapters]
+        up = torch.cat([adapter.scaling * up for adapter, (up, _) in zip(adapters, factors, strict=True)], 1)
+        down = torch.cat([down for _, down in factors])
+        shifts = [adapter.scaling * shift for adapter in adapters if (shift := self.shift(adapter)) is not None]
+        return self._joined(x, below, (up, down), 1.0, 0.0, torch.stack(shifts).sum(0) if shifts else None)
 
     def path(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
         down, up = (adapter[slot] for slot in _names(adapter))

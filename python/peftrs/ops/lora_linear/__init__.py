@@ -2,7 +2,8 @@
 
 It keeps for the backward pass what it is given, by reference, and `u (M, r)`: no copy of `x` in another dtype, no mask of
 dropout. `reference` states the formula in plain torch operations, `triton` the same in kernels, `function` puts either together.
-Eager code runs a `torch.autograd.Function`, compiled code on a GPU an operator (`library`, which says why).
+Eager code runs a `torch.autograd.Function`, or the composite of torch's own operations where that is quicker (`SMALL`), compiled
+code on a GPU an operator (`library`, which says why).
 
 Layers that share one `x` (q, k and v; gate and up) each read it. Reading it once for all was weighed and left out: the forward
 half alone would have the first layer read its siblings' parameters before their turn (offloading hooks and shards that gather a
@@ -19,9 +20,9 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from peftrs.ops import is_fused
-from peftrs.ops.lora_linear.function import LoraLinear, asked_once, has_kernels
+from peftrs.ops.lora_linear.function import LoraLinear, asked_once, forward, has_kernels
 from peftrs.ops.lora_linear.library import operator
-from peftrs.ops.lora_linear.reference import Dropout, Unstored
+from peftrs.ops.lora_linear.reference import Dropout, Unstored, composed
 
 __all__ = ["LoraLinear", "Unstored", "lora_linear", "unfit"]
 
@@ -61,6 +62,19 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
+SMALL = 2**17
+"""The elements of input and output together up to which, on a CPU, calls cost more than what they move: torch's own operations are
+then quicker with dropout (1.1 to 4 times), casts (1.1 to 1.8) or without gradients than one node of ours, which is written in
+Python. With none of these, both cost the same."""
+
+
+def is_small(x: Tensor, weight: Tensor) -> bool:
+    """Whether `x` and the output are small in that sense."""
+    out, width = weight.shape
+    count = x.numel()
+    return count + count // max(width, 1) * out <= SMALL
+
+
 def is_compiled(device: torch.device) -> bool:
     """Whether a compiled graph has the operator; where not, the compiler fuses the composite itself."""
     return has_kernels(device) and not is_exporting()
@@ -77,32 +91,46 @@ def lora_linear(
     """
     if is_transformed():
         return None
-    if torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if compiling:
         if isinstance(weight, Unstored) or not is_compiled(x.device):
             return None
     elif torch._C._get_tracing_state() is not None:
         return None
     if type(x) not in PLAIN or unfit(weight, down, up, dropout) is not None:
         return None
-    device, dtype = x.device.type, x.dtype
-    if torch.is_autocast_enabled(device):
+    device, dtype = "cpu" if x.is_cpu else x.device.type, x.dtype
+    autocast = torch.is_autocast_enabled(device)
+    if autocast:
         if dtype is torch.float64:
             return None
         dtype = torch.get_autocast_dtype(device)
-        weight = weight.to(dtype)
     elif dtype != weight.dtype:
         return None
+    trained = torch.is_grad_enabled() and (
+        x.requires_grad or down.requires_grad or up.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    if dtype != weight.dtype:
+        weight = weight.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
+    plainer = device == "cpu" and not compiling and (dropout or autocast or not trained or down.dtype != dtype)
+    if plainer and not isinstance(weight, Unstored) and is_small(x, weight):
+        if autocast:  # not left to autocast, which casts `x` twice, and factors again only in recomputation
+            x, down, up = x.to(dtype), down.to(dtype), up.to(dtype)
+        return composed(x, weight, bias, down, up, scaling, dropout)
     dropped = 0
     if dropout:
         dropped = min(max(round(dropout * 2**16), 1), 2**16 - 1)
         scaling = scaling / (1 - dropped / 2**16)
-    if torch.compiler.is_compiling() and isinstance(weight, Tensor):
+    if compiling and isinstance(weight, Tensor):
         return operator(x, weight, bias, down, up, scaling, dropped, drawn(x.device) if dropped else None)
     seeded = None
     if dropped:
         seeded = Dropout(dropped, drawn(x.device) if x.is_cuda else int(torch.randint(2**63 - 1, ())))
+    if not trained:
+        weight = weight.compute() if isinstance(weight, Unstored) else weight
+        return forward(x, weight, bias, down, up, scaling, seeded)[0]
     return LoraLinear.apply(x, weight, bias, down, up, scaling, seeded)  # type: ignore[no-any-return]
 
 

@@ -56,7 +56,7 @@ def forward(
     if rows.dtype != dtype:
         rows = rows.to(dtype)
     chosen = passes(rows, down)
-    if chosen is reference and down.dtype != dtype and torch.is_autocast_enabled(x.device.type):
+    if down.dtype != dtype and chosen is reference and torch.is_autocast_enabled(x.device.type):
         down, up = down.to(dtype), up.to(dtype)
     u = chosen.low(rows, down, dropout)
     y = chosen.high(u, rows, weight, bias, up, scaling)
@@ -118,7 +118,7 @@ class LoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, down, up, u = ctx.saved_tensors
-        device = x.device.type
+        device = "cpu" if x.is_cpu else x.device.type
         if torch.is_autocast_enabled(device):
             with torch.autocast(device, enabled=False):
                 return LoraLinear.backward(ctx, *gradients)

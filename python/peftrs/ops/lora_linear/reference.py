@@ -17,6 +17,7 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 
 class Dropout(NamedTuple):
@@ -72,7 +73,7 @@ class Gradients(NamedTuple):
 def low(x: Tensor, down: Tensor, dropout: Dropout | None) -> Tensor:
     """`u = (x ∘ mask)·Aᵀ`, `(M, r)`, in the dtype of `A`."""
     if dropout is not None:
-        x = x * dropout.mask(x)
+        x = torch.where(dropout.mask(x), x, 0.0)
     if x.dtype != down.dtype:
         x = x.to(down.dtype)
     return x @ down.t()
@@ -119,15 +120,30 @@ def backward(
     du = dy @ up
     d_down = None
     if need_down:
-        d_down = torch.addmm(down, du.t(), x if mask is None else x * mask, beta=0, alpha=scaling)
+        d_down = torch.addmm(down, du.t(), x if mask is None else torch.where(mask, x, 0.0), beta=0, alpha=scaling)
         if wide != x.dtype:
             d_down = d_down.to(wide)
     if not need_x:
         return Gradients(None, d_down, d_up)
     dx = du @ down
     if mask is not None:
-        dx = dx * mask
+        dx = torch.where(mask, dx, 0.0)
     return Gradients(dx.addmm_(dy, weight, beta=scaling), d_down, d_up)
+
+
+def composed(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropout: float) -> Tensor:
+    """The output for `x (..., in)` in torch's own differentiable operations.
+
+    It keeps and moves what `LoraLinear` does not, a mask and copies in other dtypes, in the fewest calls.
+    """
+    rows = x if x.ndim == 2 else x.flatten(0, -2)
+    kept = functional.dropout(rows, dropout) if dropout else rows
+    if rows.dtype == down.dtype:
+        y = torch.addmm(functional.linear(scaling * functional.linear(kept, down), up, bias), rows, weight.t())
+    else:
+        y, u = functional.linear(rows, weight, bias), functional.linear(kept.to(down.dtype), down)
+        y = torch.addmm(y.to(u.dtype), u, up.t(), alpha=scaling).to(y.dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
 
 
 def _halves(tensor: Tensor, dtype: torch.dtype, order: tuple[int, int, int]) -> Tensor:
