@@ -63,10 +63,10 @@ class Beneath:
         return fold(self.chain, affine) if self.chain else affine
 
     def weight(self, dtype: torch.dtype) -> tuple[Tensor | Unstored, Tensor | None]:
-        base = self.layer.base
-        if self.chain or not isinstance(base, Quantized):
+        if self.chain or not self.layer.base.quantized:  # a flag: abstract classes take long to tell instances
             return self.dense()
-        module = cast(nn.Module, self.layer._modules["base_layer"])
+        base = cast(Quantized, self.layer.base)
+        module = self.layer.base_layer
         stored, bias = base.parameters(module)
         computed = base.computes_in(module, dtype)
 

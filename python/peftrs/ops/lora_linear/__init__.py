@@ -68,7 +68,7 @@ then quicker with dropout (1.1 to 4 times), casts (1.1 to 1.8) or without gradie
 Python. With none of these, both cost the same."""
 
 
-def is_small(x: Tensor, weight: Tensor) -> bool:
+def is_small(x: Tensor, weight: Tensor | Unstored) -> bool:
     """Whether `x` and the output are small in that sense."""
     out, width = weight.shape
     count = x.numel()
@@ -114,8 +114,10 @@ def lora_linear(
         weight = weight.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    plainer = device == "cpu" and not compiling and (dropout or autocast or not trained or down.dtype != dtype)
-    if plainer and not isinstance(weight, Unstored) and is_small(x, weight):
+    plainer = dropout or autocast or not trained or down.dtype != dtype or isinstance(weight, Unstored)
+    if plainer and device == "cpu" and not compiling and is_small(x, weight):
+        if isinstance(weight, Unstored):
+            return None
         if autocast:  # not left to autocast, which casts `x` twice, and factors again only in recomputation
             x, down, up = x.to(dtype), down.to(dtype), up.to(dtype)
         return composed(x, weight, bias, down, up, scaling, dropout)
