@@ -17,8 +17,9 @@ from peftrs.core import merge as merging
 from peftrs.core import rounding
 from peftrs.core.activation import Activation, Switched
 from peftrs.core.batch import NONE, Rows
+from peftrs.core.fold import Chain
 from peftrs.core.inject import activation
-from peftrs.core.layer import AdaptedLayer, Chain
+from peftrs.core.layer import AdaptedLayer
 from peftrs.core.prompt import Prompts, prompts_of
 from peftrs.core.prompt_call import uproot
 from peftrs.core.tree import Wrapped, adapted_layers, places
