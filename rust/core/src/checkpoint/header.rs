@@ -215,26 +215,24 @@ impl<'de> Visitor<'de> for DescriptionVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Description, A::Error> {
         let (mut dtype, mut shape, mut offsets) = (None, None, None);
-        while let Some(field) = map.next_key::<String>()? {
-            let twice = match field.as_str() {
-                "dtype" => dtype.replace(map.next_value::<String>()?).is_some(),
-                "shape" => shape.replace(map.next_value::<Sizes>()?).is_some(),
-                "data_offsets" => offsets.replace(map.next_value::<[u64; 2]>()?).is_some(),
-                other => return Err(A::Error::custom(format!("unknown field `{}`", show_name(other)))),
+        while let Some(field) = map.next_key::<Field>()? {
+            let twice = match field {
+                Field::Dtype => dtype.replace(map.next_value::<Dtype>()?).is_some(),
+                Field::Shape => shape.replace(map.next_value::<Sizes>()?).is_some(),
+                Field::Offsets => offsets.replace(map.next_value::<[u64; 2]>()?).is_some(),
             };
             if twice {
-                return Err(A::Error::custom(format!("field `{field}` occurs twice")));
+                return Err(A::Error::custom(format!("field `{}` occurs twice", field.name())));
             }
         }
         let dtype = dtype.ok_or_else(|| A::Error::missing_field("dtype"))?;
-        let Sizes(shape) = shape.ok_or_else(|| A::Error::missing_field("shape"))?;
+        let shape = shape.ok_or_else(|| A::Error::missing_field("shape"))?;
         let [start, end] = offsets.ok_or_else(|| A::Error::missing_field("data_offsets"))?;
-        describe(&dtype, &shape, start, end).map_err(A::Error::custom)
+        describe(dtype, shape.get(), start, end).map_err(A::Error::custom)
     }
 }
 
-fn describe(dtype: &str, sizes: &[u64], start: u64, end: u64) -> Result<Description, String> {
-    let dtype = Dtype::from_name(dtype).ok_or_else(|| format!("unknown dtype `{}`", show_name(dtype)))?;
+fn describe(dtype: Dtype, sizes: &[u64], start: u64, end: u64) -> Result<Description, String> {
     let bytes = size(dtype, sizes)?;
     let found =
         end.checked_sub(start).ok_or_else(|| format!("its bytes end at {end}, before their start at {start}"))?;
@@ -242,12 +240,68 @@ fn describe(dtype: &str, sizes: &[u64], start: u64, end: u64) -> Result<Descript
         let shape = show_sizes(sizes);
         return Err(format!("shape {shape} of {} takes {bytes} bytes, the offsets give it {found}", dtype.name()));
     }
-    let narrow = |&size| usize::try_from(size).map_err(|_| format!("size {size} does not fit this machine"));
-    let shape = sizes.iter().map(narrow).collect::<Result<_, _>>()?;
+    let mut shape = Vec::with_capacity(sizes.len());
+    for &size in sizes {
+        shape.push(usize::try_from(size).map_err(|_| format!("size {size} does not fit this machine"))?);
+    }
     Ok(Description { dtype, shape, start, end })
 }
 
-struct Sizes(Vec<u64>);
+/// A field of a description. As the type's name, it is told from the text in place: a header may have millions.
+#[derive(Clone, Copy)]
+enum Field {
+    Dtype,
+    Shape,
+    Offsets,
+}
+
+impl Field {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Dtype => "dtype",
+            Self::Shape => "shape",
+            Self::Offsets => "data_offsets",
+        }
+    }
+}
+
+/// What a short text stands for.
+struct Meant<T>(&'static str, fn(&str) -> Option<T>);
+
+impl<T> Visitor<'_> for Meant<T> {
+    type Value = T;
+
+    fn expecting(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        formatter.write_str("a string")
+    }
+
+    fn visit_str<E: serde::de::Error>(self, text: &str) -> Result<T, E> {
+        (self.1)(text).ok_or_else(|| E::custom(format!("unknown {} `{}`", self.0, show_name(text))))
+    }
+}
+
+impl<'de> Deserialize<'de> for Field {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let meant =
+            |text: &str| [Self::Dtype, Self::Shape, Self::Offsets].into_iter().find(|field| field.name() == text);
+        deserializer.deserialize_str(Meant("field", meant))
+    }
+}
+
+impl<'de> Deserialize<'de> for Dtype {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        deserializer.deserialize_str(Meant("dtype", Self::from_name))
+    }
+}
+
+/// The sizes of a shape, so many of the numbers.
+struct Sizes([u64; MAX_RANK], usize);
+
+impl Sizes {
+    fn get(&self) -> &[u64] {
+        self.0.get(..self.1).unwrap_or_default()
+    }
+}
 
 impl<'de> Deserialize<'de> for Sizes {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
@@ -265,13 +319,14 @@ impl<'de> Visitor<'de> for SizesVisitor {
     }
 
     fn visit_seq<A: SeqAccess<'de>>(self, mut sequence: A) -> Result<Sizes, A::Error> {
-        let mut sizes = Vec::new();
+        let mut sizes = Sizes([0; MAX_RANK], 0);
         while let Some(size) = sequence.next_element()? {
-            if sizes.len() == MAX_RANK {
+            let Some(place) = sizes.0.get_mut(sizes.1) else {
                 return Err(A::Error::custom(format!("more than {MAX_RANK} dimensions")));
-            }
-            sizes.push(size);
+            };
+            *place = size;
+            sizes.1 += 1;
         }
-        Ok(Sizes(sizes))
+        Ok(sizes)
     }
 }
