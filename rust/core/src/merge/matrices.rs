@@ -11,6 +11,9 @@ use crate::kernels::values::all_finite;
 use crate::kernels::{Element, ROWS, Wide, block_rows};
 use crate::plan::{Change, Output};
 
+/// Blocks of the kernels that are read and written at once: the system stores a few large pieces in less time than many small ones.
+const BLOCKS: usize = 2;
+
 /// How a tensor is seen: `count` matrices of shape (rows, columns), one after the other.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct View {
@@ -178,7 +181,7 @@ impl<E: Element> Work for Matrices<'_, E> {
         let View { count, rows, columns } = self.view;
         let row_bytes = columns * size_of::<E>();
         let align = self.steps.iter().map(Step::align).fold(ROWS, common_multiple);
-        let block = block_rows::<E>(columns).next_multiple_of(align);
+        let block = (BLOCKS * block_rows::<E>(columns)).next_multiple_of(align);
         let (matrix, block) = (rows * row_bytes, block * row_bytes);
         let mut tiles = Vec::new();
         for start in (0..count).map(|index| index * matrix) {

@@ -9,9 +9,9 @@ use crate::error::Result;
 use crate::plan::{Change, File, LowRank, Output};
 use crate::writer::PositionedFile;
 
-/// Bytes of a block that is looked at, and of the blocks from one such to the next.
-const BLOCK: usize = 1 << 18;
-const STRIDE: usize = 32 * BLOCK;
+/// Bytes of a block that is looked at, and from the start of one such to the next.
+const BLOCK: usize = 1 << 15;
+const STRIDE: usize = 1 << 23;
 
 /// Values of a changed tensor that were looked at, and those among them that are others than before.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -64,12 +64,19 @@ fn tensor(inputs: Inputs, output: &Output, target: &PositionedFile, start: u64) 
         let (mut before, mut after) = (vec![0; length], vec![0; length]);
         source.read_range(name, at as u64, &mut before)?;
         target.read_at(&mut after, start + at as u64)?;
-        let size = output.dtype.size();
-        let pairs = before.chunks_exact(size).zip(after.chunks_exact(size));
-        sum.seen += pairs.len() as u64;
-        sum.moved += pairs.filter(|(before, after)| before != after).count() as u64;
+        sum.seen += (length / output.dtype.size()) as u64;
+        sum.moved += match output.dtype.size() {
+            2 => differing::<2>(&before, &after),
+            _ => differing::<4>(&before, &after),
+        };
     }
     Ok(Some(sum))
+}
+
+/// How many elements of that size differ.
+fn differing<const SIZE: usize>(before: &[u8], after: &[u8]) -> u64 {
+    let ((before, _), (after, _)) = (before.as_chunks::<SIZE>(), after.as_chunks::<SIZE>());
+    before.iter().zip(after).map(|(before, after)| u64::from(before != after)).sum()
 }
 
 /// What users should know about tensors of which most values stayed.

@@ -14,7 +14,7 @@ use crate::kernels::{Element, Wide};
 use crate::plan::{Adapter, Output, Source};
 
 /// Bytes of a tile that is only copied.
-const COPIED: usize = 1 << 20;
+const COPIED: usize = 1 << 19;
 
 /// What the work on a merge reads from.
 #[derive(Clone, Copy)]
