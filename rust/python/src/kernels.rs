@@ -105,7 +105,7 @@ fn restore<E: Element>(weight: &Given, update: &Update, correction: &[u8]) -> Re
 
 impl Update {
     /// The factors laid out, and the memory that they were read from.
-    fn factors<E: Element>(&self, shape: (usize, usize)) -> Result<(Factors<E>, [Range<usize>; 2])> {
+    fn factors<E: Element>(&self, shape: (usize, usize)) -> Result<(Factors<'static, E>, [Range<usize>; 2])> {
         let (rank, columns) = self.down.2;
         if self.up.2 != (shape.0, rank) || columns != shape.1 {
             let (up, down) = (self.up.2, self.down.2);
@@ -119,10 +119,10 @@ impl Update {
         let read = [extent("up", &self.up)?, extent("down", &self.down)?];
         let (up, down) = (Matrix::new(&self.up)?, Matrix::new(&self.down)?);
         // SAFETY: `extent` checked that every element lies in memory that can exist, at an aligned address; that it is live
-        // for the call is the caller's promise in the stub. `gather` asks for elements within the shape alone.
+        // for the call, which outlives the factors, is the caller's promise in the stub. They ask for elements within the shape alone.
         let (up, down) =
-            unsafe { (|row, k, to: &mut _| up.read(row, k, to), |k, column, to: &mut _| down.read(k, column, to)) };
-        Ok((Factors::gather(up, down, shape, rank, self.scaling)?, read))
+            unsafe { (move |row, to: &mut _| up.read(row, 0, to), |k, column, to: &mut _| down.read(k, column, to)) };
+        Ok((Factors::gather(up, down, shape, rank, self.scaling, self.threads)?, read))
     }
 }
 
@@ -165,6 +165,12 @@ impl Matrix {
 /// They are in memory that may be read, and aligned.
 unsafe fn fill<T: Copy, W: Wide>(address: usize, stride: usize, to: &mut [W], widen: impl Fn(T) -> f64) {
     let first = with_exposed_provenance::<T>(address);
+    if stride == 1 {
+        // SAFETY: the caller's promise.
+        let from = unsafe { std::slice::from_raw_parts(first, to.len()) };
+        to.iter_mut().zip(from).for_each(|(to, from)| *to = W::from_f64(widen(*from)));
+        return;
+    }
     for (index, to) in to.iter_mut().enumerate() {
         // SAFETY: the caller's promise.
         *to = W::from_f64(widen(unsafe { first.add(index * stride).read() }));

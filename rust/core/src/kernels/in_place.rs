@@ -1,10 +1,9 @@
 //! Whole matrices in memory: updated in place by several threads, and restored to the bit.
 
-use std::sync::Mutex;
-
 use super::correction::{checksum, decode, encode};
 use super::element::Element;
-use super::low_rank::Factors;
+use super::factors::Factors;
+use super::parallel::parallel;
 use crate::error::{Error, Result};
 
 /// What a correction begins with: it changes with the arithmetic and with the format.
@@ -14,7 +13,7 @@ const MAGIC: [u8; 8] = *b"peftrs 1";
 const ENTRY: usize = 16;
 
 /// `weight += scaling * up @ down` in place, on so many threads at most. Returns whether all weights are finite then.
-pub fn add<E: Element>(weight: &mut [E], factors: &Factors<E>, threads: usize) -> Result<bool> {
+pub fn add<E: Element>(weight: &mut [E], factors: &Factors<'_, E>, threads: usize) -> Result<bool> {
     let blocks = blocks_mut(weight, factors)?;
     let finite = parallel(threads, blocks.enumerate(), |(index, block), _: &mut Scratch<E>| {
         factors.add(index * factors.block_rows(), block)
@@ -23,7 +22,7 @@ pub fn add<E: Element>(weight: &mut [E], factors: &Factors<E>, threads: usize) -
 }
 
 /// As [`add`]; returns also the correction from which [`restore`] makes the weight what it was.
-pub fn add_keeping<E: Element>(weight: &mut [E], factors: &Factors<E>, threads: usize) -> Result<(bool, Vec<u8>)> {
+pub fn add_keeping<E: Element>(weight: &mut [E], factors: &Factors<'_, E>, threads: usize) -> Result<(bool, Vec<u8>)> {
     let blocks = blocks_mut(weight, factors)?;
     let done = parallel(threads, blocks.enumerate(), |(index, block), scratch: &mut Scratch<E>| {
         scratch.original.clear();
@@ -35,7 +34,12 @@ pub fn add_keeping<E: Element>(weight: &mut [E], factors: &Factors<E>, threads: 
 }
 
 /// The correction for a weight that was merged elsewhere, with other arithmetic.
-pub fn correction<E: Element>(original: &[E], merged: &[E], factors: &Factors<E>, threads: usize) -> Result<Vec<u8>> {
+pub fn correction<E: Element>(
+    original: &[E],
+    merged: &[E],
+    factors: &Factors<'_, E>,
+    threads: usize,
+) -> Result<Vec<u8>> {
     check(original.len(), factors)?;
     check(merged.len(), factors)?;
     let size = block_size(factors);
@@ -48,7 +52,12 @@ pub fn correction<E: Element>(original: &[E], merged: &[E], factors: &Factors<E>
 
 /// Makes a merged weight what it was. Returns whether it is that to the bit: where the weight was changed since it was merged,
 /// the update is subtracted from it and nothing is corrected.
-pub fn restore<E: Element>(weight: &mut [E], factors: &Factors<E>, correction: &[u8], threads: usize) -> Result<bool> {
+pub fn restore<E: Element>(
+    weight: &mut [E],
+    factors: &Factors<'_, E>,
+    correction: &[u8],
+    threads: usize,
+) -> Result<bool> {
     let blocks = blocks_mut(weight, factors)?;
     let damaged =
         || Error::Merge("what a merge kept to restore the weights is damaged, or of another version of peftrs".into());
@@ -88,7 +97,7 @@ fn kept<E: Element>(
     index: usize,
     original: &[E],
     merged: &[E],
-    factors: &Factors<E>,
+    factors: &Factors<'_, E>,
     room: &mut Merged<E>,
 ) -> Kept<Vec<u8>> {
     room.restored.clear();
@@ -126,11 +135,11 @@ fn unpack(packed: &[u8], count: usize) -> Option<Vec<Kept<&[u8]>>> {
     codes.is_empty().then_some(blocks)
 }
 
-fn block_size<E: Element>(factors: &Factors<E>) -> usize {
+fn block_size<E: Element>(factors: &Factors<'_, E>) -> usize {
     (factors.block_rows() * factors.shape().1).max(1)
 }
 
-fn check<E: Element>(found: usize, factors: &Factors<E>) -> Result<()> {
+fn check<E: Element>(found: usize, factors: &Factors<'_, E>) -> Result<()> {
     let (rows, columns) = factors.shape();
     if rows.checked_mul(columns) == Some(found) {
         return Ok(());
@@ -138,38 +147,7 @@ fn check<E: Element>(found: usize, factors: &Factors<E>) -> Result<()> {
     Err(Error::Merge(format!("a weight of {found} values does not have the shape ({rows}, {columns})")))
 }
 
-fn blocks_mut<'a, E: Element>(weight: &'a mut [E], factors: &Factors<E>) -> Result<std::slice::ChunksMut<'a, E>> {
+fn blocks_mut<'a, E: Element>(weight: &'a mut [E], factors: &Factors<'_, E>) -> Result<std::slice::ChunksMut<'a, E>> {
     check(weight.len(), factors)?;
     Ok(weight.chunks_mut(block_size(factors)))
-}
-
-/// What `work` returns for each item, in their order, with a scratch of its own for each of at most so many threads.
-///
-/// The caller is one of the threads: little work does not wake the others.
-fn parallel<I: Send, S: Default, R: Send>(
-    threads: usize,
-    items: impl ExactSizeIterator<Item = I> + Send,
-    work: impl Fn(I, &mut S) -> R + Sync,
-) -> Vec<R> {
-    let mut results: Vec<Option<R>> = Vec::new();
-    results.resize_with(items.len(), || None);
-    let others = threads.min(items.len()).saturating_sub(1);
-    let queue = Mutex::new(items.zip(&mut results));
-    let take = || queue.lock().ok().and_then(|mut queue| queue.next());
-    let run = || {
-        let mut scratch = S::default();
-        while let Some((item, result)) = take() {
-            *result = Some(work(item, &mut scratch));
-        }
-    };
-    if others == 0 {
-        run();
-    } else {
-        rayon::in_place_scope(|scope| {
-            (0..others).for_each(|_| scope.spawn(|_| run()));
-            run();
-        });
-    }
-    drop(queue);
-    results.into_iter().flatten().collect()
 }

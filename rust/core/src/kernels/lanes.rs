@@ -1,5 +1,7 @@
 //! Vector registers: the same operations for each instruction set, so that the loops over them are written once.
 
+use half::bf16;
+
 use super::Wide;
 
 /// Bytes of the tiles that loops work on, a row of them: two registers of AVX-512, four of AVX2.
@@ -33,6 +35,18 @@ pub trait Lanes: Copy {
     /// # Safety
     /// As for `splat`.
     unsafe fn mul_add(self, factor: Self, term: Self) -> Self;
+
+    /// Whether there is an `add_bf16`.
+    const ADDS_BF16: bool = false;
+
+    /// Adds `scaling * products`, a row of a tile, to as many weights without a detour over memory. Returns whether all sums are
+    /// finite.
+    ///
+    /// # Safety
+    /// As for `splat`, and the weights from `weight` on may be read and written. `ADDS_BF16` holds.
+    unsafe fn add_bf16(_products: [Self; 2], _scaling: Self, _weight: *mut bf16) -> bool {
+        false
+    }
 }
 
 /// A float with its vectors for each instruction set.
@@ -91,12 +105,18 @@ mod other {
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::{
-        __m256, __m256d, __m512, __m512d, _mm256_fmadd_pd, _mm256_fmadd_ps, _mm256_loadu_pd, _mm256_loadu_ps,
-        _mm256_set1_pd, _mm256_set1_ps, _mm256_storeu_pd, _mm256_storeu_ps, _mm512_fmadd_pd, _mm512_fmadd_ps,
-        _mm512_loadu_pd, _mm512_loadu_ps, _mm512_set1_pd, _mm512_set1_ps, _mm512_storeu_pd, _mm512_storeu_ps,
+        __m256, __m256d, __m512, __m512d, _CMP_UNORD_Q, _mm256_fmadd_pd, _mm256_fmadd_ps, _mm256_loadu_pd,
+        _mm256_loadu_ps, _mm256_loadu_si256, _mm256_set1_pd, _mm256_set1_ps, _mm256_storeu_pd, _mm256_storeu_ps,
+        _mm512_add_epi32, _mm512_castps_si512, _mm512_castsi512_ps, _mm512_cmp_ps_mask, _mm512_cvtepu16_epi32,
+        _mm512_fmadd_pd, _mm512_fmadd_ps, _mm512_loadu_pd, _mm512_loadu_ps, _mm512_loadu_si512, _mm512_mul_ps,
+        _mm512_permutex2var_epi16, _mm512_set1_epi32, _mm512_set1_pd, _mm512_set1_ps, _mm512_setzero_ps,
+        _mm512_slli_epi32, _mm512_storeu_pd, _mm512_storeu_ps, _mm512_storeu_si512, _mm512_testn_epi32_mask,
     };
 
+    use half::bf16;
+
     use super::{Lanes, Vectors};
+    use crate::kernels::Element as _;
 
     impl Vectors for f32 {
         type Portable = [Self; 8];
@@ -111,7 +131,7 @@ mod x86 {
     }
 
     macro_rules! lanes {
-        ($vector:ty, $value:ty, $splat:ident, $load:ident, $store:ident, $mul_add:ident) => {
+        ($vector:ty, $value:ty, $splat:ident, $load:ident, $store:ident, $mul_add:ident $(, $more:item)*) => {
             impl Lanes for $vector {
                 type Value = $value;
 
@@ -138,12 +158,75 @@ mod x86 {
                     // SAFETY: the caller promises that the processor has the instruction.
                     unsafe { $mul_add(self, factor, term) }
                 }
+
+                $($more)*
             }
         };
     }
 
     lanes!(__m256, f32, _mm256_set1_ps, _mm256_loadu_ps, _mm256_storeu_ps, _mm256_fmadd_ps);
     lanes!(__m256d, f64, _mm256_set1_pd, _mm256_loadu_pd, _mm256_storeu_pd, _mm256_fmadd_pd);
-    lanes!(__m512, f32, _mm512_set1_ps, _mm512_loadu_ps, _mm512_storeu_ps, _mm512_fmadd_ps);
+    lanes!(
+        __m512,
+        f32,
+        _mm512_set1_ps,
+        _mm512_loadu_ps,
+        _mm512_storeu_ps,
+        _mm512_fmadd_ps,
+        const ADDS_BF16: bool = true;,
+        #[inline(always)]
+        unsafe fn add_bf16(products: [Self; 2], scaling: Self, weight: *mut bf16) -> bool {
+            // SAFETY: what the caller promises is what the function asks for.
+            unsafe { add_bf16(products, scaling, weight) }
+        }
+    );
     lanes!(__m512d, f64, _mm512_set1_pd, _mm512_loadu_pd, _mm512_storeu_pd, _mm512_fmadd_pd);
+
+    /// The upper half of each of 32 values.
+    const UPPER: [u16; 32] = [
+        1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31, 33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57,
+        59, 61, 63,
+    ];
+
+    /// Rounds up from a half on and cuts off, which is rounding to nearest but where a sum lies exactly between two elements
+    /// or is NaN: rows with such a one are rounded with care.
+    ///
+    /// # Safety
+    /// The processor has AVX-512 F and BW, and 32 weights from `weight` on may be read and written.
+    #[inline(always)]
+    unsafe fn add_bf16([first, second]: [__m512; 2], scaling: __m512, weight: *mut bf16) -> bool {
+        // SAFETY: the caller promises the instructions and the weights, of which each load takes 16 and the store has 32.
+        unsafe {
+            let widened = |from: *mut bf16| {
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()))))
+            };
+            let first = _mm512_fmadd_ps(scaling, first, widened(weight));
+            let second = _mm512_fmadd_ps(scaling, second, widened(weight.add(16)));
+            let zero = _mm512_setzero_ps();
+            let poison = _mm512_fmadd_ps(first, zero, _mm512_mul_ps(second, zero));
+            let (half, lower) = (_mm512_set1_epi32(0x8000), _mm512_set1_epi32(0xffff));
+            let upper = [first, second].map(|sums| _mm512_add_epi32(_mm512_castps_si512(sums), half));
+            let [ties, more] = upper.map(|sums| _mm512_testn_epi32_mask(sums, lower));
+            if (_mm512_cmp_ps_mask::<_CMP_UNORD_Q>(poison, poison) | ties | more) != 0 {
+                return with_care([first, second], weight);
+            }
+            let [first, second] = upper;
+            let rounded = _mm512_permutex2var_epi16(first, _mm512_loadu_si512(UPPER.as_ptr().cast()), second);
+            _mm512_storeu_si512(weight.cast(), rounded);
+        }
+        true
+    }
+
+    /// # Safety
+    /// The processor has AVX-512 F, and 32 weights from `weight` on may be written.
+    #[cold]
+    #[inline(never)]
+    #[target_feature(enable = "avx512f")]
+    unsafe fn with_care(sums: [__m512; 2], weight: *mut bf16) -> bool {
+        // SAFETY: the two have the same size, and any bits are floats.
+        let sums: [f32; 32] = unsafe { std::mem::transmute(sums) };
+        // SAFETY: the caller's promise.
+        bf16::round(&sums, unsafe { std::slice::from_raw_parts_mut(weight, sums.len()) });
+        sums.iter().all(|sum| sum.is_finite())
+    }
 }

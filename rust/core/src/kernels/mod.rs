@@ -12,14 +12,16 @@
 
 pub mod correction;
 mod element;
+mod factors;
 pub mod in_place;
 mod lanes;
 mod low_rank;
 mod norms;
+mod parallel;
 pub mod values;
 
 pub use element::{Element, Wide};
-pub use low_rank::{Factors, ROWS, block_rows};
+pub use factors::{Factors, ROWS, block_rows};
 pub use norms::{scale_columns, scale_rows, sum_of_squares};
 
 #[cfg(test)]

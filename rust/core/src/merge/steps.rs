@@ -15,7 +15,7 @@ use crate::plan::{Change, LowRank, Output, Update};
 /// One step of the way from the stored values to the merged ones.
 pub enum Step<E: Element> {
     /// Adds the product of two factors: one pair a matrix.
-    Add(Vec<Factors<E>>),
+    Add(Vec<Factors<'static, E>>),
     /// Multiplies each row by its number.
     Rows(Vec<E::Wide>),
     /// Multiplies each column by its number: numbers for so many rows after each other, and then the next.

@@ -17,7 +17,7 @@ struct Term<W> {
 }
 
 /// The factors of each matrix that add all of `updates`, their ranks one after the other.
-pub fn sum<E: Element>(inputs: Inputs, updates: &[Update], view: View) -> Result<Vec<Factors<E>>> {
+pub fn sum<E: Element>(inputs: Inputs, updates: &[Update], view: View) -> Result<Vec<Factors<'static, E>>> {
     let mut matrices: Vec<Vec<Term<E::Wide>>> = (0..view.count).map(|_| Vec::new()).collect();
     for update in updates {
         let adapter = inputs.adapter(update.adapter)?;
@@ -40,10 +40,11 @@ pub fn sum<E: Element>(inputs: Inputs, updates: &[Update], view: View) -> Result
 }
 
 /// The terms of a matrix as one pair of factors. One alone keeps its scaling apart; several have theirs in `up`.
-fn factors<E: Element>(terms: Vec<Term<E::Wide>>, shape: (usize, usize)) -> Result<Factors<E>> {
-    if let [Term { up, down, rank, scaling }] = terms.as_slice() {
-        return Factors::new(up, down, shape, *rank, *scaling);
-    }
+fn factors<E: Element>(terms: Vec<Term<E::Wide>>, shape: (usize, usize)) -> Result<Factors<'static, E>> {
+    let terms = match <[Term<E::Wide>; 1]>::try_from(terms) {
+        Ok([Term { up, down, rank, scaling }]) => return Factors::new(up, &down, shape, rank, scaling),
+        Err(terms) => terms,
+    };
     let rank: usize = terms.iter().map(|term| term.rank).sum();
     let mut up = Vec::with_capacity(shape.0 * rank);
     for row in 0..shape.0 {
@@ -53,7 +54,7 @@ fn factors<E: Element>(terms: Vec<Term<E::Wide>>, shape: (usize, usize)) -> Resu
         }
     }
     let down = terms.into_iter().flat_map(|term| term.down).collect::<Vec<_>>();
-    Factors::new(&up, &down, shape, rank, 1.0)
+    Factors::new(up, &down, shape, rank, 1.0)
 }
 
 /// The factors of each matrix of a weight, turned the way in which it is stored.
