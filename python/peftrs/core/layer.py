@@ -237,6 +237,11 @@ class AdaptedLayer(Switched, nn.Module):
         """Restores the bits from before the merge, whatever happened to the adapters since."""
         merging.unmerge(self)
 
+    def _replicate_for_data_parallel(self) -> AdaptedLayer:
+        replica = cast(AdaptedLayer, super()._replicate_for_data_parallel())  # type: ignore[no-untyped-call]
+        replica.__dict__["adapters"] = {name: fitted.on(replica) for name, fitted in self.adapters.items()}
+        return replica
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedLayer:
         merging.before_cast(self, fn)
         return cast(AdaptedLayer, super()._apply(fn, recurse))  # type: ignore[no-untyped-call]

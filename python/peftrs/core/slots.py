@@ -6,6 +6,7 @@ entries are the tensors themselves. In memory the adapter's name stands after th
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
@@ -18,6 +19,7 @@ from peftrs.bases import offload
 from peftrs.bases.kinds import LayerSpec
 from peftrs.bases.sharded import is_distributed
 from peftrs.core.method import Method
+from peftrs.errors import AdapterError
 
 if TYPE_CHECKING:
     from peftrs.core.layer import AdaptedLayer
@@ -55,6 +57,13 @@ class Leaves(nn.Module):
         return ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self.named_parameters())
 
 
+class Entries(nn.ParameterDict):
+    """A container whose entries are the tensors themselves, one an adapter."""
+
+    # torch's own warns that a replica appears empty: slots are looked up as attributes, which replicas have.
+    _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
+
+
 class FittedAdapter:
     """One adapter on one layer: what its method sees of it, and its name, which the method does not."""
 
@@ -70,6 +79,17 @@ class FittedAdapter:
         self.places: dict[str, tuple[str, str]] = {}
         self.leader: FittedAdapter | None = None
         """The adapter whose tensors this one shares, on the layer that this one's is tied to."""
+
+    def on(self, replica: AdaptedLayer) -> FittedAdapter:
+        """The same on a replica of the layer, as `nn.DataParallel` makes them. Raises `AdapterError` where tensors are shared."""
+        if self.leader is not None:
+            raise AdapterError(
+                f"{self.spec.name}: adapter {self.name!r} shares the tensors of {self.leader.spec.name}, which "
+                "nn.DataParallel cannot replicate; hint: use DistributedDataParallel, or one device"
+            )
+        twin = copy.copy(self)
+        twin.layer = replica
+        return twin
 
     def rescale(self, scaling: float) -> None:
         """Sets the strength; in place where it is a tensor, so that what was compiled with it goes on being right."""
@@ -134,7 +154,7 @@ class FittedAdapter:
             if leaf:
                 empty(held := nn.ModuleDict.__new__(nn.ModuleDict))
             else:
-                held = nn.ParameterDict()
+                held = Entries()
             # `add_module` would find the container of a layer adapted beneath this one, which answers for what this one lacks.
             self.layer._modules[container] = held
         if leaf:
