@@ -147,18 +147,19 @@ def test_embeddings_are_saved_when_they_are_adapted_or_asked_for() -> None:
     assert not any("base_layer" in name for name in peftrs.get_peft_model_state_dict(targeted, save_embedding_layers=False))
 
 
-def test_a_resized_vocabulary_is_saved_with_the_adapter(tmp_path: Path) -> None:
+@pytest.mark.parametrize("target", ["q_proj", "embed_tokens", "lm_head"])
+def test_a_resized_vocabulary_is_saved_with_the_adapter(target: str, tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "base")
     grown = type(llama()).from_pretrained(tmp_path / "base")
     grown.resize_token_embeddings(70, mean_resizing=False)
-    model = peftrs.get_peft_model(grown, LoraConfig(task_type="CAUSAL_LM"))
+    model = peftrs.get_peft_model(grown, LoraConfig(task_type="CAUSAL_LM", target_modules=[target]))
     shake(model)
     with pytest.warns(PeftrsWarning, match=r"the vocabulary has 70 tokens, in .* it has 64"):
         model.save_pretrained(tmp_path / "adapter")
     other = type(llama()).from_pretrained(tmp_path / "base")
     torch.manual_seed(1)
     other.resize_token_embeddings(70, mean_resizing=False)
-    with pytest.warns(PeftrsWarning, match=r"replaces .*embed_tokens\.weight.* does not adapt"):
+    with pytest.warns(PeftrsWarning, match=r"replaces .*(embed_tokens|lm_head)\.weight.* does not adapt"):
         loaded = peftrs.PeftModel.from_pretrained(other, tmp_path / "adapter")
     assert torch.equal(logits(loaded), logits(model))
 

@@ -166,8 +166,9 @@ def test_tensors_by_their_names_in_the_model(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 compiles once more where ranks differ by layer")
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["module", "in place"])
-def test_nothing_is_compiled_anew(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
+def test_nothing_is_compiled_anew(kind: str, backend: str, folders: dict[str, Path], tmp_path: Path) -> None:
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
@@ -178,9 +179,9 @@ def test_nothing_is_compiled_anew(kind: str, folders: dict[str, Path], tmp_path:
     saved_alike(model, tmp_path / "prepared")
     compiled: Any = model
     if kind == "module":
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
     else:
-        model.compile(backend="eager", fullgraph=True)
+        model.compile(backend=backend, fullgraph=True)
     close(out(compiled), before)
     warm = counters["stats"]["unique_graphs"]
     assert warm

@@ -68,7 +68,12 @@ def collect(
     found = list(entries(model, adapter_name, config))
     targeted = adapts_embeddings(model, config)
     if save_embedding_layers == "auto":
-        save_embedding_layers = not config.is_prompt_learning and ((targeted and not trains_rows(config)) or _resized(model))
+        # Of a vocabulary that grew both are needed, whichever is adapted: no base has the other one either.
+        resized = not config.is_prompt_learning and _resized(model)
+        save_embedding_layers = resized or (targeted and not trains_rows(config))
+        targeted = targeted and not resized
+    else:
+        targeted = False
     if save_embedding_layers:
         extra = list(embeddings(model, targeted=targeted))
         if not extra:

@@ -217,6 +217,24 @@ class TestFamilies:
         load(pipe, tmp_path / "one", adapter_name="default_0", hotswap=True)
         assert distance(image(pipe), one) < 1e-4
 
+    def test_hotswap_of_a_compiled_model(self, family: str, tmp_path: Path) -> None:
+        make = FAMILIES[family]
+        expected = {
+            # The files have no strengths: as they are read, they are the ranks.
+            name: saved(make, tmp_path / name, rank, r=rank, lora_alpha=rank, text=False)
+            for name, rank in (("one", 4), ("two", 8), ("three", 2))
+        }
+        pipe = make()
+        pipe.enable_lora_hotswap(target_rank=8)
+        load(pipe, tmp_path / "one", adapter_name="default_0")
+        # The convolutions of a UNet take minutes to be compiled all the way.
+        denoiser(pipe).compile(backend="inductor" if family == "transformer" else "eager")
+        assert distance(image(pipe), expected["one"]) < 1e-4
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for name in ("two", "three", "one"):
+                load(pipe, tmp_path / name, adapter_name="default_0", hotswap=True)
+                assert distance(image(pipe), expected[name]) < 1e-4
+
 
 def test_strengths_by_block_and_of_a_call(tmp_path: Path) -> None:
     full = saved(stable_diffusion, tmp_path, 1, lora_alpha=4, text=False)

@@ -219,6 +219,24 @@ class TestModelsThatManageAdapters:
         fresh.load_adapter(str(tmp_path / "two"), "default", hotswap=True)
         assert distance(logits(fresh), expected["two"]) < 1e-6
 
+    @pytest.mark.skipif(not HOTSWAP, reason="this transformers swaps no adapters")
+    def test_hotswap_of_a_compiled_model(self, fresh: Any, base: Path, tmp_path: Path) -> None:
+        expected = {}
+        for name in ("one", "two", "three"):
+            model = BertForSequenceClassification.from_pretrained(base)
+            # Of one rank and strength: transformers 5 puts the tensors in itself, and no others fit.
+            model.add_adapter(LoraConfig(r=4, target_modules=["query", "value"], init_lora_weights=False))
+            expected[name] = logits(model)
+            model.save_pretrained(tmp_path / name)
+        fresh.enable_peft_hotswap(target_rank=4)
+        fresh.load_adapter(str(tmp_path / "one"), "default")
+        fresh.compile()
+        assert distance(logits(fresh), expected["one"]) < 1e-6
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for name in ("two", "three", "one"):
+                fresh.load_adapter(str(tmp_path / name), "default", hotswap=True)
+                assert distance(logits(fresh), expected[name]) < 1e-6
+
 
 def test_pipelines(tmp_path: Path) -> None:
     model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False))
