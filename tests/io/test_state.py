@@ -205,3 +205,17 @@ def test_key_mapping_renames_before_anything_is_compared(tmp_path: Path) -> None
     loaded = peftrs.PeftModel.from_pretrained(stack(), tmp_path, key_mapping={r"^blocks\.": "layers."})
     old, new = (peftrs.get_peft_model_state_dict(each) for each in (model, loaded))
     assert torch.equal(old["base_model.model.blocks.0.lora_A.weight"], new["base_model.model.layers.0.lora_A.weight"])
+
+
+def test_tensors_alone_go_where_they_are_asked_for_and_those_of_a_model_to_its_layers(tmp_path: Path) -> None:
+    peftrs.get_peft_model(llama(), LoraConfig(init_lora_weights=False)).save_pretrained(tmp_path)
+    read = peftrs.load_peft_weights(tmp_path)
+    away = peftrs.load_peft_weights(tmp_path, device="meta")
+    assert {name: (tensor.shape, tensor.device.type) for name, tensor in away.items()} == {
+        name: (tensor.shape, "meta") for name, tensor in read.items()
+    }
+    model = peftrs.get_peft_model(llama(), LoraConfig())
+    model.load_adapter(tmp_path, "other", torch_device="meta")
+    loaded = peftrs.get_peft_model_state_dict(model, adapter_name="other")
+    assert loaded.keys() == read.keys()
+    assert all(torch.equal(loaded[name], read[name]) for name in read)
