@@ -1,11 +1,13 @@
 """QLoRA on SmolLM2-135M-Instruct on a CPU: nf4 with double quantization by bitsandbytes, beside PEFT and beside a base in bfloat16.
 
-    python benches/qlora_smollm2.py --folder WORK [--steps 15] [--runs 3] [--json FILE]
+    python benches/qlora_smollm2.py --folder WORK [--steps 15] [--seeds 3] [--json FILE]
 
-Every run is a process of its own: it loads the same model, prepares it, adds the same LoRA and takes the same steps. Printed are
-the losses, the seconds a step, and by how much the process grew at most over what it held when the model was loaded: while the
-adapter was added, in the steps, in saving; the least over the runs, since whatever else a process does only adds. Then the adapter
-saved here is loaded in PEFT, and merged: quantized again, into the dequantized weights in 16 bits, and into the original ones.
+Every run is a process of its own: it loads the same model, prepares it as its library does by default, adds the same LoRA and takes
+the same steps; over nf4 and over bfloat16 from several starts of the adapter, which is what noise is held to. Printed are the
+losses, the processor's seconds a step, the most that torch's allocator had handed out at once in a step, by its own record, and
+by how much the process grew at most over what it held when the model was loaded: while the adapter was added, in the steps, in
+saving. Then the adapter saved here is loaded in PEFT, and merged: quantized again, into the dequantized weights in 16 bits, and
+into the original ones.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 import smollm2_instruct as lesson
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+SECONDS, ALLOCATED = "processor's seconds a step", "allocated in a step, MB"
 RUNS = (("peftrs", "nf4"), ("peft", "nf4"), ("peftrs", "bf16"))
 
 
@@ -79,7 +83,19 @@ def warm(library: Any, folder: Path) -> None:
     library.prepare_model_for_kbit_training(torch.nn.Sequential(torch.nn.Linear(4, 4)))
 
 
-def child(folder: Path, name: str, kind: str, steps: int) -> dict[str, Any]:
+def allocated(step: Callable[[], None]) -> float:
+    """The most that torch's allocator had handed out at once in a step, over what was there before it, in MB."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    held = peak = 0
+    events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 1e6
+
+
+def child(folder: Path, name: str, kind: str, seed: int, steps: int) -> dict[str, Any]:
     """One run."""
     library: Any = __import__(name)
     tokens, labels = text(folder)
@@ -87,38 +103,47 @@ def child(folder: Path, name: str, kind: str, steps: int) -> dict[str, Any]:
     model = load(folder, kind)
     memory, grown = Memory(), {}
     memory.reset()
-    library.prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
+    library.prepare_model_for_kbit_training(model)
     if kind == "bf16":
         model.activation_checkpointing_enable()
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = library.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=TARGETS)
     peft = library.get_peft_model(model, config).train()
     grown["add"] = memory.peak()
     memory.reset()
     optimizer = torch.optim.AdamW([one for one in peft.parameters() if one.requires_grad], lr=1e-3)
     losses, seconds = [], []
-    for _ in range(steps):
-        start = time.perf_counter()
+
+    def step() -> None:
+        start = time.process_time()
         loss = peft(input_ids=tokens, labels=labels).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
         losses.append(float(loss.detach()))
+
+    for _ in range(steps):
+        step()
     grown["steps"] = memory.peak()
     memory.reset()
-    peft.save_pretrained(folder / f"adapter-{name}-{kind}")
+    peft.save_pretrained(folder / f"adapter-{name}-{kind}-{seed}")
     grown["save"] = memory.peak()
     grown["everything, from nothing"] = max(grown.values()) + memory.start / 1000
-    return {"library": name, "base": kind, "losses": losses, "seconds": sorted(seconds)[len(seconds) // 2], "grown": grown}
+    found = {"library": name, "base": kind, "seed": seed, "losses": losses[:steps], "grown": grown}
+    return found | {SECONDS: sorted(seconds)[steps // 2], ALLOCATED: allocated(step)}
 
 
-def spawn(folder: Path, name: str, kind: str, steps: int) -> dict[str, Any]:
+def spawn(folder: Path, name: str, kind: str, seed: int, steps: int) -> dict[str, Any]:
     """One run in a process of its own, whose freed memory goes back at once."""
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     command = [sys.executable, *sys.orig_argv[1 : sys.orig_argv.index(sys.argv[0])], __file__, "--folder", str(folder)]
     done = subprocess.run(
-        [*command, "--child", name, kind, "--steps", str(steps)], env=environment, stdout=subprocess.PIPE, text=True, check=True
+        [*command, "--child", name, kind, str(seed), "--steps", str(steps)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
     )
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -131,7 +156,7 @@ def afterwards(folder: Path) -> dict[str, Any]:
     import peftrs
 
     tokens, labels = text(folder)
-    adapter = folder / "adapter-peftrs-nf4"
+    adapter = folder / "adapter-peftrs-nf4-0"
 
     def outcome(model: Any, expected: torch.Tensor | None = None) -> tuple[dict[str, float], torch.Tensor]:
         found = model(input_ids=tokens, labels=labels)
@@ -165,41 +190,44 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", type=Path, required=True, help="where the model and adapters are written")
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--runs", type=int, default=3, help="processes for the memory of each library")
+    parser.add_argument("--seeds", type=int, default=3, help="how many starts of the adapter over each base")
     parser.add_argument("--json", type=Path, help="where to write the results")
-    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if given.child:
-        sys.stdout.write(json.dumps(child(given.folder, *given.child, given.steps)) + "\n")
+        name, kind, seed = given.child
+        sys.stdout.write(json.dumps(child(given.folder, name, kind, int(seed), given.steps)) + "\n")
         return
     base = given.folder / "base"
     if not base.exists():
         lesson.save_base(base)
-    found = [spawn(base, name, kind, given.steps) for name, kind in RUNS]
-    for _ in range(given.runs - 1):
-        for one, (name, kind) in zip(found, RUNS[:2], strict=False):
-            again = spawn(base, name, kind, 2)
-            one["grown"] = {phase: min(grown, again["grown"][phase]) for phase, grown in one["grown"].items()}
-    for one in found:
+    found = [spawn(base, name, kind, 0, given.steps) for name, kind in RUNS]
+    more = [spawn(base, "peftrs", kind, seed, given.steps) for seed in range(1, given.seeds) for kind in ("nf4", "bf16")]
+    for one in found + more:
         grown = ", ".join(f"{phase} {megabytes:.1f}" for phase, megabytes in one["grown"].items())
-        losses = " ".join(f"{loss:.3f}" for loss in one["losses"])
-        sys.stdout.write(f"{one['library']:7}{one['base']:5} {one['seconds']:.2f} s a step; grown by MB: {grown}\n")
-        sys.stdout.write(f"  losses {losses}\n")
-    ours, theirs, narrow = found
+        sys.stdout.write(
+            f"{one['library']:7}{one['base']:5} seed {one['seed']}: {one[SECONDS]:.2f} s of the processor a step; "
+            f"allocated in a step {one[ALLOCATED]:.3f} MB; grown by MB: {grown}\n"
+        )
+        sys.stdout.write(f"  losses {' '.join(f'{loss:.3f}' for loss in one['losses'])}\n")
+    ours, theirs, _ = found
     ratios = {phase: ours["grown"][phase] / theirs["grown"][phase] for phase in ours["grown"] if theirs["grown"][phase] > 1}
+    ratios["allocated"] = ours[ALLOCATED] / theirs[ALLOCATED]
     apart = max(abs(one - other) for one, other in zip(ours["losses"], theirs["losses"], strict=True))
-    slower = ours["seconds"] / theirs["seconds"]
+    slower = ours[SECONDS] / theirs[SECONDS]
     sys.stdout.write(f"ours to PEFT: memory {ratios}, seconds {slower:.2f}, losses apart by {apart:.4f}\n")
-    sys.stdout.write(f"last loss: nf4 {ours['losses'][-1]:.3f}, bfloat16 {narrow['losses'][-1]:.3f}\n")
+    for kind in ("nf4", "bf16"):
+        last = [one["losses"][-1] for one in found + more if (one["library"], one["base"]) == ("peftrs", kind)]
+        sys.stdout.write(f"last losses over {kind}: {' '.join(f'{loss:.4f}' for loss in last)}\n")
     after = afterwards(base)
     for name, told in after.items():
         sys.stdout.write(f"{name}: {told}\n")
     if given.json:
         given.json.parent.mkdir(exist_ok=True)
-        given.json.write_text(json.dumps({"runs": found, "afterwards": after}, indent=1) + "\n")
+        given.json.write_text(json.dumps({"runs": found + more, "afterwards": after}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

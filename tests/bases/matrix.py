@@ -16,6 +16,7 @@ is measured against a float32 model of the dequantized weights with the same ada
 import argparse
 import json
 import logging
+import re
 import sys
 import tempfile
 import warnings
@@ -272,14 +273,31 @@ def rows(bases: list[str], methods: list[str], libs: dict[str, Any], record: Pat
     return found
 
 
-def table(found: dict[str, Any]) -> str:
-    """The cells as a Markdown table: for each base and method, `ours/PEFT`."""
-    lines = [f"| base | method | {' | '.join(STEPS)} |", "|---|---|" + "---|" * len(STEPS)]
+def table(found: dict[str, Any], lib: str) -> str:
+    """One library's cells as a Markdown table, a method a row and a base a column: the marks in the order of the steps."""
+    lines = [f"| | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
+    for method in METHODS:
+        rows = [methods.get(method, {}).get(lib, {}) for methods in found.values()]
+        if any(rows):
+            cells = ["".join(cells[step][0] for step in STEPS if step in cells) for cells in rows]
+            lines.append(f"| {method} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def reasons(found: dict[str, Any], lib: str) -> str:
+    """What was said or went wrong in one library's cells that did not pass, each once, with the cells."""
+    said: dict[str, list[str]] = {}
     for name, methods in found.items():
         for method, cells in methods.items():
-            marks = ["/".join(cells.get(lib, {}).get(step, ("", ""))[0] or " " for lib in ("peftrs", "peft")) for step in STEPS]
-            lines.append(f"| {name} | {method} | {' | '.join(marks)} |")
-    return "\n".join(lines)
+            for step, (mark, reason) in cells.get(lib, {}).items():
+                if reason:
+                    # Which layer came first, and numbers, are nothing that tells cells apart.
+                    text = re.sub(r"model\.layers\S*|\d+\.\d\S*", "…", " ".join(reason.split()))
+                    said.setdefault(f"{mark} {text}", []).append(f"{method} over {name}, {step}")
+    return "\n".join(
+        f"- {text}: {'; '.join(cells[:3])}{f'; and {len(cells) - 3} more' if len(cells) > 3 else ''}"
+        for text, cells in said.items()
+    )
 
 
 def main() -> None:
@@ -301,7 +319,10 @@ def main() -> None:
         libs["peft"] = peft
     found = rows(given.only or list(BASES), given.methods or list(METHODS), libs, given.json)
     if given.markdown:
-        given.markdown.write_text(table(found) + "\n")
+        parts = [f"# Every method over every base\n\nThe marks stand for {', '.join(STEPS)}; see `tests/bases/matrix.py`."]
+        for lib in libs:
+            parts += [f"## {lib}", table(found, lib), reasons(found, lib)]
+        given.markdown.write_text("\n\n".join(parts) + "\n")
     broken = [
         f"{name} {method} {step}: {cell[1]}"
         for name, methods in found.items()

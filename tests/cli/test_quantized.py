@@ -93,6 +93,12 @@ def test_eight_bits_of_bitsandbytes(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def packed(codes: Tensor, bits: int, dim: int, order: tuple[int, ...]) -> Tensor:
     """Codes of a few bits in 32-bit words along a dimension; `order` says which of them stands at each place of a word."""
+    if bits == 3:
+        # A stream of bits, across the edges of words.
+        stream = (codes.movedim(dim, -1).unsqueeze(-1) >> torch.arange(3)) & 1
+        stream = stream.reshape(*stream.shape[:-2], -1, 32).long() << torch.arange(32)
+        words = stream.sum(-1).movedim(-1, dim)
+        return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
     count = 32 // bits
     groups = codes.unfold(dim, count, count)
     words = sum(groups[..., which].long() << (bits * place) for place, which in enumerate(order))
@@ -101,7 +107,7 @@ def packed(codes: Tensor, bits: int, dim: int, order: tuple[int, ...]) -> Tensor
 
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("form", ["gptq", "gptq_v2"])
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq(tmp_path: Path, bits: int, form: str, act_order: bool) -> None:
     rows, columns, group = 96, 128, 32
     tensors, expected = {}, {}
@@ -145,6 +151,52 @@ def test_awq(tmp_path: Path) -> None:
     merged(tmp_path, tensors, {"torch_dtype": "float16", "quantization_config": said}, expected)
 
 
+def test_awq_of_the_other_side(tmp_path: Path) -> None:
+    """As AutoAWQ's `WQLinear_GEMV` stores it, with a last word of zeros that is not full."""
+    rows, columns, group = 96, 320, 32
+    tensors, expected = {}, {}
+    for seed, name in enumerate(LAYERS):
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randint(0, 16, (rows, columns), generator=generator)
+        zeros, scales = torch.zeros(rows, 16, dtype=torch.long), torch.zeros(rows, 16, dtype=torch.float16)
+        zeros[:, : columns // group] = torch.randint(0, 16, (rows, columns // group), generator=generator)
+        scales[:, : columns // group] = (0.01 * torch.rand(rows, columns // group, generator=generator)).half()
+        tensors |= {
+            f"{name}.qweight": packed(codes, 4, 1, tuple(range(8))),
+            f"{name}.qzeros": packed(zeros, 4, 1, tuple(range(8))),
+            f"{name}.scales": scales,
+        }
+        index = torch.arange(columns) // group
+        expected[name] = scales[:, index] * (codes - zeros[:, index]).half()
+    said = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemv", "zero_point": True}
+    merged(tmp_path, tensors, {"torch_dtype": "float16", "quantization_config": said}, expected)
+
+
+def test_experts_in_floats_of_four_bits(tmp_path: Path) -> None:
+    mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
+    name, generator = "model.layers.0.mlp.experts.gate_up_proj", torch.Generator().manual_seed(0)
+    blocks = torch.randint(0, 256, (3, 40, 2, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(110, 135, (3, 40, 2), generator=generator, dtype=torch.uint8)
+    weight = mxfp4.convert_moe_packed_tensors(blocks, scales)
+    assert weight.shape == (3, 64, 40)
+    base = tmp_path / "base"
+    base.mkdir()
+    save_file({f"{name}_blocks": blocks, f"{name}_scales": scales}, base / "model.safetensors")
+    config = {"dtype": "bfloat16", "quantization_config": {"quant_method": "mxfp4"}}
+    (base / "config.json").write_text(json.dumps(config))
+    down, up = torch.zeros(3, 40), torch.zeros(64, 3)
+    path = name.removesuffix(".gate_up_proj")
+    (tmp_path / "adapter").mkdir()
+    tensors = {f"base_model.model.{path}.lora_A.weight": down, f"base_model.model.{path}.lora_B.weight": up}
+    save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    settings = peftrs.LoraConfig(r=1, lora_alpha=1, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+    settings.save_pretrained(tmp_path / "adapter")
+    assert merge_main([str(base), str(tmp_path / "adapter"), "-o", str(tmp_path / "out")]) == 0
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == {name}
+    assert torch.equal(found[name], weight)
+
+
 @pytest.mark.parametrize("source", [torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("scaled", ["block", "row", "whole"])
 def test_floats_of_eight_bits(tmp_path: Path, scaled: str, source: torch.dtype) -> None:
@@ -182,11 +234,12 @@ def test_every_float_of_eight_bits(tmp_path: Path, source: torch.dtype) -> None:
     ("tensors", "said", "message"),
     [
         ({"a.W_q": torch.zeros(4, 4, dtype=torch.uint8)}, {"quant_method": "hqq"}, "`hqq`, which is not read"),
-        ({"a.qweight": torch.zeros(4, 4, dtype=torch.int32)}, {"quant_method": "gptq", "bits": 3}, "to 3 bits"),
+        ({"a.qweight": torch.zeros(4, 4, dtype=torch.int32)}, {"quant_method": "gptq", "bits": 5}, "to 5 bits"),
+        ({"a_blocks": torch.zeros(2, 4, 1, 16, dtype=torch.uint8)}, {"quant_method": "mxfp4"}, "lacks `a_scales`"),
         (
             {"a.qweight": torch.zeros(4, 4, dtype=torch.int32)},
-            {"quant_method": "awq", "version": "gemv"},
-            "version `gemv` of awq",
+            {"quant_method": "awq", "version": "gemv_fast"},
+            "version `gemv_fast` of awq",
         ),
         ({"a.qweight": torch.zeros(4, 4, dtype=torch.int32)}, {"quant_method": "gptq", "bits": 4}, "`a.qweight` lacks `scales`"),
         ({"a.weight": torch.zeros(4, 4, dtype=torch.int8)}, {"quant_method": "bitsandbytes"}, "`a.weight` lacks `SCB`"),

@@ -21,6 +21,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "embedding": {"target_modules": ["embed_tokens", "lm_head", "k_proj"], "lora_bias": False},
     "narrow": {"target_modules": "all-linear"},
     "pissa": {"target_modules": ["v_proj", "up_proj", "down_proj"], "init_lora_weights": "pissa"},
+    "qalora": {"target_modules": "all-linear", "use_qalora": True, "qalora_group_size": 8},
+    "ia3": {"target_modules": ["k_proj", "v_proj", "o_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
 }
 
 
@@ -48,8 +50,8 @@ def adapted(folder: Path, method: str = "lora", **loading: Any) -> Any:
     torch.manual_seed(3)
     dtype = torch.bfloat16 if method == "narrow" else torch.float32
     model = LlamaForCausalLM.from_pretrained(path, torch_dtype=dtype, **loading)
-    config = peftrs.LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, **METHODS[method])
-    return peftrs.get_peft_model(model, config).train()
+    kind, settings = (peftrs.IA3Config, {}) if method == "ia3" else (peftrs.LoraConfig, {"r": 4, "lora_alpha": 8})
+    return peftrs.get_peft_model(model, kind(task_type="CAUSAL_LM", **settings, **METHODS[method])).train()
 
 
 def batches() -> Tensor:
@@ -155,6 +157,10 @@ def fsdp_pissa(folder: Path) -> dict[str, Any]:
     return _fsdp(folder, "pissa")
 
 
+def fsdp_ia3(folder: Path) -> dict[str, Any]:
+    return _fsdp(folder, "ia3")
+
+
 def fsdp_embedding(folder: Path) -> dict[str, Any]:
     return _fsdp(folder, "embedding")
 
@@ -208,6 +214,30 @@ def tp_embedding(folder: Path) -> dict[str, Any]:
 
 def tp_pissa(folder: Path) -> dict[str, Any]:
     return _tp(folder, "pissa")
+
+
+def tp_ia3(folder: Path) -> dict[str, Any]:
+    return _tp(folder, "ia3")
+
+
+def tp_qalora(folder: Path) -> dict[str, Any]:
+    return _tp(folder, "qalora")
+
+
+def tp_others(folder: Path) -> dict[str, Any]:
+    """Methods whose formulas do not follow slices."""
+    from transformers.distributed import DistributedConfig
+
+    found = {}
+    for name, config in {
+        "oft": peftrs.OFTConfig(target_modules=["q_proj"], oft_block_size=4),
+    }.items():
+        options = DistributedConfig(tp_size=dist.get_world_size())
+        try:
+            peftrs.get_peft_model(LlamaForCausalLM.from_pretrained(base(folder), distributed_config=options), config)
+        except peftrs.ConfigError as error:
+            found[name] = str(error)
+    return found
 
 
 def tp_loading(folder: Path) -> dict[str, Any]:

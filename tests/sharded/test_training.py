@@ -24,12 +24,13 @@ TWO = [
     "fsdp_lora",
     "fsdp_dora",
     "fsdp_pissa",
+    "fsdp_ia3",
     "fsdp_embedding",
     "fsdp_narrow",
     "fsdp_replicated",
     "fsdp_loading",
     "refusals",
-    *(["tp_lora", "tp_dora", "tp_embedding", "tp_pissa", "tp_loading"] if SPREAD else []),
+    *(["tp_lora", "tp_dora", "tp_embedding", "tp_pissa", "tp_ia3", "tp_qalora", "tp_others", "tp_loading"] if SPREAD else []),
 ]
 FOUR = ["fsdp_lora", *(["both"] if SPREAD else [])]
 pytestmark = [
@@ -82,7 +83,7 @@ def test_two_processes_that_share_the_batch(two: Ran) -> None:
     agrees(two, "ddp", "ddp", "lora")
 
 
-@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "embedding"])
+@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "ia3", "embedding"])
 def test_two_processes_that_share_all_parameters(two: Ran, method: str) -> None:
     agrees(two, f"fsdp_{method}", f"fsdp-2-{method}", method)
     merges(two, f"fsdp_{method}", method)
@@ -100,10 +101,16 @@ def test_two_processes_that_share_the_frozen_layers_alone(two: Ran) -> None:
 
 
 @needs_plans
-@pytest.mark.parametrize("method", ["lora", "dora", "pissa", "embedding"])
+@pytest.mark.parametrize("method", ["lora", "dora", "qalora", "pissa", "ia3", "embedding"])
 def test_two_processes_with_slices_of_every_layer(two: Ran, method: str) -> None:
     agrees(two, f"tp_{method}", f"tp-{method}", method)
     merges(two, f"tp_{method}", method)
+
+
+@needs_plans
+def test_methods_that_do_not_follow_slices_are_refused(two: Ran) -> None:
+    for found in group.results(two.folder, "tp_others", 2):
+        assert {name for name, told in found.items() if "does not work on tensor-parallel layers" in told} == {"oft"}
 
 
 @needs_plans

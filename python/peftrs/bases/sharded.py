@@ -58,6 +58,15 @@ def alike(tensor: Tensor, others: Sequence[Tensor]) -> Tensor:
     return distribute_tensor(tensor.detach(), spread.device_mesh, [Replicate()] * spread.device_mesh.ndim, src_data_rank=None)
 
 
+def everywhere(tensor: Tensor) -> Tensor:
+    """The tensor with all its values in each process, for what is small and of a shape that lies badly; differentiable."""
+    if not is_distributed(tensor):
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    return cast(Tensor, tensor.redistribute(placements=[Replicate()] * tensor.device_mesh.ndim))
+
+
 def summed(tensor: Tensor) -> Tensor:
     """The tensor without sums that are still to be made over processes."""
     if not is_distributed(tensor) or not any(placement.is_partial() for placement in tensor.placements):

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from peftrs.bases.kinds import CONVOLUTIONS, Affine, LayerKind, LayerSpec
+from peftrs.bases.sharded import everywhere
 from peftrs.config import PeftType, TargetedConfig
 from peftrs.core.method import Adapter, Scaling, Side
 from peftrs.registry import register
@@ -44,6 +45,7 @@ class Ia3(Scaling):
     config = IA3Config
     prefix = "ia3_"
     layers = frozenset({LayerKind.LINEAR, LayerKind.CONV2D, LayerKind.CONV3D})
+    parallel = True
 
     def settle(self, config: IA3Config, spec: LayerSpec) -> dict[str, Any]:
         feedforward = bool(spec.matched.get("feedforward_modules", False))
@@ -64,4 +66,4 @@ class Ia3(Scaling):
         return side
 
     def vector(self, adapter: Adapter) -> Tensor:
-        return adapter[FACTORS].flatten()
+        return everywhere(adapter[FACTORS]).flatten()

@@ -50,37 +50,47 @@ pub fn widened(dtype: Dtype, bytes: &[u8]) -> Vec<f32> {
     }
 }
 
-/// 32-bit words.
-pub fn words(bytes: &[u8]) -> Vec<u32> {
-    each(bytes, u32::from_le_bytes)
+/// One of the 32-bit words that the bytes are, or 0 past their end.
+pub fn word(bytes: &[u8], place: usize) -> u32 {
+    let bytes = bytes.get(4 * place..4 * place + 4).and_then(|bytes| bytes.try_into().ok());
+    bytes.map_or(0, u32::from_le_bytes)
 }
 
 fn each<T, const SIZE: usize>(bytes: &[u8], from: impl Fn([u8; SIZE]) -> T) -> Vec<T> {
     bytes.chunks_exact(SIZE).map(|chunk| from(chunk.try_into().unwrap_or([0; SIZE]))).collect()
 }
 
-/// Whole tensors that were read last, for formats whose weights lie across what a tile needs.
+/// Tensors, or parts of them, that were read last, for formats whose weights lie across what a tile needs.
 #[derive(Debug, Default)]
-pub struct Recent(Mutex<VecDeque<(String, Arc<Vec<u32>>)>>);
+pub struct Recent(Mutex<VecDeque<Part>>);
+
+/// A tensor's name, from which byte on it was read, and what was there.
+type Part = (String, usize, Arc<Vec<u8>>);
 
 impl Recent {
-    /// How many bytes are kept at most, the one asked for apart.
+    /// How many bytes are kept at most, the part asked for apart.
     const MOST: usize = 128 << 20;
 
-    /// The 32-bit words of a tensor.
-    pub fn words(&self, stored: &Checkpoint, name: &str) -> Result<Arc<Vec<u32>>> {
+    /// Some bytes of a tensor.
+    pub fn part(&self, stored: &Checkpoint, name: &str, start: usize, length: usize) -> Result<Arc<Vec<u8>>> {
         let lock = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, words)) = lock().iter().find(|(kept, _)| kept == name) {
-            return Ok(Arc::clone(words));
+        let same = |part: &&Part| part.0 == name && part.1 == start && part.2.len() == length;
+        if let Some((_, _, bytes)) = lock().iter().find(same) {
+            return Ok(Arc::clone(bytes));
         }
-        let words = Arc::new(words(&read(stored, name, 0, stored.bytes(name)?)?));
+        let bytes = Arc::new(read(stored, name, start, length)?);
         let mut kept = lock();
-        kept.push_front((name.to_owned(), Arc::clone(&words)));
-        let mut bytes = 0;
-        kept.retain(|(_, words)| {
-            bytes += words.len() * size_of::<u32>();
-            bytes <= Self::MOST
+        kept.push_front((name.to_owned(), start, Arc::clone(&bytes)));
+        let mut held = 0;
+        kept.retain(|(_, _, bytes)| {
+            held += bytes.len();
+            held <= Self::MOST
         });
-        Ok(words)
+        Ok(bytes)
+    }
+
+    /// A whole tensor.
+    pub fn whole(&self, stored: &Checkpoint, name: &str) -> Result<Arc<Vec<u8>>> {
+        self.part(stored, name, 0, stored.bytes(name)?)
     }
 }

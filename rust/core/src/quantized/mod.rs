@@ -1,13 +1,14 @@
 //! Checkpoints whose weights have fewer bits, read as 16-bit or 32-bit floats: a tile at a time, beneath whatever reads them.
 //!
 //! What a checkpoint is quantized by, its `config.json` says (`quantization_config`), and its tensors' names must agree. The
-//! formats: bitsandbytes' 4-bit (nf4, fp4, double quantization) and 8-bit; GPTQ; AWQ ("gemm"); 8-bit floats with scales
-//! (`fp8`, `fbgemm_fp8`, compressed-tensors). Any other is refused by its name.
+//! formats: bitsandbytes' 4-bit (nf4, fp4, double quantization) and 8-bit; GPTQ; AWQ ("gemm", "gemv"); 8-bit floats with
+//! scales (`fp8`, `fbgemm_fp8`, compressed-tensors); MXFP4. Any other is refused by its name.
 
 mod bytes;
 mod eight;
 mod float8;
 mod four;
+mod mxfp4;
 mod packed;
 
 use std::collections::{BTreeMap, HashSet};
@@ -25,7 +26,7 @@ pub const CONFIG: &str = "quantization_config";
 pub const FILES: [&str; 3] = ["quantize_config.json", "quant_config.json", "quantization_config.json"];
 
 const READ: &str =
-    "bitsandbytes (4-bit and 8-bit), gptq, awq, fp8, fbgemm_fp8 and the floats of compressed-tensors are read";
+    "bitsandbytes (4-bit and 8-bit), gptq, awq, fp8, fbgemm_fp8, mxfp4 and the floats of compressed-tensors are read";
 
 /// What a format makes of a checkpoint's tensors.
 #[derive(Debug, Default)]
@@ -70,6 +71,7 @@ pub fn open(checkpoint: Checkpoint, model: Option<&mut Value>) -> Result<(Checkp
             let layout = packed::Layout::read(&method, &said).map_err(refuse)?;
             packed::find(&checkpoint, &layout, dtype.unwrap_or(Dtype::F16))
         }
+        "mxfp4" => mxfp4::find(&checkpoint, dtype.unwrap_or(Dtype::BF16)),
         "fp8" | "fbgemm_fp8" | "compressed-tensors" => {
             float8::supported(&method, &said).map_err(refuse)?;
             float8::find(&checkpoint, dtype.unwrap_or(Dtype::BF16), &said)
@@ -127,6 +129,7 @@ fn looks_quantized(name: &str, dtype: Dtype) -> bool {
     let weight = name.ends_with(".weight") && !dtype.is_adapter_float();
     let packed =
         [".qweight", ".qzeros", ".weight_packed", ".W_q", ".g_idx", ".SCB"].iter().any(|end| name.ends_with(end));
+    let packed = packed || dtype == Dtype::U8 && mxfp4::PARTS.iter().any(|end| name.ends_with(end));
     weight || packed || name.contains(four::STATE) || matches!(dtype, Dtype::F8_E4M3 | Dtype::F8_E5M2 | Dtype::F8_E8M0)
 }
 

@@ -1,7 +1,8 @@
 //! GPTQ and AWQ: weights of a few bits in 32-bit words, stored `(in, out)`, with a scale and a zero for each group of inputs.
 //!
-//! GPTQ packs inputs that follow each other into a word, and the zeros of its first format are one less than they are; AWQ
-//! packs eight outputs into a word, in the order 0, 2, 4, 6, 1, 3, 5, 7.
+//! GPTQ packs inputs that follow each other into words, of 3 bits across their edges, and the zeros of its first format are one
+//! less than they are; AWQ packs eight outputs into a word, in the order 0, 2, 4, 6, 1, 3, 5, 7, but stores `(out, in)` and packs
+//! inputs in their own order for its "gemv" kernel.
 
 use std::sync::Arc;
 
@@ -15,13 +16,21 @@ use crate::error::{Error, Result, show_name};
 /// Where in a word of AWQ each of eight outputs is.
 const ORDER: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
 
+/// Along which of its sides a weight is packed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Form {
+    Gptq,
+    Gemm,
+    Gemv,
+}
+
 /// How all weights of a checkpoint are packed.
 #[derive(Debug, Clone)]
 pub struct Layout {
     bits: usize,
     /// Inputs of a group; none if all are one.
     group: Option<usize>,
-    awq: bool,
+    form: Form,
     /// What is added to stored zeros.
     shift: u32,
 }
@@ -32,7 +41,7 @@ impl Layout {
         let awq = method == "awq";
         let number = |names: [&str; 2]| names.iter().find_map(|name| said.get(name).and_then(Value::as_i64));
         let bits = number(["bits", "w_bit"]).unwrap_or(if awq { 4 } else { 0 });
-        let known: &[i64] = if awq { &[4] } else { &[2, 4, 8] };
+        let known: &[i64] = if awq { &[4] } else { &[2, 3, 4, 8] };
         if !known.contains(&bits) {
             return Err(format!("is quantized by {method} to {bits} bits, which is not read; {known:?} are"));
         }
@@ -43,12 +52,38 @@ impl Layout {
             Some(_) if awq => 0,
             Some(other) => return Err(format!("is in the format `{}` of gptq, which is not read", show_name(other))),
         };
-        if let Some(version) = text("version").filter(|version| awq && version != "gemm") {
-            return Err(format!("is in the version `{}` of awq, which is not read; `gemm` is", show_name(&version)));
-        }
+        let form = match text("version").as_deref() {
+            _ if !awq => Form::Gptq,
+            None | Some("gemm") => Form::Gemm,
+            Some("gemv") => Form::Gemv,
+            Some(other) => {
+                let known = "`gemm` and `gemv` are";
+                return Err(format!("is in the version `{}` of awq, which is not read; {known}", show_name(other)));
+            }
+        };
         let group = number(["group_size", "q_group_size"]).and_then(|size| usize::try_from(size).ok());
         let bits = usize::try_from(bits).unwrap_or_default();
-        Ok(Self { bits, group: group.filter(|size| *size > 0), awq, shift: if awq { 0 } else { shift } })
+        Ok(Self { bits, group: group.filter(|size| *size > 0), form, shift: if awq { 0 } else { shift } })
+    }
+
+    /// How many words so many numbers take.
+    fn words(&self, numbers: usize) -> usize {
+        (numbers * self.bits).div_ceil(32)
+    }
+
+    /// The number that begins at a bit of the words from `start` on, of which each is `step` further.
+    fn number(&self, words: &[u8], start: usize, step: usize, bit: usize) -> u32 {
+        let word = |at: usize| u64::from(bytes::word(words, start + at * step));
+        let (at, low) = (bit / 32, bit % 32);
+        let pair = if low + self.bits > 32 { word(at) | word(at + 1) << 32 } else { word(at) };
+        #[allow(clippy::cast_possible_truncation, reason = "the mask leaves a few bits")]
+        let number = (pair >> low) as u32;
+        number & (u32::MAX >> (32 - self.bits))
+    }
+
+    /// At which bit of a row of words AWQ's "gemm" has an output.
+    fn gemm(output: usize) -> usize {
+        4 * (output / 8 * 8 + ORDER.get(output % 8).copied().unwrap_or_default())
     }
 }
 
@@ -58,6 +93,7 @@ struct Packed {
     layout: Layout,
     inputs: usize,
     outputs: usize,
+    groups: usize,
     indexed: bool,
     dtype: Dtype,
     scales: Dtype,
@@ -79,7 +115,8 @@ pub fn find(checkpoint: &Checkpoint, layout: &Layout, dtype: Dtype) -> Found {
                     make: Box::new(packed),
                 };
                 let spent = ["qzeros", "scales", "g_idx"].map(|part| format!("{layer}.{part}"));
-                found.add(&format!("{} of {} bits", if layout.awq { "awq" } else { "gptq" }, layout.bits), made, spent);
+                let method = if layout.form == Form::Gptq { "gptq" } else { "awq" };
+                found.add(&format!("{method} of {} bits", layout.bits), made, spent);
             }
             Err(reason) => found.fault(name, &reason),
         }
@@ -101,15 +138,22 @@ fn one(
             format!("lacks `{part}`, a matrix of type {}", types.first().map_or("", |dtype| dtype.name()))
         })
     };
-    let a_word = 32 / layout.bits;
     let [rows, columns] = sizes("qweight", &[Dtype::I32])?;
-    let (inputs, outputs) = if layout.awq { (rows, columns * a_word) } else { (rows * a_word, columns) };
-    let [groups, width] = sizes("scales", &[Dtype::F16, Dtype::BF16, Dtype::F32])?;
-    let zeros = sizes("qzeros", &[Dtype::I32])?;
-    if width != outputs || zeros != [groups, outputs / a_word] || groups == 0 {
+    let scales = sizes("scales", &[Dtype::F16, Dtype::BF16, Dtype::F32])?;
+    let zeros @ [_, width] = sizes("qzeros", &[Dtype::I32])?;
+    let whole = |words: usize| words * 32 / layout.bits;
+    let (inputs, outputs, groups, expected) = match (layout.form, scales) {
+        (Form::Gptq, [groups, _]) => (whole(rows), columns, groups, [groups, columns]),
+        (Form::Gemm, [groups, _]) => (rows, whole(columns), groups, [groups, whole(columns)]),
+        // Scales of groups that are not there fill up the last word of zeros.
+        (Form::Gemv, [_, groups]) => (whole(columns), rows, groups, [rows, whole(width)]),
+    };
+    let across =
+        if layout.form == Form::Gemv { [outputs, layout.words(groups)] } else { [groups, layout.words(outputs)] };
+    if scales != expected || zeros != across || groups == 0 {
         return Err(format!("has {inputs} inputs and {outputs} outputs, which its scales and zeros do not fit"));
     }
-    let index = checkpoint.entry(&format!("{layer}.g_idx")).filter(|_| !layout.awq);
+    let index = checkpoint.entry(&format!("{layer}.g_idx")).filter(|_| layout.form == Form::Gptq);
     if let Some(entry) = index
         && (entry.dtype != Dtype::I32 || entry.elements() != inputs)
     {
@@ -122,39 +166,46 @@ fn one(
     let scales = checkpoint.entry(&format!("{layer}.scales")).map_or(Dtype::F16, |entry| entry.dtype);
     let recent = Arc::clone(recent);
     let (layer, layout, indexed) = (layer.to_owned(), layout.clone(), index.is_some());
-    Ok(Packed { layer, layout, inputs, outputs, indexed, dtype, scales, recent })
+    Ok(Packed { layer, layout, inputs, outputs, groups, indexed, dtype, scales, recent })
 }
 
 impl Make for Packed {
     fn make(&self, stored: &Checkpoint, offset: u64, bytes: &mut [u8]) -> Result<()> {
         let part = |name: &str| format!("{}.{name}", self.layer);
-        let words = |name: &str| self.recent.words(stored, &part(name));
-        let (weights, zeros, packed_scales) = (words("qweight")?, words("qzeros")?, words("scales")?);
-        let raw: &[u8] = bytemuck::cast_slice(&packed_scales);
-        let index = if self.indexed { Some(words("g_idx")?) } else { None };
+        let whole = |name: &str| self.recent.whole(stored, &part(name));
+        let (weights, zeros, scales) = (whole("qweight")?, whole("qzeros")?, whole("scales")?);
+        let index = if self.indexed { Some(whole("g_idx")?) } else { None };
         let wrong = |_| Error::Merge(format!("{} does not fit this machine", show_name(&self.layer)));
         let first = usize::try_from(offset).map_err(wrong)? / self.dtype.size();
         let count = bytes.len() / self.dtype.size();
-        let Layout { bits, group, awq, shift } = self.layout;
-        let (a_word, mask) = (32 / bits, u32::MAX >> (32 - bits));
-        let size = group.unwrap_or(self.inputs).max(1);
-        let taken = |word: Option<&u32>, place: usize| word.copied().unwrap_or_default() >> (place * bits) & mask;
-        let across =
-            |output: usize| if awq { ORDER.get(output % 8).copied().unwrap_or_default() } else { output % a_word };
+        let (layout, inputs, outputs) = (&self.layout, self.inputs, self.outputs);
+        let mask = u32::MAX >> (32 - layout.bits);
+        let size = layout.group.unwrap_or(inputs).max(1);
         let value = |element: usize| {
-            let (output, input) = (element / self.inputs, element % self.inputs);
-            let code = if awq {
-                taken(weights.get(input * (self.outputs / a_word) + output / a_word), across(output))
-            } else {
-                taken(weights.get(input / a_word * self.outputs + output), input % a_word)
+            let (output, input) = (element / inputs, element % inputs);
+            let group = index.as_ref().map_or(input / size, |index| bytes::word(index, input) as usize);
+            let (along, across) = (input * layout.bits, output * layout.bits);
+            let (code, zero, scale) = match layout.form {
+                Form::Gptq => (
+                    layout.number(&weights, output, outputs, along),
+                    layout.number(&zeros, group * layout.words(outputs), 1, across),
+                    group * outputs + output,
+                ),
+                Form::Gemm => (
+                    layout.number(&weights, input * layout.words(outputs), 1, Layout::gemm(output)),
+                    layout.number(&zeros, group * layout.words(outputs), 1, Layout::gemm(output)),
+                    group * outputs + output,
+                ),
+                Form::Gemv => (
+                    layout.number(&weights, output * layout.words(inputs), 1, along),
+                    layout.number(&zeros, output * layout.words(self.groups), 1, group * layout.bits),
+                    output * self.groups + group,
+                ),
             };
-            let group =
-                index.as_ref().map_or(input / size, |index| index.get(input).map_or(0, |group| *group as usize));
-            let zero = taken(zeros.get(group * (self.outputs / a_word) + output / a_word), across(output));
-            let zero = zero.wrapping_add(shift) & mask;
+            let zero = zero.wrapping_add(layout.shift) & mask;
             #[allow(clippy::cast_precision_loss, reason = "numbers of at most 8 bits")]
             let steps = (i64::from(code) - i64::from(zero)) as f32;
-            steps * scale(self.scales, raw, group * self.outputs + output)
+            steps * self::scale(self.scales, &scales, scale)
         };
         bytes::put(self.dtype, bytes, (first..first + count).map(value));
         Ok(())
