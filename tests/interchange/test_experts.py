@@ -198,12 +198,16 @@ from tests.interchange.test_experts import MODELS, logits
 model = MODELS[sys.argv[1]][0]()
 model.load_adapter(sys.argv[2])
 torch.save(logits(model), sys.argv[2] + "/logits.pt")
+model.save_pretrained(sys.argv[2] + "/again")
+again = MODELS[sys.argv[1]][0]()
+again.load_adapter(sys.argv[2] + "/again")
+torch.save(logits(again), sys.argv[2] + "/again.pt")
 """
 
 
 @models
 @pytest.mark.parametrize("some", [False, True], ids=["all", "gate-and-up"])
-def test_transformers_loads_it_too(name: str, some: bool, tmp_path: Path) -> None:
+def test_transformers_loads_it_too_and_saves_what_it_made_of_it(name: str, some: bool, tmp_path: Path) -> None:
     make, _, layers = MODELS[name]
     tensors = older(name, tmp_path / "older", **({"target_modules": ["q_proj", "gate", *layers[:2]]} if some else {}))
     if some:
@@ -215,6 +219,7 @@ def test_transformers_loads_it_too(name: str, some: bool, tmp_path: Path) -> Non
     done = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     close(torch.load(tmp_path / "older" / "logits.pt"), expected)
+    assert torch.equal(torch.load(tmp_path / "older" / "again.pt"), torch.load(tmp_path / "older" / "logits.pt"))
 
 
 @models
