@@ -170,6 +170,39 @@ def test_a_captured_graph_trains_and_draws_anew(dropout: float) -> None:
         assert agree(seen[0], outcome(module, module, x), TOLERANCE[torch.bfloat16])
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_layer_of_nf4_trains_in_one_operation_and_in_a_captured_graph(dropout: float, counted: Counted) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    base = bitsandbytes.nn.Linear4bit(WIDTH, OUT, False, torch.bfloat16, quant_type="nf4").cuda()
+    module = layer(peftrs, torch.bfloat16, WIDTH, OUT, base=base, lora_dropout=dropout).cuda()
+    assert module.routes() == {"default": "fused"}
+    x = torch.randn(3, 50, WIDTH, device="cuda", dtype=torch.bfloat16)
+    found = outcome(module, module, x)
+    assert counted.runs == 2
+    assert all(map(torch.equal, outcome(lambda x: checkpoint(module, x, use_reentrant=False), module, x), found))
+    if not dropout:
+        with peftrs.ops.fused(False):
+            assert agree(found, outcome(module, module, x), TOLERANCE[torch.bfloat16])
+    graphed = torch.cuda.make_graphed_callables(module, (x.clone().requires_grad_(),))
+    seen = [outcome(graphed, module, x, seed=seed) for seed in (1, 2)]
+    assert torch.equal(seen[0][0], seen[1][0]) is not bool(dropout)
+
+
+def test_several_adapters_run_the_kernels_as_one(counted: Counted) -> None:
+    model = peftrs.get_peft_model(
+        nn.Sequential(nn.Linear(WIDTH, OUT).cuda().bfloat16()),
+        config := peftrs.LoraConfig(target_modules=["0"], r=4, init_lora_weights=False),
+    )
+    model.add_adapter("second", config)
+    model.base_model.set_adapter(["default", "second"])
+    module, x = model.base_model.model[0].train(), torch.randn(3, 50, WIDTH, device="cuda", dtype=torch.bfloat16)
+    found = outcome(module, module, x)
+    assert counted.runs == 2
+    with peftrs.ops.fused(False):
+        assert agree(found, outcome(module, module, x), TOLERANCE[torch.bfloat16])
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @dtypes
 def test_what_is_kept_for_the_backward_pass_is_a_fiftieth_of_the_input(dtype: torch.dtype, dropout: float) -> None:

@@ -45,10 +45,7 @@ class Dropout(NamedTuple):
 
 @dataclass(frozen=True)
 class Unstored:
-    """A frozen weight, `(out, in)`, that is computed each time a pass reads it, as from a quantized one, and not kept in between.
-
-    What `compute` returns may be a workspace that the next weight overwrites: a pass is done with it before another is read.
-    """
+    """A frozen weight, `(out, in)`, that is computed each time a pass reads it, as from a quantized one, and not kept in between."""
 
     compute: Callable[[], Tensor]
     shape: torch.Size
