@@ -14,7 +14,8 @@ half alone would have the first layer read its siblings' parameters before their
 module at a time have not brought them yet) and hand `u` on through a cache that is keyed on the identity and version of `x`, which
 a compiler cannot trace and which recomputation under checkpointing fills again without emptying. The backward half, where two
 thirds of those reads are, needs one autograd node for all siblings: a node that a caller who skips, hooks or freezes one of them
-does not have. Where a model joins the projections itself (`qkv_proj`), one layer reads `x` once.
+does not have. With dropout, siblings have masks of their own, which one pass would have to make all. Where a model joins
+the projections itself (`qkv_proj`), one layer reads `x` once.
 """
 
 from __future__ import annotations

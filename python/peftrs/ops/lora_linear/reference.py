@@ -45,7 +45,7 @@ class Dropout(NamedTuple):
 
 @dataclass(frozen=True)
 class Unstored:
-    """A frozen weight, `(out, in)`, that is computed each time a pass reads it, as from a quantized one, and not kept in between."""
+    """A frozen weight, `(out, in)`, that is computed each time a pass reads it, as from a quantized one, and not kept."""
 
     compute: Callable[[], Tensor]
     shape: torch.Size
