@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, ClassVar, cast
@@ -21,10 +20,9 @@ from torch.nn import functional
 from peftrs import inits
 from peftrs.bases.kinds import CONVOLUTIONS, Affine, LayerKind, LayerSpec
 from peftrs.config import RUNTIME, LayeredConfig, PeftType
-from peftrs.core.method import Adapter, Additive, Below, Method
+from peftrs.core.low_rank import LowRank
+from peftrs.core.method import Adapter, Below, Method
 from peftrs.errors import ConfigError, PeftrsWarning
-from peftrs.ops import lora_linear
-from peftrs.ops.lora_linear import Unstored
 from peftrs.registry import method, register
 
 
@@ -102,7 +100,7 @@ class LoraConfig(LayeredConfig):
 
 
 @register
-class Lora(Additive):
+class Lora(LowRank):
     """The plain method; `use_dora` configs get `Dora`, which builds on it."""
 
     name = "LORA"
@@ -220,7 +218,7 @@ class Lora(Additive):
         return {slot: value.reshape(shapes[slot]) for slot, value in zip(_names(adapter), (down, up), strict=True)}
 
     def shift(self, adapter: Adapter) -> Tensor | None:
-        return adapter.get("lora_B.bias")
+        return adapter["lora_B.bias"] if adapter.config.lora_bias else None
 
     def unmergeable(self, adapter: Adapter) -> str | None:
         if adapter.spec.groups > 1:
@@ -229,77 +227,13 @@ class Lora(Additive):
             return "it has a bias (`lora_bias`) and the layer has none to merge it into"
         return None
 
-    def obstacle(self, adapter: Adapter, below: Below) -> str | None:
-        found = self._obstacle(adapter, below)
-        if found is None:
-            up, down = self.factors(adapter)
-            dropout = adapter.config.lora_dropout if below.training else 0.0
-            found = lora_linear.unfit(below.weight(down.dtype)[0], down, up, dropout)
-        return found
+    def dropped(self, adapter: Adapter) -> float:
+        return float(adapter.config.lora_dropout)
 
-    def _obstacle(self, adapter: Adapter, below: Below) -> str | None:
-        if adapter.spec.kind is not LayerKind.LINEAR:
-            return "its kind of layer has no fused form"
-        if isinstance(cast(Any, adapter.scaling), Tensor):
-            return "its strength is a tensor, so that it can change under compiled code"
+    def barrier(self, adapter: Adapter, below: Below) -> str | None:
         if adapter.config.lora_dropout and below.training and "origin_A.weight" in adapter:
             return "dropout does not act on the factors that its start took out of the weight"
-        return below.obstacle()
-
-    def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
-        y = self.joined(adapter, x, below)
-        return super().forward(adapter, x, below) if y is None else y
-
-    def joined(self, adapter: Adapter, x: Tensor, below: Below, *, biased: bool = True) -> Tensor | None:
-        """The output, computed together with the layer beneath; None where that does not go. `biased` adds that layer's bias."""
-        if self._obstacle(adapter, below) is not None:
-            return None
-        shift = self.shift(adapter) if adapter.config.lora_bias else None
-        shift = None if shift is None else adapter.scaling * shift
-        dropout = adapter.config.lora_dropout if below.training else 0.0
-        return self._joined(x, below, self.factors(adapter), adapter.scaling, dropout, shift, biased=biased)
-
-    def _joined(
-        self,
-        x: Tensor,
-        below: Below,
-        factors: tuple[Tensor, Tensor],
-        scaling: float,
-        dropout: float,
-        shift: Tensor | None,
-        *,
-        biased: bool = True,
-    ) -> Tensor | None:
-        weight, bias = below.weight(x.dtype)
-        computed = isinstance(weight, Unstored)
-        if computed and torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.get_autocast_dtype(x.device.type):
-            return None  # the library would take its product in the dtype of its own
-        if not biased:
-            bias = None
-        if shift is not None:
-            bias = shift if bias is None else bias + shift
-        up, down = factors
-        y = lora_linear.lora_linear(x, weight, bias, down, up, scaling, dropout)
-        return y.to(x.dtype) if computed and y is not None else y
-
-    def apart(self, adapters: Sequence[Adapter], below: Below) -> str | None:
-        if below.training and any(adapter.config.lora_dropout for adapter in adapters):
-            return "each has a mask of dropout of its own"
-        if len({adapter["lora_A.weight"].dtype for adapter in adapters if adapter.spec.kind is LayerKind.LINEAR}) > 1:
-            return "their dtypes differ"
-        return next((fault for adapter in adapters if (fault := self._obstacle(adapter, below)) is not None), None)
-
-    def together(self, adapters: Sequence[Adapter], x: Tensor, below: Below) -> Tensor | None:
-        """As one adapter of the sum of their ranks.
-
-        Two (r=16 and r=8, 256 tokens, 576 to 1536 and back, forward and backward, CPU) take 0.87 to 0.91 of the time of one over
-        the other.
-        """
-        factors = [self.factors(adapter) for adapter in adapters]
-        up = torch.cat([adapter.scaling * up for adapter, (up, _) in zip(adapters, factors, strict=True)], 1)
-        down = torch.cat([down for _, down in factors])
-        shifts = [adapter.scaling * shift for adapter in adapters if (shift := self.shift(adapter)) is not None]
-        return self._joined(x, below, (up, down), 1.0, 0.0, torch.stack(shifts).sum(0) if shifts else None)
+        return super().barrier(adapter, below)
 
     def path(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
         down, up = (adapter[slot] for slot in _names(adapter))

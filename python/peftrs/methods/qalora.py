@@ -46,7 +46,7 @@ class QaLora(Lora):
         down, group = adapter["lora_A.weight"], adapter.config.qalora_group_size
         return adapter["lora_B.weight"], down.repeat_interleave(group, 1) * (down.shape[1] / group)
 
-    def _obstacle(self, adapter: Adapter, below: Below) -> str | None:
+    def barrier(self, adapter: Adapter, below: Below) -> str | None:
         return "inputs are summed in groups"
 
     def path(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
