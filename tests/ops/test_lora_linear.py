@@ -54,6 +54,22 @@ def test_first_and_second_derivatives_are_those_of_the_formula(seed, sizes, bias
     assert torch.autograd.gradgradcheck(run, given)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_bits_come_out_with_and_without_gradients(dtype: torch.dtype, factors: torch.dtype, autocast: bool) -> None:
+    adapted = layer(peftrs, dtype, 48, 20, bias=True, lora_alpha=11, lora_bias=True).eval()
+    for name, parameter in adapted.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(factors)
+    x = torch.randn(3, 5, 48, dtype=dtype)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = adapted(x)
+        assert y.requires_grad
+        with torch.no_grad():
+            assert torch.equal(adapted(x), y)
+
+
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", list(UNIT))
 def test_output_and_gradients_lie_at_the_rounding_of_the_dtype(dtype: torch.dtype, transposed: bool) -> None:

@@ -69,8 +69,8 @@ def is_transformed() -> bool:
 
 SMALL = 2**17
 """The elements of input and output together up to which, on a CPU, calls cost more than what they move: torch's own operations are
-then quicker with dropout (1.1 to 4 times), casts (1.1 to 1.8) or without gradients than one node of ours, which is written in
-Python. With none of these, both cost the same."""
+then quicker with dropout (1.1 to 4 times) or casts (1.1 to 1.8) than one node of ours, which is written in Python. With neither,
+both cost the same. Whether gradients are wanted must not decide: the same bits come out with and without."""
 
 
 def is_small(x: Tensor, weight: Tensor | Unstored) -> bool:
@@ -119,7 +119,7 @@ def lora_linear(
         weight = weight.to(dtype)
     if bias is not None and bias.dtype != dtype:
         bias = bias.to(dtype)
-    plainer = dropout or autocast or not trained or down.dtype != dtype or isinstance(weight, Unstored)
+    plainer = dropout or autocast or down.dtype != dtype or isinstance(weight, Unstored)
     if plainer and device == "cpu" and not compiling and is_small(x, weight):
         if isinstance(weight, Unstored):
             return None
