@@ -58,10 +58,12 @@ class LowRank(Additive):
     def apart(self, adapters: Sequence[Adapter], below: Below) -> str | None:
         if below.training and any(self.dropped(adapter) for adapter in adapters):
             return "each has a mask of dropout of its own"
-        fault = next((fault for adapter in adapters if (fault := self.barrier(adapter, below)) is not None), None)
-        if fault is None and len({self.factors(adapter)[1].dtype for adapter in adapters}) > 1:
+        for adapter in adapters:  # torch 2.6 cannot trace this as a generator
+            if (fault := self.barrier(adapter, below)) is not None:
+                return fault
+        if len({self.factors(adapter)[1].dtype for adapter in adapters}) > 1:
             return "their dtypes differ"
-        return fault
+        return None
 
     def together(self, adapters: Sequence[Adapter], x: Tensor, below: Below) -> Tensor | None:
         """As one adapter of the sum of their ranks.

@@ -217,6 +217,7 @@ class TestFamilies:
         load(pipe, tmp_path / "one", adapter_name="default_0", hotswap=True)
         assert distance(image(pipe), one) < 1e-4
 
+    @pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 compiles once more where ranks differ by layer")
     def test_hotswap_of_a_compiled_model(self, family: str, tmp_path: Path) -> None:
         make = FAMILIES[family]
         expected = {
