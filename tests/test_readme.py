@@ -97,3 +97,13 @@ def test_every_command_of_make_is_there() -> None:
     named |= set(re.findall(r"`make ([a-z][a-z0-9-]*)`", (CHECKOUT / "README.md").read_text()))
     targets = set(re.findall(r"^([a-z][a-z0-9-]*):", (CHECKOUT / "Makefile").read_text(), re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
+
+
+def test_the_picture_is_that_of_the_readings(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "benches/picture.py", str(tmp_path / "speed.svg")], cwd=CHECKOUT, check=True)
+    # Letters are outlines, with what they say in comments.
+    drawn, kept = (
+        re.findall("<!-- (.*) -->", (folder / "speed.svg").read_text()) for folder in (tmp_path, CHECKOUT / "benches/results")
+    )
+    assert drawn == kept
+    assert len(drawn) > 20
