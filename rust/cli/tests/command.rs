@@ -188,8 +188,8 @@ fn a_change_too_small_for_the_type_is_told() {
     ] {
         case.save();
         let output = case.run(&[&["base", "adapter", "-o", "out"], more].concat());
-        let note = "note: in 1 of 1 tensors most weights stayed as they were: what the adapter adds is less than half a \
-                    step of their type; --dtype f32 holds it\n";
+        let note = "note: in 1 of 1 tensors most weights stayed as they were: what the adapter adds is nothing, or less than \
+                    half a step of their type, which --dtype f32 holds\n";
         assert_eq!(output.stderr.starts_with(note), told, "{}", output.stderr);
         assert_eq!(std::fs::read_to_string(case.path("out/README.md")).unwrap().contains("most weights stayed"), told);
         let record: Value =

@@ -84,8 +84,8 @@ pub fn note(moved: &BTreeMap<String, Moved>) -> Option<String> {
     let still = moved.values().filter(|moved| 2 * moved.moved < moved.seen).count();
     (still > 0).then(|| {
         format!(
-            "in {still} of {} tensors most weights stayed as they were: what the adapter adds is less than half a step of \
-             their type; --dtype f32 holds it",
+            "in {still} of {} tensors most weights stayed as they were: what the adapter adds is nothing, or less than half \
+             a step of their type, which --dtype f32 holds",
             moved.len()
         )
     })
