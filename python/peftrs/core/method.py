@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -201,8 +201,11 @@ class Additive(Method):
         return Affine(weight, bias if affine.bias is None else affine.bias + bias)
 
     def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
-        y = below(x)
-        return (y + adapter.scaling * self.path(adapter, x, below)).to(y.dtype)
+        y, path, scaling = below(x), self.path(adapter, x, below), cast(Any, adapter.scaling)
+        if isinstance(scaling, Tensor):
+            return (y + scaling * path).to(y.dtype)
+        # One operation: a product with a number makes a tensor of its own and keeps the number for the backward pass.
+        return torch.add(y, path, alpha=scaling).to(y.dtype)
 
 
 class Rotation(Method):
