@@ -5,7 +5,11 @@
 A cell is ✓ where the result is right, – where it was refused in words, ✗ where it is wrong or something broke; `ours/PEFT`. Right
 is measured against a float32 model of the dequantized weights with the same adapter:
 
-- forward, train step: the outputs, and the gradients of all that is trained, are those of that model;
+- forward: the outputs are those of that model, as near as the format's rounding of activations lets them come (15 % of their size
+  where it rounds to 8 bits, 2 to 3 % elsewhere);
+- train step: the gradients of all that is trained are those of that model with the library's own outputs in the place of its
+  layers' (the gradient is then the weight's: a straight-through estimate where the library rounds activations), to 0.1 % of their
+  size, 1 % over AWQ's float16;
 - merge: the merged model is nearer to the adapter's outputs than the base alone is; ½ where it goes into 16 bits only;
 - unmerge: every stored bit is as before;
 - save/load: the adapter over a new base gives the same outputs;
@@ -92,13 +96,27 @@ def base(name: str) -> Any:
     return model
 
 
-def dense(model: Any) -> Any:
-    """The same model with the dequantized weights in float32."""
+class Own(nn.Linear):
+    """A layer of the dequantized weight whose output is replaced by the library's own: dense in its gradients alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        with torch.no_grad():
+            own = self.__dict__["library"].train(self.training)(x)
+        return y + (own - y).detach()
+
+
+def dense(model: Any, *, own: bool = False) -> Any:
+    """The same model with the dequantized weights in float32; `own` leaves the quantized layers' outputs what they are."""
     other = llama()
     for path, layer in model.model.named_modules():
         found = resolve(layer)
         if isinstance(found, Quantized):
-            other.model.get_submodule(path).weight.data.copy_(found.dense(layer).weight.float())
+            twin = other.model.get_submodule(path)
+            twin.weight.data.copy_(found.dense(layer).weight.float())
+            if own:
+                twin.__class__ = Own
+                twin.__dict__["library"] = layer
     return other
 
 
@@ -154,13 +172,15 @@ class Row:
     def __init__(self, lib: Any, name: str, method: str) -> None:
         self.lib, self.name, self.method, self.inputs = lib, name, method, INPUTS.get(method, {})
         # Formats that round activations as well are as far from their weights as that; so is bitsandbytes' int8 in eval.
-        self.limit = 0.15 if "dynamic" in name or name == "bnb-int8" else 0.03 if name in ("gptq", "awq") else 1e-3
+        self.limit = 0.15 if "dynamic" in name or name == "bnb-int8" else 0.03 if name in ("gptq", "awq") else 0.02
+        # With the library's own outputs beneath, what is left is the rounding of float32, or of float16, in which AWQ computes.
+        self.exact = 1e-2 if name == "awq" else 1e-3
 
     def model(self) -> Any:
         return filled(self.lib, base(self.name), self.method)
 
-    def reference(self) -> Any:
-        return filled(self.lib, dense(base(self.name)), self.method)
+    def reference(self, *, own: bool = False) -> Any:
+        return filled(self.lib, dense(base(self.name), own=own), self.method)
 
     def logits(self, model: Any) -> Tensor:
         return logits(model, **self.inputs)
@@ -186,14 +206,13 @@ class Row:
         return found
 
     def forward(self) -> None:
-        found, expected = self.logits(self.model().eval()), self.logits(self.reference().eval())
-        near(found, expected, max(self.limit, 0.02), "the output")
+        near(self.logits(self.model().eval()), self.logits(self.reference().eval()), self.limit, "the output")
 
     def train_step(self) -> None:
-        model = self.model().train()
-        found, expected = self.gradients(model), self.gradients(self.reference().train())
+        model, reference = self.model().train(), self.reference(own=True).train()
+        found, expected = self.gradients(model), self.gradients(reference)
         for name, gradient in found.items():
-            near(gradient, expected[name], 5 * self.limit, f"the gradient of {name}")
+            near(gradient, expected[name], self.exact, f"the gradient of {name}")
         torch.optim.AdamW([one for one in model.parameters() if one.requires_grad]).step()
 
     def merge(self) -> str:

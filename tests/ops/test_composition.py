@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 from transformers.pytorch_utils import Conv1D
 
@@ -342,6 +343,46 @@ def test_several_adapters_run_as_one_unless_each_drops_by_itself(dropout: float,
         x = torch.randn(ROWS, WIDTH)
         assert set(module.routes().values()) == {"fused"}
         assert distance(module(x), nn.functional.linear(x, *module.folded())) < 2e-6
+
+
+@pytest.mark.parametrize("mode", ["eager", "checkpoint", "reentrant", "selective"])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_library_that_rounds_its_input_is_joined(
+    bias: bool, dropout: float, narrow: torch.dtype, mode: str, fused: Fused
+) -> None:
+    """As after `prepare_model_for_kbit_training`, whose norms are float32: only the product with the weight is narrower."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    frozen = formats.four_bit("nf4", True, narrow)(nn.Linear(WIDTH, OUT, bias=bias))
+    module = layer(peftrs, torch.float32, WIDTH, OUT, base=frozen, r=4, lora_dropout=dropout)
+    x = torch.randn(2, ROWS // 2, WIDTH)
+    found = outcome(MODES[mode](module), module, x, False)
+    assert fused.runs > 0
+    assert {one.dtype for one in found} == {torch.float32}
+    if dropout:
+        wanted = outcome(module, module, x, False)
+    else:
+        with peftrs.ops.fused(False):
+            wanted = outcome(module, module, x, False)
+    assert all(distance(one, other) < 2e-6 for one, other in zip(found, wanted, strict=True))
+
+
+def test_a_library_that_does_not_round_its_input_refuses_as_it_does() -> None:
+    pytest.importorskip("hqq")
+    module = made(torch.bfloat16, 0.0, True, "hqq-4")
+    with pytest.raises(RuntimeError, match="dtype"):
+        module(torch.randn(ROWS, WIDTH))
+
+
+def test_what_is_composed_keeps_no_numbers_for_the_backward_pass() -> None:
+    module, x = plain()
+    with peftrs.ops.fused(False), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        y = module(x)
+    sizes = [event.nbytes() for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert y.untyped_storage().nbytes() in sizes
+    assert sizes.count(8) == sizes.count(-8)
 
 
 def test_inference_over_a_quantized_layer_is_the_librarys_own(fused: Fused) -> None:

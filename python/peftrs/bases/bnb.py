@@ -58,6 +58,7 @@ class FourBit(Quantized):
     """`Linear4bit`, blocks of 64 weights or so with one scale each, which may be quantized in turn."""
 
     own = "Linear4bit"
+    rounds = True
 
     def computes_in(self, module: nn.Module, dtype: torch.dtype) -> torch.dtype:
         """The first input's dtype, unless that is float16: the layer has one of its own then, if any."""

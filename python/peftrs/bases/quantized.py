@@ -30,6 +30,9 @@ class Quantized(Base):
     own: str | None = None
     """The library's class whose forward is `functional.linear` with the weight of `dense`; None where it computes otherwise."""
 
+    rounds = False
+    """Whether that forward rounds its input to the dtype that it computes in, and gives the output in the input's."""
+
     @abstractmethod
     def format(self, module: nn.Module) -> str:
         """What the format is called, for people."""

@@ -74,7 +74,7 @@ class Beneath:
             with torch.no_grad():
                 return base.multiplied(module, computed)
 
-        return Unstored(compute, torch.Size(base.shape(module)), computed, stored.device), bias
+        return Unstored(compute, torch.Size(base.shape(module)), computed, stored.device, base.rounds), bias
 
     def obstacle(self) -> str | None:
         if self.chain:

@@ -110,15 +110,15 @@ def lora_linear(
         if dtype is torch.float64:
             return None
         dtype = torch.get_autocast_dtype(device)
-    elif dtype != weight.dtype:
-        return None
+    elif dtype != weight.dtype and not (isinstance(weight, Unstored) and weight.rounds and dtype == down.dtype and x.is_cpu):
+        return None  # on a GPU it is not known to be quicker where the layer rounds its input
     trained = torch.is_grad_enabled() and (
         x.requires_grad or down.requires_grad or up.requires_grad or (bias is not None and bias.requires_grad)
     )
-    if dtype != weight.dtype:
+    if autocast:
         weight = weight.to(dtype)
-    if bias is not None and bias.dtype != dtype:
-        bias = bias.to(dtype)
+    if bias is not None and bias.dtype != weight.dtype:
+        bias = bias.to(weight.dtype)
     plainer = dropout or autocast or down.dtype != dtype or isinstance(weight, Unstored)
     if plainer and device == "cpu" and not compiling and is_small(x, weight):
         if isinstance(weight, Unstored):

@@ -49,14 +49,15 @@ def passes(x: Tensor, down: Tensor) -> Any:
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """The output, in the dtype of the weight, and `u (M, r)`."""
+    """The output, in the dtype of `x` or under autocast of the weight, and `u (M, r)`."""
     rows, dtype = x, weight.dtype
     if x.ndim != 2:
         rows = x.reshape(-1, x.shape[-1])
-    if rows.dtype != dtype:
+    autocast = (x.dtype != dtype or down.dtype != dtype) and torch.is_autocast_enabled(x.device.type)
+    if autocast and x.dtype != dtype:
         rows = rows.to(dtype)
     chosen = passes(rows, down)
-    if down.dtype != dtype and chosen is reference and torch.is_autocast_enabled(x.device.type):
+    if autocast and chosen is reference:
         down, up = down.to(dtype), up.to(dtype)
     u = chosen.low(rows, down, dropout)
     y = chosen.high(u, rows, weight, bias, up, scaling)
@@ -78,8 +79,8 @@ def backward(
     rows = x
     if x.ndim != 2:
         rows, dy = x.reshape(-1, weight.shape[1]), dy.reshape(-1, weight.shape[0])
-    if rows.dtype != weight.dtype:
-        rows = rows.to(weight.dtype)
+    if rows.dtype != dy.dtype:
+        rows = rows.to(dy.dtype)
     chosen = passes(rows, down)
     if torch.is_grad_enabled():
         # Someone differentiates this formula: `u` must depend on what it was made of.
@@ -108,8 +109,8 @@ class LoraLinear(torch.autograd.Function):
         dropout: Dropout | None,
     ) -> Tensor:
         y, u = forward(x, weight.compute() if isinstance(weight, Unstored) else weight, bias, down, up, scaling, dropout)
-        if u.dtype != weight.dtype and not u.is_cuda:  # there the kernels round it as they read it
-            u = u.to(weight.dtype)
+        if u.dtype != y.dtype and not u.is_cuda:  # there the kernels round it as they read it
+            u = u.to(y.dtype)
         stored, ctx.unstored = (None, weight) if isinstance(weight, Unstored) else (weight, None)
         ctx.save_for_backward(x, stored, down, up, u)
         ctx.settings = scaling, dropout

@@ -6,7 +6,8 @@ over the output is made for it. All matrices here are two-dimensional: `x (M, in
 strength of the change, divided by the share that dropout keeps.
 
 Factors may be float32 over a narrower `x`. Then `u` is computed in float32, and `B` meets it as two narrow halves where the
-narrow dtype has float32's range, so that nothing but the output is rounded to it.
+narrow dtype has float32's range, so that nothing but the output is rounded to it. Factors and `x` may be float32 over a narrower
+weight, as where a library's layer rounds what it is given: then only the product with the weight is taken in the weight's dtype.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Unstored:
     shape: torch.Size
     dtype: torch.dtype
     device: torch.device
+    rounds: bool = False
+    """Whether inputs of another dtype are rounded to the weight's, and the product given back in theirs."""
 
     requires_grad: ClassVar[bool] = False
 
@@ -79,6 +82,8 @@ def low(x: Tensor, down: Tensor, dropout: Dropout | None) -> Tensor:
 def high(u: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, scaling: float) -> Tensor:
     """`y = scaling·u·Bᵀ + bias + x·Wᵀ`, `(M, out)`, in the dtype of `x`."""
     dtype = x.dtype
+    if weight.dtype != dtype:
+        return functional.linear(x.to(weight.dtype), weight, bias).to(dtype).addmm_(u, up.t(), alpha=scaling)
     if u.dtype != dtype:
         if dtype is not torch.bfloat16:
             product = torch.addmm(bias.to(u.dtype), u, up.t(), alpha=scaling) if bias is not None else scaling * (u @ up.t())
@@ -122,9 +127,14 @@ def backward(
             d_down = d_down.to(wide)
     if not need_x:
         return Gradients(None, d_down, d_up)
+    beneath = (dy.to(weight.dtype) @ weight).to(x.dtype) if weight.dtype != x.dtype else None
+    if beneath is not None and mask is None:
+        return Gradients(beneath.addmm_(du, down, alpha=scaling), d_down, d_up)
     dx = du @ down
     if mask is not None:
         dx = torch.where(mask, dx, 0.0)
+    if beneath is not None:
+        return Gradients(beneath.add_(dx, alpha=scaling), d_down, d_up)
     return Gradients(dx.addmm_(dy, weight, beta=scaling), d_down, d_up)
 
 
