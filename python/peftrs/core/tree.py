@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from torch import nn
 
@@ -71,6 +71,11 @@ def original(module: nn.Module) -> nn.Module:
     while isinstance(module, _WRAPPED):
         module = module.base_layer if isinstance(module, AdaptedLayer) else module.original_module
     return module
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model beneath what `torch.compile` put around it, which hands attributes on to it."""
+    return cast(nn.Module, model._modules.get("_orig_mod", model))
 
 
 def wrappers(model: nn.Module) -> Iterator[tuple[str, Holder]]:

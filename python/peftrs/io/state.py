@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from peftrs.bases.sharded import reshard, whole
 from peftrs.config import PeftType, TargetedConfig
 from peftrs.core.plan import select
-from peftrs.core.tree import places
+from peftrs.core.tree import places, uncompiled
 from peftrs.errors import AdapterError, PeftrsWarning, complain, listed
 from peftrs.hub import cached_file
 from peftrs.io.checkpoint import MemorySource, Source
@@ -62,7 +62,7 @@ def collect(
 ) -> dict[str, Tensor]:
     """As `get_peft_model_state_dict`; without `keep` only takes part in what processes gather together, and gives nothing."""
     if unwrap_compiled:
-        model = cast(nn.Module, getattr(model, "_orig_mod", model))
+        model = uncompiled(model)
     reshard(model)
     config = config_of(model, adapter_name)
     found = list(entries(model, adapter_name, config))

@@ -19,7 +19,7 @@ from peftrs.core.layer import AdaptedLayer
 from peftrs.core.method import Method
 from peftrs.core.prompt import PromptMethod, prompts_of
 from peftrs.core.prompt_call import uproot, word_embeddings
-from peftrs.core.tree import Place, Wrapped, places
+from peftrs.core.tree import Place, Wrapped, places, uncompiled
 from peftrs.errors import AdapterError, ConfigError, PeftrsWarning, Strict, listed
 from peftrs.io.checkpoint import PREFIX
 from peftrs.io.entries import plain
@@ -78,6 +78,7 @@ def attach(
 
 def peft_configs(model: nn.Module) -> dict[str, PeftConfig]:
     """The configs of a model's adapters, kept on the model itself so that a bare model has them too."""
+    model = uncompiled(model)
     held = model.__dict__.get("peft_config")
     if not isinstance(held, dict):
         held = {}
@@ -116,13 +117,9 @@ def _modules_in(keys: Iterable[str], model: nn.Module, method: Method, config: T
     """The layers that a state dict holds tensors of this method for."""
     if getattr(config, "target_parameters", None):
         raise ConfigError("`target_parameters` cannot be found in a state dict: leave out `state_dict` and load the tensors after")
-    known = {place.name for place in places(model)}
-    found = set()
-    for key in keys:
-        module = plain(key).removeprefix(PREFIX).rpartition(f".{method.prefix}")[0]
-        if module in known:
-            found.add(module)
-    return found
+    known = {plain(place.name): place.name for place in places(model)}
+    named = (plain(key).removeprefix(PREFIX).rpartition(f".{method.prefix}")[0] for key in keys)
+    return {known[name] for name in named if name in known}
 
 
 @contextmanager
@@ -160,7 +157,7 @@ def _keep(model: nn.Module, configs: dict[str, PeftConfig]) -> None:
     held.clear()
     held.update(configs)
     if not held:
-        del model.__dict__["peft_config"]
+        del uncompiled(model).__dict__["peft_config"]
 
 
 def _strip(model: nn.Module, known: set[str], held: set[Switched]) -> None:

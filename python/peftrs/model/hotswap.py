@@ -22,7 +22,7 @@ from peftrs.core.inject import activation
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
-from peftrs.core.tree import adapted_layers, wrappers
+from peftrs.core.tree import adapted_layers, uncompiled, wrappers
 from peftrs.errors import AdapterError, PeftrsWarning, listed
 from peftrs.hub import HUB_OPTIONS, local_folder
 from peftrs.io.checkpoint import WEIGHTS_NAME, FileSource, MemorySource, Renamed, Source
@@ -108,16 +108,16 @@ def _current(model: nn.Module, adapter: str) -> PeftConfig:
 
 
 def _base(model: nn.Module) -> nn.Module:
-    inner: Any = getattr(model, "_orig_mod", model)
+    inner: Any = uncompiled(model)
     return cast(nn.Module, inner.get_base_model()) if hasattr(inner, "get_base_model") else cast(nn.Module, inner)
 
 
 def _compiled(model: nn.Module) -> bool:
-    return hasattr(model, "_orig_mod") or any(getattr(one, "_compiled_call_impl", None) is not None for one in model.modules())
+    return uncompiled(model) is not model or any(getattr(one, "_compiled_call_impl", None) is not None for one in model.modules())
 
 
 def _swap(model: nn.Module, adapter: str, config: PeftConfig, source: Source, names: Mapping[str, Any] | None) -> None:
-    root, base = cast(nn.Module, getattr(model, "_orig_mod", model)), _base(model)
+    root, base = uncompiled(model), _base(model)
     configs, state = peft_configs(base), activation(base)
     fixed = _compiled(model) or any(isinstance(one.scaling, Tensor) for one in _fitted(base, adapter))
     active, trained = state.active, _trains(base, adapter)

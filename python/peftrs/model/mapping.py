@@ -71,8 +71,9 @@ def inject_adapter_in_model(
     """
     if peft_config.is_prompt_learning:
         raise ConfigError(f"{peft_config.peft_type} is a prompt, not a change to layers: use `get_peft_model`")
-    attach(model, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, names=state_dict)
-    manage.set_adapter(model, adapter_name, peft_config.inference_mode)
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    attach(inner, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, names=state_dict)
+    manage.set_adapter(inner, adapter_name, peft_config.inference_mode)
     return model
 
 
