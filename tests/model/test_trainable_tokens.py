@@ -76,3 +76,42 @@ def test_only_the_rows_are_trained_and_a_fresh_adapter_changes_nothing() -> None
 def test_tokens_that_no_table_has_are_refused() -> None:
     with pytest.raises(peftrs.ConfigError, match=r"`token_indices`: \[64\] lie outside"):
         peftrs.get_peft_model(llama(), peftrs.TrainableTokensConfig(token_indices=[1, 64]))
+
+
+def test_rows_of_a_head_of_its_own(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2, 5], "embed_tokens": ROWS}}
+    theirs = peft.get_peft_model(llama(), peft.LoraConfig(**arguments)).eval()
+    shake(theirs)
+    theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
+    ours = peftrs.PeftModel.from_pretrained(llama(), tmp_path / "theirs")
+    close(output(ours), output(theirs))
+    ours.save_pretrained(tmp_path / "ours", save_embedding_layers=False)
+    close(output(peft.PeftModel.from_pretrained(llama(), tmp_path / "ours").eval()), output(theirs))
+
+
+@pytest.mark.parametrize("names", [("embed_tokens", "lm_head"), ("lm_head", "embed_tokens")])
+def test_what_is_tied_and_named_too_shares_its_rows(names: tuple[str, str]) -> None:
+    same = {name: [2, 5] for name in names}
+    for config in (
+        peftrs.LoraConfig(target_modules=["q_proj"], trainable_token_indices=same),
+        peftrs.TrainableTokensConfig(target_modules=list(names), token_indices=[2, 5]),
+    ):
+        model = peftrs.get_peft_model(llama(tied=True), config)
+        assert sum("trainable_tokens_delta" in name for name, _ in model.named_parameters()) == 1
+        shake(model)
+        base = model.get_base_model()
+        assert torch.equal(base.model.embed_tokens.folded().weight.mT, base.lm_head.folded().weight)
+
+
+def test_what_is_tied_and_named_with_other_tokens_has_rows_of_its_own() -> None:
+    arguments: dict[str, Any] = {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"lm_head": [2, 5], "embed_tokens": [5, 7]},
+    }
+    model = peftrs.get_peft_model(llama(tied=True), peftrs.LoraConfig(**arguments))
+    held = {name: tuple(one.shape) for name, one in model.named_parameters() if "trainable_tokens_delta" in name}
+    assert len(held) == 2
+    with pytest.raises(peftrs.ConfigError, match=r"are tied .* rows of their own, \[5, 7\] and \[2, 5\]"):
+        peftrs.get_peft_model(llama(tied=True), peftrs.LoraConfig(**arguments, ensure_weight_tying=True))
+    with pytest.raises(peftrs.ConfigError, match=r"model\.norm is a LlamaRMSNorm, neither embedding nor linear"):
+        peftrs.get_peft_model(llama(), peftrs.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"norm": [1]}))

@@ -68,7 +68,9 @@ def make(
     faults: list[str] = []
     targets = _targets(found, selection, config, method.variant(config), faults)
     targets += tying.token_rows(found, config, input_embeddings, faults)
-    targets += tying.followers(found, config, targets)
+    followers = tying.followers(found, config, targets)
+    led = {(one.spec.name, one.method.name) for one in followers}
+    targets = [one for one in targets if (one.spec.name, one.method.name) not in led] + followers
     twice = [name for name, count in Counter(target.spec.name for target in targets).items() if count > 1]
     faults += [f"{name}: `trainable_token_indices` replaces rows of a layer that is a target too; choose one" for name in twice]
     for target in targets:
@@ -129,7 +131,7 @@ def select(found: list[Place], config: TargetedConfig, output_layers: frozenset[
         exclude_modules=_in_order(config.exclude_modules),
         linear=[place.name for place in found if is_linear(place) and place.name not in output_layers] if is_all(config) else [],
         layers_to_transform=[layers] if isinstance(layers, int) else layers,
-        layers_pattern=[pattern] if isinstance(pattern, str) else pattern,
+        layers_pattern=[pattern] if isinstance(pattern, str) and pattern else pattern or None,
         modules_to_save=config.modules_to_save,
         feedforward_modules=_in_order(getattr(config, "feedforward_modules", None)),
         parameters=[f"{p.name}.{name}" for p in found for name in original(p.module)._parameters] if parameters else [],

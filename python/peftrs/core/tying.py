@@ -8,6 +8,7 @@ from torch import nn
 
 from peftrs import registry
 from peftrs.bases import dense
+from peftrs.bases.base import Base
 from peftrs.bases.kinds import LayerKind
 from peftrs.core.target import Target, aim
 from peftrs.core.tree import Place, original
@@ -21,7 +22,10 @@ def tied(found: list[Place], place: Place) -> list[Place]:
 
 
 def token_rows(found: list[Place], config: Any, input_embeddings: str | None, faults: list[str]) -> list[Target]:
-    """Targets for `trainable_token_indices`: the embeddings named, and the output layers tied to them."""
+    """Targets for `trainable_token_indices`: the embeddings and output layers named, and what is tied to them.
+
+    What is tied shares its tensors, unless it is named with tokens of its own.
+    """
     indices = getattr(config, "trainable_token_indices", None)
     if not indices:
         return []
@@ -30,36 +34,55 @@ def token_rows(found: list[Place], config: Any, input_embeddings: str | None, fa
             faults.append("`trainable_token_indices`: the model does not say which layer embeds its inputs; use {name: indices}")
             return []
         indices = {input_embeddings: indices}
-    method, targets = registry.method("TOKEN_ROWS"), []
+    wanted: dict[str, tuple[Place, list[int]]] = {}
     for name, tokens in indices.items():
         places = [place for place in found if place.name == name or place.name.endswith(f".{name}")]
         if not places:
             faults.append(f"`trainable_token_indices`: the model has no layer {name!r}")
         for place in places:
             inner = original(place.module)
-            if not isinstance(inner, nn.Embedding):
-                faults.append(f"`trainable_token_indices`: {place.name} is a {type(inner).__name__}, not an embedding")
-                continue
-            matched = {"trainable_token_indices": list(tokens)}
-            targets.append(aim(place, dense.EMBEDDING, method, matched))
-            for other in tied(found, place):
-                base = dense.EMBEDDING if isinstance(original(other.module), nn.Embedding) else dense.LINEAR
-                targets.append(aim(other, base, method, matched, tied=place.name))
-    return targets
+            if isinstance(inner, nn.Embedding | nn.Linear):
+                wanted[place.name] = place, list(tokens)
+            else:
+                faults.append(f"`trainable_token_indices`: {place.name} is a {type(inner).__name__}, neither embedding nor linear")
+    method, targets = registry.method("TOKEN_ROWS"), dict[str, Target]()
+    # Embeddings lead, whichever was named first.
+    for place, tokens in sorted(wanted.values(), key=lambda one: _base(one[0]) is not dense.EMBEDDING):
+        if place.name in targets:
+            continue
+        matched = {"trainable_token_indices": tokens}
+        targets[place.name] = aim(place, _base(place), method, matched)
+        for other in tied(found, place):
+            own = wanted.get(other.name, (other, tokens))[1]
+            if own == tokens:
+                targets[other.name] = aim(other, _base(other), method, matched, tied=place.name)
+            elif getattr(config, "ensure_weight_tying", False):
+                faults.append(
+                    f"`trainable_token_indices`: {place.name} and {other.name} are tied (`ensure_weight_tying`) and cannot have "
+                    f"rows of their own, {tokens[:8]} and {own[:8]}"
+                )
+    return list(targets.values())
+
+
+def _base(place: Place) -> Base:
+    return dense.EMBEDDING if isinstance(original(place.module), nn.Embedding) else dense.LINEAR
 
 
 def followers(found: list[Place], config: Any, targets: list[Target]) -> list[Target]:
-    """With `ensure_weight_tying`, targets for the layers tied to embeddings that are targets, sharing their tensors."""
+    """With `ensure_weight_tying`, targets for the layers tied to embeddings that are targets, sharing their tensors.
+
+    They stand in place of targets for the same layers that would have tensors of their own.
+    """
     if not getattr(config, "ensure_weight_tying", False):
         return []
-    extra = []
+    extra: dict[str, Target] = {}
     for target in targets:
-        if target.spec.kind is LayerKind.EMBEDDING and target.method.name != "TOKEN_ROWS":
+        if target.spec.kind is LayerKind.EMBEDDING and target.method.name != "TOKEN_ROWS" and target.spec.name not in extra:
             for place in tied(found, target.place):
-                base = dense.EMBEDDING if isinstance(original(place.module), nn.Embedding) else dense.LINEAR
-                if base.kind in target.method.tied_kinds:
-                    extra.append(aim(place, base, target.method, dict(target.spec.matched), tied=target.spec.name))
-    return extra
+                if _base(place).kind in target.method.tied_kinds:
+                    matched = dict(target.spec.matched)
+                    extra[place.name] = aim(place, _base(place), target.method, matched, tied=target.spec.name)
+    return list(extra.values())
 
 
 def saved(found: list[Place], config: Any, names: list[str]) -> list[tuple[Place, str | None]]:
