@@ -82,6 +82,11 @@ class Dora(Lora):
         """
         up, down = self.factors(adapter)
         rows = weight.flatten(1)
+        if adapter.spec.groups > 1:
+            # No weight of the layer's shape does what these factors do. PEFT reads them as if one did, and trains by its length.
+            change = (up.reshape(-1, len(down)) @ down).view_as(rows)
+            lengths: Tensor = torch.linalg.vector_norm(rows.to(down.dtype) + adapter.scaling * change, dim=1)
+            return lengths
         blocks = [rows] if rows.dtype == down.dtype else list(torch.split(rows, ROWS))
         widened = (block.to(down.dtype) for block in blocks)
         pairs = [(torch.linalg.vector_norm(block, dim=1) ** 2, block @ down.mT) for block in widened]
