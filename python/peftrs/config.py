@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self, cast
 
 from peftrs import _native, registry
 from peftrs.errors import ConfigError, PeftrsWarning
-from peftrs.hub import local_folder, split_options
+from peftrs.hub import Pushable, local_folder, split_options
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = "0.21.2"
@@ -84,7 +84,7 @@ RUNTIME: dict[str, bool] = {"runtime": True}
 
 
 @dataclass
-class PeftConfig:
+class PeftConfig(Pushable):
     """What every adapter config holds. Raises `ConfigError` on construction, listing every fault at once."""
 
     sources: ClassVar[tuple[str, ...]] = ()
@@ -99,6 +99,7 @@ class PeftConfig:
     inference_mode: bool = False
 
     def __post_init__(self) -> None:
+        self.peft_version = self.peft_version or FORMAT_VERSION
         tasks = [task.value for task in TaskType]
         if self.task_type is not None and self.task_type not in tasks:
             raise ConfigError(f"task_type {self.task_type!r} is not one of {', '.join(tasks)}")
@@ -132,8 +133,7 @@ class PeftConfig:
 
     def to_json(self) -> str:
         """The text of `adapter_config.json`: the same bytes for the same config."""
-        values = self.to_dict() | {"peft_version": self.peft_version or FORMAT_VERSION}
-        return json.dumps(values, indent=2, sort_keys=True)
+        return json.dumps(self.to_dict(), indent=2, sort_keys=True)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """Writes `adapter_config.json` into the folder, atomically; `auto_mapping_dict` fills that field first."""

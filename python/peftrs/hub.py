@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterable
 from typing import Any
 
@@ -53,3 +54,43 @@ def cached_file(name: str | os.PathLike[str], file: str) -> str | None:
     except (ImportError, ValueError):
         return None
     return found if isinstance(found, str) else None
+
+
+class Pushable:
+    """What can be saved into a folder, and so into a repository of the hub."""
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        commit_message: str | None = None,
+        commit_description: str | None = None,
+        private: bool | None = None,
+        token: bool | str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+        **options: Any,
+    ) -> Any:
+        """Saves into a repository, which is made if there is none; returns what the hub says of the commit.
+
+        `options` are `save_pretrained`'s. Raises `CheckpointError` without huggingface_hub, and that library's own errors.
+        """
+        try:
+            from huggingface_hub import HfApi
+        except ImportError:
+            raise CheckpointError(f"{repo_id}: uploading needs `pip install huggingface_hub`") from None
+        saving: Any = self
+        hub = HfApi(token=token)
+        with tempfile.TemporaryDirectory() as folder:
+            saving.save_pretrained(folder, **options)
+            name = hub.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            if revision is not None and not create_pr:
+                hub.create_branch(name, branch=revision, exist_ok=True)
+            return hub.upload_folder(
+                repo_id=name,
+                folder_path=folder,
+                commit_message=commit_message or f"Upload {type(self).__name__}",
+                commit_description=commit_description,
+                revision=revision,
+                create_pr=create_pr,
+            )

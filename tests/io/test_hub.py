@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -62,3 +63,46 @@ def test_what_the_cache_lacks_is_said(cached: Any) -> None:
     shutil.rmtree(cache)
     with pytest.raises(CheckpointError, match=NAME):
         peftrs.PeftModel.from_pretrained(llama(), NAME, cache_dir=cache)
+
+
+class Hub:
+    """Stands for the hub's own client, and keeps what it is told and given."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, dict[str, Any]]] = []
+        self.files: set[str] = set()
+
+    def __call__(self, token: Any) -> Hub:
+        self.told.append(("client", {"token": token}))
+        return self
+
+    def create_repo(self, repo_id: str, **options: Any) -> Any:
+        self.told.append((repo_id, options))
+        return SimpleNamespace(repo_id=f"someone/{repo_id}")
+
+    def create_branch(self, repo_id: str, **options: Any) -> None:
+        self.told.append((repo_id, options))
+
+    def upload_folder(self, repo_id: str, folder_path: str, **options: Any) -> str:
+        self.told.append((repo_id, options))
+        self.files = {path.name for path in Path(folder_path).iterdir()}
+        return "the commit"
+
+
+def test_models_and_configs_are_pushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hub = Hub()
+    monkeypatch.setattr("huggingface_hub.HfApi", hub)
+    model = peftrs.get_peft_model(llama(), LoraConfig())
+    assert model.push_to_hub("mine", private=True, token="secret", revision="new", commit_message="Why") == "the commit"
+    assert hub.files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    assert hub.told == [
+        ("client", {"token": "secret"}),
+        ("mine", {"private": True, "exist_ok": True}),
+        ("someone/mine", {"branch": "new", "exist_ok": True}),
+        ("someone/mine", {"commit_message": "Why", "commit_description": None, "revision": "new", "create_pr": False}),
+    ]
+    hub.told.clear()
+    LoraConfig().push_to_hub("mine")
+    assert hub.files == {"adapter_config.json"}
+    assert hub.told[-1][1]["commit_message"] == "Upload LoraConfig"
+    assert len(hub.told) == 3
