@@ -16,7 +16,7 @@ def test_layers_tell_their_state() -> None:
     model.add_adapter("other", OFTConfig(r=0, oft_block_size=4, target_modules=["0", "1"]))
     first, second, head = model.get_layer_status()
     assert (first.name, second.name, head.name) == ("model.layers.0", "model.layers.1", "model.head")
-    assert (first.module_type, head.module_type) == ("lora+oft.Linear", "ReplacedModule")
+    assert (first.module_type, head.module_type) == ("lora+oft.Linear", "ModulesToSaveWrapper")
     assert first.available_adapters == ["default", "other"]
     assert first.requires_grad == {"default": True, "other": False}
     assert second.available_adapters == ["other"]
@@ -28,7 +28,7 @@ def test_layers_tell_their_state() -> None:
 def test_the_model_tells_its_state() -> None:
     model = peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0", "1"]))
     status = model.get_model_status()
-    assert (status.base_model_type, status.adapter_model_type) == ("Stack", "Tuner")
+    assert (status.base_model_type, status.adapter_model_type) == ("Stack", "LoraModel")
     assert status.peft_types == {"default": "LORA"}
     assert status.num_adapter_layers == 2
     assert (status.trainable_params, status.total_params) == model.get_nb_trainable_parameters()

@@ -118,3 +118,16 @@ def test_a_task_begins_with_others(init: str, tmp_path: Path) -> None:
         peftrs.get_peft_model(MODELS["llama"](), peftrs.MultitaskPromptTuningConfig(**options))
     with pytest.raises(ConfigError, match="needs to be specified"):
         peftrs.MultitaskPromptTuningConfig(prompt_tuning_init=init)
+
+
+def test_a_context_tells_how_far_it_was_moved_and_may_move() -> None:
+    config = peftrs.CPTConfig(task_type="CAUSAL_LM", cpt_token_ids=[3, 4, 5], cpt_tokens_type_mask=[1, 2, 4])
+    model = peftrs.get_peft_model(MODELS["llama"](), config)
+    encoder: Any = model.prompts.encoder("default")
+    with torch.no_grad():
+        encoder.delta_embedding.weight.fill_(1.0)
+    moved = encoder.get_projection()
+    torch.testing.assert_close(moved.norm(dim=1), encoder.get_epsilon())
+    assert torch.equal(encoder.delta_embedding.weight, torch.ones_like(moved))
+    model(TOKENS)
+    torch.testing.assert_close(encoder.delta_embedding.weight.detach(), moved)

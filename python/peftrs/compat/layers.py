@@ -8,6 +8,8 @@ from typing import Any
 from peftrs.bases.kinds import LayerKind
 from peftrs.compat.names import METHODS
 from peftrs.core.layer import AdaptedLayer
+from peftrs.core.replace import ReplacedModule
+from peftrs.io.entries import TOKEN_ROWS
 
 KINDS = {
     "Linear": LayerKind.LINEAR,
@@ -54,7 +56,29 @@ class Virtual(type):
             quantized = type(module.get_base_layer()).__name__
             if (quantized if quantized in QUANTIZED else None) != cls.base:
                 return False
-        return any(adapter.config.peft_type == cls.peft_type for adapter in module.adapters.values())
+        held = [adapter for adapter in module.adapters.values() if adapter.method.name != TOKEN_ROWS]
+        return any(adapter.config.peft_type == cls.peft_type for adapter in held)
+
+
+class Auxiliary(type):
+    """The class of the classes of what is trained beside a method's own layers."""
+
+    rows_alone = False
+
+    def __instancecheck__(cls, module: Any) -> bool:
+        if isinstance(module, AdaptedLayer):
+            return any(adapter.method.name == TOKEN_ROWS for adapter in module.adapters.values())
+        return isinstance(module, ReplacedModule) and not cls.rows_alone
+
+
+class AuxiliaryTrainingWrapper(metaclass=Auxiliary):
+    """A module trained whole, or an embedding of which an adapter of another kind trains rows."""
+
+
+class TrainableTokensWrapper(metaclass=Auxiliary):
+    """An embedding, or what is tied to one, of which an adapter of another kind trains rows."""
+
+    rows_alone = True
 
 
 @cache

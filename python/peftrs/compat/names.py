@@ -24,7 +24,7 @@ NAMES: dict[str, str] = {
     "__version__": "peftrs.config:FORMAT_VERSION",
     "BaseTuner": "peftrs.model.tuner:Tuner",
     "BaseTunerLayer": "peftrs.core.layer:AdaptedLayer",
-    "AuxiliaryTrainingWrapper": "peftrs.core.replace:ReplacedModule",
+    **_in(LAYERS, "AuxiliaryTrainingWrapper TrainableTokensWrapper"),
     "ModulesToSaveWrapper": "peftrs.core.replace:ReplacedModule",
     **_in(FUNCTIONAL, "cast_adapter_dtype delete_adapter set_adapter set_requires_grad"),
     **_in(
@@ -68,7 +68,6 @@ NAMES: dict[str, str] = {
     "MixedModel": "peftrs.model.tuner:Tuner",
     "MontecloraTrainerMixin": "peftrs.model.coming:MontecloraTrainerMixin",
     "PEFT_TYPE_TO_PREFIX_MAPPING": "peftrs.model.mapping:PEFT_TYPE_TO_PREFIX_MAPPING",
-    "TrainableTokensWrapper": "peftrs.core.layer:AdaptedLayer",
     **_in(
         "peftrs.model.utilities",
         "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES _freeze_adapter _get_batch_size _get_input_embeddings_name _is_valid_match "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -62,6 +62,15 @@ class AdaptedLayer(Switched, nn.Module):
     def base_layer(self, module: nn.Module) -> None:
         self._modules["base_layer"] = module
 
+    @property
+    def scaling(self) -> Any:
+        """The strength of each adapter that has one, by adapter name, to be read and set."""
+        return self.__getattr__("scaling")
+
+    @scaling.setter
+    def scaling(self, values: Mapping[str, float]) -> None:
+        Setting(self.adapters, "scaling").update(values)
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
@@ -74,6 +83,8 @@ class AdaptedLayer(Switched, nn.Module):
             base_layer = self.__dict__.get("_modules", {}).get("base_layer")
             if base_layer is None or name in ("adapters", "ledger"):
                 raise
+            if name in ("in_features", "out_features") and not hasattr(base_layer, name):
+                return getattr(self.spec, name)
             return getattr(base_layer, name)
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
@@ -282,6 +293,16 @@ class AdaptedLayer(Switched, nn.Module):
         """The attributes that hold adapters' tensors."""
         return tuple(dict.fromkeys(place[0] for adapter in self.adapters.values() for place in adapter.places.values()))
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """From the names of an adapter's tensors in a file to their names here, both within this layer."""
+        fitted = self.adapters.get(adapter_name)
+        return {} if fitted is None else {slot: fitted.full_name(slot) for slot, _ in fitted.parameters()}
+
+    @property
+    def other_param_names(self) -> tuple[str, ...]:
+        """The attributes that hold adapters' settings."""
+        return tuple(dict.fromkeys(name for adapter in self.adapters.values() for name in adapter.method.attributes))
+
     @property
     def fan_in_fan_out(self) -> bool:
         """Whether the frozen layer is a linear one that stores its weight as (in, out)."""
@@ -314,6 +335,13 @@ class Setting(MutableMapping[str, Any]):
 
     def __delitem__(self, adapter: str) -> None:
         raise AdapterError(f"delete the adapter {adapter!r}, not its {self.name}")
+
+    def copy(self) -> dict[str, Any]:
+        """The values as they are now."""
+        return dict(self)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, fitted in self.adapters.items() if self.name in fitted.method.attributes)

@@ -16,6 +16,9 @@ from peftrs.errors import AdapterError
 class ReplacedModule(Switched, nn.Module):
     """A module with one trained copy per adapter. The copy of the active adapter runs, else the original."""
 
+    adapter_layer_names = ("modules_to_save",)
+    other_param_names: tuple[str, ...] = ()
+
     def __init__(self, original_module: nn.Module, activation: Activation, name: str) -> None:
         super().__init__()
         self.training = original_module.training

@@ -40,11 +40,17 @@ def empty(module: nn.Module) -> None:
         attributes[name] = kind()
 
 
+SIDES = {"out_features": 0, "in_features": 1}
+"""The dimension of a weight that each is the size of."""
+
+
 class Leaves(nn.Module):
     """The tensors of one adapter in one container, by leaf name."""
 
     def __init__(self) -> None:
         empty(self)
+        # Linear maps without a bias have one that is None, and code asks for it.
+        self._parameters["bias"] = None
 
     def forward(self, x: Tensor) -> Tensor:
         """The linear map that a `weight` of two dimensions is, for code that calls `layer.lora_A[name]` and its like itself."""
@@ -52,6 +58,12 @@ class Leaves(nn.Module):
         if weight is None or weight.ndim != 2:
             raise NotImplementedError(f"{self.extra_repr()}: only a weight of two dimensions is a map by itself; call the layer")
         return functional.linear(x, weight, bias)
+
+    def __getattr__(self, name: str) -> Any:
+        # What code asks the linear map for that it takes this to be.
+        if name in SIDES and (weight := self._parameters.get("weight")) is not None and weight.ndim > 1:
+            return weight.shape[SIDES[name]]
+        return super().__getattr__(name)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self.named_parameters())

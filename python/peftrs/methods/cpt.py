@@ -72,19 +72,25 @@ class CPTEmbedding(Encoder):
     def trained(self) -> list[nn.Parameter]:
         return list(self.delta_embedding.parameters())
 
-    def radii(self) -> Tensor:
-        """How far each token may move."""
+    def get_epsilon(self) -> Tensor:
+        """How far each token may move, (tokens,)."""
         config, scale = self.config, (self.config.token_dim / 2048) ** 0.5
         template = config.opt_projection_format_epsilon * scale
         by_kind = torch.tensor([SMALLEST, template, config.opt_projection_epsilon * scale, template])
         types = torch.tensor(config.cpt_tokens_type_mask)
         return torch.where(types > 0, by_kind[types % KINDS], SMALLEST).to(self.device)
 
+    @torch.no_grad()
+    def get_projection(self) -> Tensor:
+        """How far each token was moved, shortened to what it may move by, (tokens, embedding)."""
+        moved, most = self.delta_embedding.weight, self.get_epsilon()
+        norm = moved.norm(dim=1)
+        projected: Tensor = moved * (most / norm.clamp(min=most)).where(norm > 0, 1.0).unsqueeze(1)
+        return projected
+
     def forward(self, indices: Tensor, task_ids: Tensor | None = None) -> Tensor:
-        weight = self.delta_embedding.weight
         with torch.no_grad():
-            radii, norm = self.radii(), weight.norm(dim=1)
-            weight.mul_((radii / norm.clamp(min=radii)).where(norm > 0, 1.0).unsqueeze(1))
+            self.delta_embedding.weight.copy_(self.get_projection())
         moved = self.delta_embedding(indices)
         # Labels take part in the context and are not moved.
         free = torch.tensor(self.config.cpt_tokens_type_mask, device=moved.device)[indices] % KINDS > 0

@@ -47,6 +47,7 @@ class TrainableTokens(Method):
     name = "TRAINABLE_TOKENS"
     config = TrainableTokensConfig
     prefix = "trainable_tokens_"
+    attributes = ("token_indices",)
     indices = "token_indices"
     """The config's field that names the tokens."""
     rows = "trainable_tokens_delta"
@@ -60,20 +61,20 @@ class TrainableTokens(Method):
         if outside or len(set(tokens)) < len(tokens):
             fault = f"{outside} lie outside" if outside else "some are named twice for"
             raise ConfigError(f"`{self.indices}`: {fault} the table of {rows} rows")
-        return {"tokens": tokens}
+        return {"token_indices": tokens}
 
     def slots(self, config: Any, spec: LayerSpec, values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         width = spec.out_features if spec.kind is LayerKind.EMBEDDING else spec.in_features
-        return {self.rows: (len(values["tokens"]), width)}
+        return {self.rows: (len(values["token_indices"]), width)}
 
     def init(self, adapter: Adapter, base: Affine) -> None:
         table = base.weight.mT if adapter.spec.kind is LayerKind.EMBEDDING else base.weight
-        adapter[self.rows].copy_(table[adapter.values["tokens"]])
+        adapter[self.rows].copy_(table[adapter.values["token_indices"]])
         if not getattr(adapter.config, "init_weights", True):
             adapter[self.rows].normal_()
 
     def conflict(self, adapters: Sequence[Adapter]) -> str | None:
-        counts = Counter(token for adapter in adapters for token in adapter.values["tokens"])
+        counts = Counter(token for adapter in adapters for token in adapter.values["token_indices"])
         twice = sorted(token for token, count in counts.items() if count > 1)
         return f"{len(adapters)} adapters each replace the rows of tokens {twice[:8]}" if twice else None
 
@@ -97,7 +98,7 @@ class TrainableTokens(Method):
 
     def tokens(self, adapter: Adapter, like: Tensor) -> Tensor:
         """The indices of the trained rows, on the device of `like`."""
-        return like.new_tensor(adapter.values["tokens"]).long()
+        return like.new_tensor(adapter.values["token_indices"]).long()
 
 
 @register

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from peftrs.bases.sharded import reshard
 from peftrs.config import CONFIG_NAME, PeftConfig, PeftType, TargetedConfig
 from peftrs.core import manage
-from peftrs.core.inject import activation
+from peftrs.core.inject import activation, adapters
 from peftrs.core.tree import modules
-from peftrs.errors import AdapterError, ConfigError, PeftrsWarning, Strict, TargetError
-from peftrs.hub import HUB_OPTIONS, local_folder
+from peftrs.errors import AdapterError, ConfigError, PeftrsWarning, Strict, TargetError, complain
+from peftrs.hub import HUB_OPTIONS, Pushable, local_folder
 from peftrs.io.checkpoint import WEIGHTS_NAME, FileSource, Renamed, Source
 from peftrs.io.experts import fused
 from peftrs.io.fingerprint import difference
@@ -33,10 +33,11 @@ LOADER_OPTIONS = frozenset(
 """Keyword arguments that PEFT's loaders take for models spread over devices; adapters follow their layers without being told."""
 
 
-class PeftModel(Prompting, nn.Module):
+class PeftModel(Prompting, Pushable, nn.Module):
     """A model with adapters. What it does not know itself, it asks the model inside for.
 
-    Raises `ConfigError` or `TargetError` where the adapter does not fit the model, which is then left as it was.
+    Raises `ConfigError` or `TargetError` where the adapter does not fit the model, which is then left as it was. A name that is
+    taken is an `AdapterError`; where the process is lenient, the new adapter takes the old one's place, with a warning.
     """
 
     heads: ClassVar[tuple[str, ...]] = ()
@@ -57,6 +58,10 @@ class PeftModel(Prompting, nn.Module):
             model = model.get_base_model()
         self.base_model = Tuner(model)
         self.load_reports: dict[str, LoadReport] = {}
+        if adapter_name in adapters(model):
+            complain(f"Adapter with name {adapter_name!r} already exists.", AdapterError)
+            # A cell of a notebook run again means the model with this adapter alone under its name.
+            self.base_model.delete_adapter(adapter_name)
         self.add_adapter(adapter_name, peft_config, low_cpu_mem_usage, autocast_adapter_dtype, strict=strict)
         if _checkpoints(model):
             self.prepare_model_for_gradient_checkpointing(model)
@@ -286,6 +291,8 @@ class PeftModel(Prompting, nn.Module):
     ) -> LoadReport:
         """Loads an adapter beside the others, or new tensors into one that is there; which are active stays as it is.
 
+        A new adapter is trained if `is_trainable`, active or not.
+
         Returns what became of each tensor. They go to the devices of their layers, whatever `torch_device` says, and nothing is
         moved to an accelerator on the way, whatever `ephemeral_gpu_offload` says. See `from_pretrained` for what is checked.
         """
@@ -294,6 +301,7 @@ class PeftModel(Prompting, nn.Module):
                 config = read_config(model_id, None, is_trainable, kwargs)
                 with _blaming(_origin(model_id, kwargs)):
                     self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, strict=strict is True)
+                self.set_requires_grad(adapter_name, is_trainable)
             result = self._fill(model_id, adapter_name, key_mapping, strict, kwargs)
         if not is_trainable:
             self.eval()

@@ -68,21 +68,24 @@ def _widest(settings: Any, heads: int, width: int) -> tuple[int, int]:
     return widest[1], widest[0]
 
 
+class NoPromptsError(AdapterError, AttributeError):
+    """A model without prompts is asked for them."""
+
+
 class Prompting:
     """What a `PeftModel` shows of its prompts."""
 
     @property
     def prompts(self) -> Prompts:
-        """The model's prompts. Raises `AdapterError` if it has none."""
-        found = prompts_of(cast(Any, self).get_base_model())
-        if found is None:
-            raise AdapterError("the model has no prompts: none of its adapters is one")
-        return found
+        """The model's prompts. Raises `AdapterError` if it has none, an `AttributeError` for `hasattr`."""
+        return _prompts(cast(Any, self).get_base_model())
 
     @property
     def word_embeddings(self) -> nn.Module:
-        """What embeds the model's tokens."""
-        return word_embeddings(cast(Any, self).get_base_model())
+        """What embeds the tokens that the prompts stand before. Raises as `prompts` does."""
+        model: nn.Module = cast(Any, self).get_base_model()
+        _prompts(model)
+        return word_embeddings(model)
 
     @property
     def prompt_tokens(self) -> dict[str, Tensor]:
@@ -105,6 +108,13 @@ class Prompting:
     def get_prompt_embedding_to_save(self, adapter_name: str) -> Tensor:
         """An adapter's prompt as its file has it, on the CPU."""
         return self.prompts.encoder(adapter_name).saved()[PROMPT].detach().cpu()
+
+
+def _prompts(model: nn.Module) -> Prompts:
+    found = prompts_of(model)
+    if found is None:
+        raise NoPromptsError("the model has no prompts: none of its adapters is one")
+    return found
 
 
 @contextmanager

@@ -9,10 +9,13 @@ from typing import Literal, TypeVar, cast
 
 from torch import nn
 
+from peftrs.bases.kinds import LayerKind
 from peftrs.core import manage
 from peftrs.core.layer import AdaptedLayer
+from peftrs.core.replace import ReplacedModule
 from peftrs.core.tree import Holder, wrappers
 from peftrs.errors import AdapterError
+from peftrs.model.tuners import TUNERS
 
 Irregular = Literal["irregular"]
 Value = TypeVar("Value")
@@ -83,10 +86,12 @@ def _status(name: str, wrapper: Holder) -> TunerLayerStatus:
 
 
 def _type_of(wrapper: Holder) -> str:
+    """What kind of layer it is, in PEFT's words, where several methods change it with all of their names."""
     if isinstance(wrapper, AdaptedLayer):
         methods = {fitted.method.name.lower() for fitted in wrapper.adapters.values()}
-        return f"{'+'.join(sorted(methods))}.{type(wrapper.get_base_layer()).__name__}"
-    return type(wrapper).__name__
+        kind = "ParamWrapper" if wrapper.spec.kind is LayerKind.PARAMETER else type(wrapper.get_base_layer()).__name__
+        return f"{'+'.join(sorted(methods))}.{kind}"
+    return "ModulesToSaveWrapper" if isinstance(wrapper, ReplacedModule) else type(wrapper).__name__
 
 
 def get_model_status(model: nn.Module) -> TunerModelStatus:
@@ -102,7 +107,7 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     partly = any((set(layer.available_adapters) - set(layer.merged_adapters)) & set(merged) for layer in layers)
     return TunerModelStatus(
         base_model_type=type(base).__name__,
-        adapter_model_type=type(root).__name__ if wrapped else "None",
+        adapter_model_type=_name_of(root) if wrapped else "None",
         peft_types={name: str(config.peft_type) for name, config in configs.items()} if wrapped else {},
         trainable_params=trained,
         total_params=total,
@@ -118,6 +123,11 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         quantization_backend=_same(layer.quantization_backend for layer in layers),
         routes=dict(Counter(route for layer in layers for route in layer.routes.values())),
     )
+
+
+def _name_of(tuner: nn.Module) -> str:
+    """What PEFT calls a tuner with such adapters."""
+    return next((kind.__name__ for kind in TUNERS.values() if kind.__instancecheck__(tuner)), type(tuner).__name__)
 
 
 def _inside(model: nn.Module) -> nn.Module:

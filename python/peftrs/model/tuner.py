@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from peftrs import registry
+from peftrs.bases.kinds import LayerKind
 from peftrs.bases.sharded import reshard
 from peftrs.config import PeftConfig
 from peftrs.core import manage
 from peftrs.core.inject import activation, adapters
 from peftrs.core.tree import adapted_layers
 from peftrs.errors import AdapterError, PeftrsWarning
+from peftrs.io.entries import TOKEN_ROWS
 from peftrs.model.attach import attach, peft_configs
 from peftrs.model.kbit import no_longer_quantized
 from peftrs.model.weighted import add_weighted
@@ -63,6 +65,21 @@ class Tuner(nn.Module):
         """The one adapter that acts, or all of several."""
         active = self.active_adapters
         return active[0] if len(active) == 1 else active
+
+    @property
+    def targeted_module_names(self) -> list[str]:
+        """The layers that adapters change."""
+        return [name for name, kind in self._targets() if kind is not LayerKind.PARAMETER]
+
+    @property
+    def targeted_parameter_names(self) -> list[str]:
+        """The bare parameters that adapters change (`target_parameters`)."""
+        return [name for name, kind in self._targets() if kind is LayerKind.PARAMETER]
+
+    def _targets(self) -> Iterable[tuple[str, LayerKind]]:
+        for layer in adapted_layers(self.model):
+            if any(fitted.method.name != TOKEN_ROWS for fitted in layer.adapters.values()):
+                yield layer.spec.name, layer.spec.kind
 
     def inject_adapter(
         self,

@@ -42,6 +42,11 @@ class TunerKind(type):
         return registry.method(cls.peft_type).prefix
 
     @property
+    def uses_shared_state(cls) -> bool:
+        """Whether the method's layers share tensors that no one of them owns."""
+        return False
+
+    @property
     def target_module_mapping(cls) -> dict[str, tuple[str, ...] | str]:
         """The layers that are targets when a config does not say, by model type."""
         return TARGETS.get(cls.peft_type, {})
