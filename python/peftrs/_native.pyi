@@ -151,6 +151,9 @@ def restore_low_rank(weight: _Matrix, update: _Update, correction: bytes) -> boo
     correction that is damaged.
     """
 
+def largest_magnitude(matrix: _Matrix) -> float:
+    """The largest magnitude in a matrix of type F64, F32, F16 or BF16: infinite if a value is not finite, 0 if there is none."""
+
 def tool_main(
     arguments: Sequence[str],
     by_class: Callable[[PathLike[str], str | None], tuple[list[str], list[tuple[str, str, list[int], int]], list[str], list[str]]],

@@ -10,7 +10,7 @@ from peftrs import LoraConfig, _native, get_peft_model
 from peftrs.errors import MergeError
 from peftrs.ops.low_rank import NAMES, NATIVE, ROWS, Correction, Update, add_low_rank_, overflows
 from tests.laws.cases import dtypes, seeds
-from tests.ops.accounting import Largest
+from tests.ops.accounting import Largest, Ledger
 
 # Around the sizes of the kernel's tiles and panels, and of torch's blocks of rows.
 sizes = st.integers(1, 70) | st.sampled_from([ROWS - 1, ROWS, ROWS + 1, 2 * ROWS + 3])
@@ -169,6 +169,33 @@ def test_a_merge_makes_no_tensor_of_the_weights_size(native: bool, monkeypatch: 
         merged = adapted.merge_and_unload()
     assert not torch.equal(merged[0].weight, before)
     assert largest.elements <= ROWS * columns
+
+
+def test_a_merge_leaves_the_work_to_the_kernels_threads() -> None:
+    model = nn.Sequential(nn.Linear(48, 32)).bfloat16()
+    adapted = get_peft_model(model, LoraConfig(target_modules=["0"], r=4, init_lora_weights=False))
+    with Ledger() as ledger:
+        adapted.merge_and_unload()
+    assert ledger.operations == 0
+
+
+@settings(max_examples=60)
+@given(rows=sizes, columns=sizes, dtype=st.sampled_from(list(NAMES)), seed=seeds)
+def test_the_reach_is_found_whatever_the_strides(rows: int, columns: int, dtype: torch.dtype, seed: int) -> None:
+    torch.manual_seed(seed)
+    whole = torch.randn(2, rows + 2, 3 * columns).to(dtype)
+    for matrix in (whole[0], whole[1, 1:-1, :columns], whole[1, :, ::3], whole[0].mT, whole[1, ::2, 1::3].mT, whole):
+        update = Update(matrix, torch.full((matrix.shape[-1], 2), -2.0), 0.5)
+        assert update.reach == matrix.shape[-1] * float(matrix.abs().max())
+
+
+@pytest.mark.parametrize("dtype", NAMES, ids=str)
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_the_reach_of_what_is_no_number_is_not_finite(value: float, dtype: torch.dtype) -> None:
+    factor = torch.ones(17, 67, dtype=dtype)
+    factor[16, 66] = value
+    assert Update(factor, torch.ones(67, 1), 1.0).reach == torch.inf
+    assert Update(factor[:, :0], torch.ones(0, 1), 1.0).reach == 0.0
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,7 @@ class Update:
         """What no element of the update exceeds in magnitude, but for rounding; not finite if a factor is not."""
         if not (self.up.numel() and self.down.numel()):
             return 0.0
-        largest = [max(map(abs, map(float, torch.aminmax(factor)))) for factor in (self.up, self.down)]
-        return abs(self.scaling) * self.up.shape[-1] * largest[0] * largest[1]
+        return abs(self.scaling) * self.up.shape[-1] * _largest(self.up) * _largest(self.down)
 
 
 @dataclass(frozen=True)
@@ -152,6 +151,13 @@ def _blocks(weight: Tensor, update: Update) -> Iterator[tuple[Tensor, Tensor]]:
     for start in range(0, weight.shape[0], ROWS):
         block = weight[start : start + ROWS]
         yield block, torch.addmm(block.to(wide), up[start : start + ROWS], down, alpha=update.scaling)
+
+
+def _largest(factor: Tensor) -> float:
+    """The largest magnitude. On the CPU it is not torch that looks, whose threads would spin on while the kernel's want to work."""
+    if factor.device.type == "cpu" and factor.dtype in NAMES:
+        return max(_native.largest_magnitude(_given(matrix)) for matrix in matrices(factor.detach()))
+    return max(map(abs, map(float, torch.aminmax(factor))))
 
 
 def _factor(factor: Tensor, weight: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 //! Arithmetic on weights in place for Python.
 
-use std::ops::Range;
+use std::ops::{BitAnd, Range};
 use std::ptr::with_exposed_provenance;
 
 use half::{bf16, f16};
@@ -77,6 +77,15 @@ pub fn restore_low_rank(
 ) -> PyResult<bool> {
     let correction = correction.as_bytes();
     run(py, move || for_dtype!(weight, restore(&weight, &update, correction)))
+}
+
+#[pyfunction]
+pub fn largest_magnitude(py: Python<'_>, matrix: Given) -> PyResult<f64> {
+    run(py, move || {
+        extent("matrix", &matrix)?;
+        // SAFETY: `extent` checked the addresses of all elements; that they are live for the call is the stub's promise.
+        Ok(unsafe { Matrix::new(&matrix)?.largest(matrix.2) })
+    })
 }
 
 fn add<E: Element>(weight: &Given, update: &Update, keep: bool) -> Result<(bool, Option<Vec<u8>>)> {
@@ -156,6 +165,58 @@ impl Matrix {
                 _ => fill(address, self.strides.1, to, |value: f64| value),
             }
         }
+    }
+
+    /// The largest magnitude of the elements of this shape, infinite where one is not finite, and 0 where there is none.
+    ///
+    /// # Safety
+    /// They are in memory that may be read.
+    unsafe fn largest(&self, shape: (usize, usize)) -> f64 {
+        // SAFETY: the caller's promise.
+        let largest = unsafe {
+            match self.dtype {
+                Dtype::BF16 => bf16::from_bits(self.greatest(shape, 0x7fff)).to_f64(),
+                Dtype::F16 => f16::from_bits(self.greatest(shape, 0x7fff)).to_f64(),
+                Dtype::F32 => f64::from(f32::from_bits(self.greatest(shape, 0x7fff_ffff))),
+                _ => f64::from_bits(self.greatest(shape, 0x7fff_ffff_ffff_ffff)),
+            }
+        };
+        if largest.is_finite() { largest } else { f64::INFINITY }
+    }
+
+    /// The greatest of the elements' bits under a mask. Those of floats without their signs are in the order of the magnitudes,
+    /// what is not finite last.
+    ///
+    /// # Safety
+    /// As above; the elements are of the size of `T`.
+    unsafe fn greatest<T: Copy + Default + Ord + BitAnd<Output = T>>(&self, shape: (usize, usize), mask: T) -> T {
+        let ((mut rows, mut columns), (mut down, mut right)) = (shape, self.strides);
+        if rows == 0 || columns == 0 {
+            return T::default();
+        }
+        if down < right {
+            (rows, columns, down, right) = (columns, rows, right, down);
+        }
+        if down == columns * right {
+            (rows, columns) = (1, rows * columns);
+        }
+        let first = with_exposed_provenance::<T>(self.address);
+        let mut greatest = T::default();
+        for row in 0..rows {
+            // SAFETY: the caller's promise; the offsets are those of elements of the shape.
+            greatest = unsafe {
+                let first = first.add(row * down);
+                if right == 1 {
+                    // Of a slice, the loop is vectorised.
+                    let values = std::slice::from_raw_parts(first, columns);
+                    values.iter().fold(greatest, |greatest, value| greatest.max(*value & mask))
+                } else {
+                    (0..columns)
+                        .fold(greatest, |greatest, column| greatest.max(first.add(column * right).read() & mask))
+                }
+            };
+        }
+        greatest
     }
 }
 

@@ -29,6 +29,7 @@ fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(kernels::add_low_rank, module)?)?;
     module.add_function(wrap_pyfunction!(kernels::correct_low_rank, module)?)?;
     module.add_function(wrap_pyfunction!(kernels::restore_low_rank, module)?)?;
+    module.add_function(wrap_pyfunction!(kernels::largest_magnitude, module)?)?;
     module.add_function(wrap_pyfunction!(merge::merge_main, module)?)?;
     module.add_function(wrap_pyfunction!(tool::tool_main, module)?)
 }
