@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 import peftrs
 from peftrs import CheckpointError, ConfigError
@@ -131,3 +131,11 @@ def test_a_context_tells_how_far_it_was_moved_and_may_move() -> None:
     assert torch.equal(encoder.delta_embedding.weight, torch.ones_like(moved))
     model(TOKENS)
     torch.testing.assert_close(encoder.delta_embedding.weight.detach(), moved)
+
+
+def test_the_head_size_follows_where_the_model_s_config_does_not_say_it() -> None:
+    sizes: dict[str, Any] = {"hidden_size": 16, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    base = Qwen2ForCausalLM(Qwen2Config(**sizes, intermediate_size=24, vocab_size=40)).eval()
+    model = peftrs.get_peft_model(base, peftrs.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3))
+    assert model.prompts.encoder("default").embedding.weight.shape == (3, 2 * 2 * 2 * 4)  # keys and values, layers, heads, sizes
+    assert model(TOKENS).logits.shape == (*TOKENS.shape, 40)

@@ -282,11 +282,12 @@ def layer_devices(module: nn.Module) -> dict[int, Any]:
 
 
 def _shape(settings: Any, layer: int) -> tuple[int, int] | None:
-    """The heads and head size of one layer's keys, where a model's layers differ."""
+    """The heads and head size of one layer's keys, where a model's layers differ and their configs say both."""
     own = getattr(settings, "per_layer_config", None)
     if own is None or not getattr(settings, "layer_types", None):
         return None
-    return own[layer].num_key_value_heads, own[layer].head_dim
+    heads, width = (getattr(own[layer], name, None) for name in ("num_key_value_heads", "head_dim"))
+    return None if heads is None or width is None else (heads, width)
 
 
 def _batch(call: dict[str, Any], paired: bool) -> int:

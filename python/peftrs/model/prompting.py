@@ -63,7 +63,7 @@ def _widest(settings: Any, heads: int, width: int) -> tuple[int, int]:
     """The heads and head size of keys, of the widest layers where layers differ."""
     layers = _get(settings, "per_layer_config")
     own = [layers[layer] for layer in range(_get(settings, "num_hidden_layers"))] if layers else []
-    found = [(_get(settings, "head_dim") or width, heads), *((each.head_dim, each.num_key_value_heads) for each in own)]
+    found = [(_get(one, "head_dim") or width, _get(one, "num_key_value_heads") or heads) for one in (settings, *own)]
     widest = max(found, key=lambda pair: pair[0])
     return widest[1], widest[0]
 
