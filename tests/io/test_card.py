@@ -67,7 +67,14 @@ def test_a_pipeline_that_is_stated_stays() -> None:
     assert header["pipeline_tag"] == "summarization"
 
 
-@pytest.mark.parametrize("base", ["", "a: b", "x\ntags: [evil]", "---", "yes # no", '"', "C:\\models\\new"])
+def test_a_base_without_a_name_is_not_named() -> None:
+    header, _ = parts(made(base=""))
+    assert set(header) == {"library_name", "tags"}
+    header, _ = parts(made("---\nbase_model: stated/before\n---\nText", base=""))
+    assert header["base_model"] == "stated/before"
+
+
+@pytest.mark.parametrize("base", ["a: b", "x\ntags: [evil]", "---", "yes # no", '"', "C:\\models\\new"])
 def test_a_name_is_data_whatever_it_is(base: str) -> None:
     header, _ = parts(made(base=base))
     assert header["base_model"] == base

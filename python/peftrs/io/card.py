@@ -28,11 +28,11 @@ model = PeftModel.from_pretrained(base_model, "this folder or repository")
 def card(existing: str | None, *, base: str, methods: Sequence[str], tags: Iterable[str], pipeline: str | None) -> str:
     """The text of a card: an existing one with its header brought up to date, or a new one.
 
-    The header gets `library_name`, `base_model` and `tags` as given; `pipeline_tag` where there is none yet.
+    The header gets `library_name`, `tags` and, if the base has a name, `base_model` as given; `pipeline_tag` where none is yet.
     """
     header, body = _split(existing or "")
-    fields = {
-        "base_model": _scalar(base),
+    fields = {"base_model": _scalar(base)} if base else {}
+    fields |= {
         "library_name": "peft",
         "tags": "".join(f"\n- {_scalar(tag)}" for tag in sorted(set(tags))),
     }
