@@ -10,7 +10,7 @@ from enum import StrEnum
 from typing import Any, ClassVar, Self, cast
 
 from peftrs import _native, registry
-from peftrs.errors import ConfigError, PeftrsWarning
+from peftrs.errors import ConfigError, PeftrsWarning, UnfitError
 from peftrs.hub import Pushable, local_folder, split_options
 
 CONFIG_NAME = "adapter_config.json"
@@ -157,6 +157,8 @@ class PeftConfig(Pushable):
         for note in notes:
             warnings.warn(f"{origin}: {note}", PeftrsWarning, stacklevel=2)
         values = json.loads(text)
+        if values.get("peft_type") is None:
+            raise _nameless(origin)
         config = cls.from_values(values, origin, **options)
         config.check_file(values, origin)
         return config
@@ -180,7 +182,7 @@ class PeftConfig(Pushable):
         """A config from the values of a file. Unknown keys are named in one warning and left out."""
         peft_type = values.get("peft_type")
         if peft_type is None and cls in (PeftConfig, TargetedConfig, LayeredConfig, PromptLearningConfig):
-            raise ConfigError(f"{origin}: has no `peft_type`, so nobody knows what kind of adapter this is")
+            raise _nameless(origin)
         if peft_type not in (None, *PeftType):
             raise ConfigError(f"{origin}: peft_type {peft_type!r} is unknown")
         chosen = cls if peft_type is None else cast(type[Self], registry.method(peft_type).config)
@@ -261,6 +263,10 @@ class LayeredConfig(TargetedConfig):
             faults.append("`layers_pattern` says where layer numbers stand and needs `layers_to_transform`")
         if faults:
             raise ConfigError("; ".join(faults))
+
+
+def _nameless(origin: str) -> UnfitError:
+    return UnfitError(f"{origin}: has no `peft_type`, so nobody knows what kind of adapter this is")
 
 
 def _json_value(value: Any) -> Any:

@@ -10,6 +10,7 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "MergeError",
+    "MismatchError",
     "NoMatchingPeftModuleError",
     "PeftError",
     "PeftWarning",
@@ -18,6 +19,7 @@ __all__ = [
     "StorageError",
     "Strict",
     "TargetError",
+    "UnfitError",
     "complain",
     "is_strict",
     "listed",
@@ -34,6 +36,14 @@ class AdapterError(PeftrsError, ValueError):
 
 class NoMatchingPeftModuleError(TargetError):
     """Nothing in the model is what an adapter's config names. Whoever adds such an adapter on purpose catches this."""
+
+
+class UnfitError(ConfigError, TypeError):
+    """A config names modules whose kind it is not for, or a file is no config at all."""
+
+
+class MismatchError(CheckpointError, RuntimeError):
+    """Tensors are not those of the model: a `RuntimeError` too, as torch's `load_state_dict` raises."""
 
 
 class PeftrsWarning(UserWarning):

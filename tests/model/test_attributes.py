@@ -112,6 +112,8 @@ def test_wrappers_are_told_apart() -> None:
         [True, True, False], [True, False, False], [False, False, True],
     ]  # fmt: skip
     assert table.token_indices["default"] == [3]
+    assert table.token_adapter.trainable_tokens_delta["default"] is table.token_adapter["default"].trainable_tokens_delta
+    assert not hasattr(query.lora_A, "weight")
     state = model.state_dict()
     for name, module in (("embed_tokens", table), ("q_proj", query)):
         for inner in module.adapter_state_dict_load_map("default").values():
@@ -190,3 +192,29 @@ def test_an_empty_layers_pattern_is_none() -> None:
 def test_a_config_says_its_version_from_the_start() -> None:
     assert LoraConfig().peft_version == peftrs.config.FORMAT_VERSION
     assert LoraConfig(peft_version="0.17.0").peft_version == "0.17.0"
+
+
+def test_errors_are_of_the_builtin_classes_that_code_for_peft_catches(tmp_path: Path) -> None:
+    model = peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0"]))
+    state = peftrs.get_base_model_state_dict(model)
+    with pytest.raises(RuntimeError, match="1 unexpected"):
+        peftrs.set_base_model_state_dict(model, state | {"more": torch.zeros(1)})
+    model.save_pretrained(tmp_path)
+    with pytest.raises(RuntimeError, match="2 of another shape"):
+        peftrs.PeftModel.from_pretrained(stack(), tmp_path, config=LoraConfig(r=2, target_modules=["0"]))
+    with pytest.raises(TypeError, match="a ModuleList cannot be trained whole"):
+        peftrs.get_peft_model(stack(), LoraConfig(target_modules=["head"], modules_to_save=["layers"]))
+    (tmp_path / "adapter_config.json").write_text('{"foo": 1}')
+    for kind in (peftrs.PeftConfig, LoraConfig):
+        with pytest.raises(TypeError, match="has no `peft_type`"):
+            kind.from_pretrained(tmp_path)
+
+
+def test_names_of_tensors_that_wait_for_values(tmp_path: Path) -> None:
+    model = peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0"]), low_cpu_mem_usage=True)
+    state = peftrs.get_peft_model_state_dict(model)
+    assert {name.rpartition("0.")[2]: (tuple(one.shape), one.device.type) for name, one in state.items()} == {
+        "lora_A.weight": ((8, 8), "meta"), "lora_B.weight": ((8, 8), "meta"),
+    }  # fmt: skip
+    with pytest.raises(AdapterError, match="has no values"):
+        model.save_pretrained(tmp_path)

@@ -20,7 +20,7 @@ from peftrs.core.method import Method
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.target import Target, aim
 from peftrs.core.tree import Place, original
-from peftrs.errors import ConfigError, NoMatchingPeftModuleError, Strict, TargetError, complain, listed, shown
+from peftrs.errors import ConfigError, NoMatchingPeftModuleError, Strict, TargetError, UnfitError, complain, listed, shown
 
 ALL_LINEAR = "all-linear"
 PROJECTION = 2.0
@@ -85,7 +85,7 @@ def make(
     saved = tying.saved(found, config, selection.modules_to_save)
     faults += _saved_faults(saved, targets)
     if faults:
-        raise ConfigError("; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else ""))
+        raise UnfitError("; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else ""))
     return Plan(found, targets, saved, selection)
 
 

@@ -69,6 +69,18 @@ class Leaves(nn.Module):
         return ", ".join(f"{name}={tuple(tensor.shape)}" for name, tensor in self.named_parameters())
 
 
+class Container(nn.ModuleDict):
+    """The tensors of all adapters in one container."""
+
+    def __getattr__(self, name: str) -> Any:
+        held: dict[str, Leaves] = self.__dict__.get("_modules", {})
+        found = {adapter: leaves._parameters[name] for adapter, leaves in held.items() if name in leaves._parameters}
+        # PEFT has the leaf before the adapter where it is not a linear map's.
+        if found and name not in held and name not in ("weight", "bias"):
+            return found
+        return super().__getattr__(name)
+
+
 class Entries(nn.ParameterDict):
     """A container whose entries are the tensors themselves, one an adapter."""
 
@@ -164,7 +176,7 @@ class FittedAdapter:
         held = self.layer._modules.get(container)
         if held is None:
             if leaf:
-                empty(held := nn.ModuleDict.__new__(nn.ModuleDict))
+                empty(held := Container.__new__(Container))
             else:
                 held = Entries()
             # `add_module` would find the container of a layer adapted beneath this one, which answers for what this one lacks.

@@ -14,7 +14,7 @@ from peftrs.bases.sharded import reshard, shape, whole
 from peftrs.config import TargetedConfig
 from peftrs.core import merge as merging
 from peftrs.core.slots import FittedAdapter
-from peftrs.errors import CheckpointError, PeftrsWarning, Strict, complain, is_strict, listed, shown
+from peftrs.errors import CheckpointError, MismatchError, PeftrsWarning, Strict, complain, is_strict, listed, shown
 from peftrs.io.checkpoint import PREFIX, Source
 from peftrs.io.entries import Entry, device_of, embeddings, entries, plain
 
@@ -79,7 +79,7 @@ def load(
 
     Missing and unexpected tensors are an error (a warning unless `strict`), or with `report` only returned; so are values that are
     no numbers, but for `report`. Slots that still wait for values and find none get the method's first ones. Raises
-    `CheckpointError` listing every fault, with nothing changed.
+    `MismatchError` listing every fault, with nothing changed.
     """
     reshard(model)
     match = compare(model, adapter, config, source)
@@ -116,9 +116,7 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
     spelled = {name: entry for entry in reversed(expected) for name in (entry.name, entry.key)}
     again = {name for entry in expected for name in entry.again}
     if len(source) > len(expected) + STRANGERS:
-        raise CheckpointError(
-            f"{source.origin}: holds {len(source)} tensors, adapter {adapter!r} has {len(expected)} on this model"
-        )
+        raise MismatchError(f"{source.origin}: holds {len(source)} tensors, adapter {adapter!r} has {len(expected)} on this model")
     own: set[str] | None = None
     match, taken = Match(), set[str]()
     for name, (dtype, size) in source.described().items():
@@ -166,9 +164,9 @@ def _judge(match: Match, adapter: str, source: Source, *, strict: Strict, report
         fatal.append("none of them is used")
     head = f"{source.origin}: the tensors are not those of adapter {adapter!r} on this model"
     if fatal or (lenient and is_strict(strict)):
-        raise CheckpointError(f"{head}: {'; '.join(fatal + lenient)}")
+        raise MismatchError(f"{head}: {'; '.join(fatal + lenient)}")
     if lenient:
-        complain(f"{head}: {'; '.join(lenient)}", CheckpointError, strict)
+        complain(f"{head}: {'; '.join(lenient)}", MismatchError, strict)
     if match.misshapen:
         text = f"{source.origin}: left out for their shape: {', '.join(match.misshapen[:8])}"
         warnings.warn(text, PeftrsWarning, stacklevel=4)

@@ -45,10 +45,11 @@ def get_peft_model_state_dict(
     are read off the model. `save_embedding_layers` adds the model's embeddings: "auto" does if they are adapted, or if the
     vocabulary is not the one that the base's config file has, as far as that file can be had without the network.
 
-    Tensors that lie over processes are gathered, for which all of them must ask. Raises `AdapterError` for an unknown adapter, for
-    tensors of which only a part is there, or (unless the process is lenient) for tensors that `state_dict` lacks.
+    Tensors that lie over processes are gathered, for which all of them must ask; ones that wait for values are on the device meta.
+    Raises `AdapterError` for an unknown adapter, for tensors of which only a part is there, or (unless the process is lenient) for
+    tensors that `state_dict` lacks.
     """
-    return collect(model, state_dict, adapter_name, save_embedding_layers, unwrap_compiled=unwrap_compiled)
+    return collect(model, state_dict, adapter_name, save_embedding_layers, unwrap_compiled=unwrap_compiled, waiting=True)
 
 
 def collect(
@@ -59,8 +60,12 @@ def collect(
     *,
     unwrap_compiled: bool = False,
     keep: bool = True,
+    waiting: bool = False,
 ) -> dict[str, Tensor]:
-    """As `get_peft_model_state_dict`; without `keep` only takes part in what processes gather together, and gives nothing."""
+    """As `get_peft_model_state_dict`; without `keep` only takes part in what processes gather together, and gives nothing.
+
+    Tensors that were never given values (`low_cpu_mem_usage`) are among what is given only if `waiting`.
+    """
     if unwrap_compiled:
         model = uncompiled(model)
     reshard(model)
@@ -86,11 +91,11 @@ def collect(
     for key, held in tensors.items():
         # Not detached before: what knows where a parameter's parts are is the parameter.
         tensor = whole(held).detach()
-        if tuple(tensor.shape) != shapes[key] or not tensor.numel() or tensor.is_meta:
+        if tuple(tensor.shape) != shapes[key] or not tensor.numel() or (tensor.is_meta and not waiting):
             state = "no values" if tensor.is_meta else f"shape {list(tensor.shape)}"
             parts.append(f"{key} has {state} instead of {list(shapes[key])}")
         if keep:
-            gathered[key] = tensor if tensor.data_ptr() == held.data_ptr() else tensor.cpu()
+            gathered[key] = tensor if tensor.is_meta or tensor.data_ptr() == held.data_ptr() else tensor.cpu()
     if parts:
         raise AdapterError(
             f"{len(parts)} of the {len(tensors)} tensors of adapter {adapter_name!r} are not whole: {'; '.join(parts[:4])}; "

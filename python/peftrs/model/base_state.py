@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftrs.core.prompt import Prompts
 from peftrs.core.tree import adapted_layers, original
-from peftrs.errors import CheckpointError, MergeError, listed
+from peftrs.errors import MergeError, MismatchError, listed
 
 __all__ = ["cast_mixed_precision_params", "get_base_model_state_dict", "set_base_model_state_dict"]
 
@@ -25,7 +25,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
     """Puts tensors, by those names, into the model; returns what was missing and unexpected, as `load_state_dict` does.
 
-    Raises `CheckpointError`, with nothing changed, for tensors of another shape and, if `strict`, for missing or unexpected ones;
+    Raises `MismatchError`, with nothing changed, for tensors of another shape and, if `strict`, for missing or unexpected ones;
     `MergeError` while adapters are merged.
     """
     if any(layer.merged for layer in adapted_layers(model)):
@@ -43,7 +43,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
         faults += [f"{len(missing)} missing: {listed(missing, 4)}"] if missing else []
         faults += [f"{len(unexpected)} unexpected: {listed(unexpected, 4)}"] if unexpected else []
     if faults:
-        raise CheckpointError(f"the tensors are not those of this model: {'; '.join(faults[:8])}")
+        raise MismatchError(f"the tensors are not those of this model: {'; '.join(faults[:8])}")
     with torch.no_grad():
         for name, tensor in given.items():
             own[name].copy_(tensor)
