@@ -2,10 +2,11 @@
 
     python benches/train_linear.py [--quick] [--only NAME] [--runs N] [--threads N] [--output FILE]
 
-"host" is a layer so small that only the calls count; ratios are of whole times. Outputs and gradients are checked against
-float64 before anything is timed. On a GPU the caches are flushed between runs, and the copy rate and the frozen product's rate are
-printed, so that the limit stands beside the readings. The Unsloth side is its published formulas (base first, `addmm_` after,
-`x·Aᵀ` made again in the backward pass), written for this bench.
+"host" is a layer so small that only the calls count; ratios are of whole times. There, "module" is the floor's operations in an
+`nn.Module` as anybody would write it: what calling a module and finding its parameters cost beside them. Outputs and gradients are
+checked against float64 before anything is timed. On a GPU the caches are flushed between runs, and the copy rate and the frozen
+product's rate are printed, so that the limit stands beside the readings. The Unsloth side is its published formulas (base first,
+`addmm_` after, `x·Aᵀ` made again in the backward pass), written for this bench.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.nn import functional
 warnings.filterwarnings("ignore")
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
+BOTH, FORWARD, BARE = "forward and backward", "forward", "forward without gradients"
 
 
 class BaseFirst(torch.autograd.Function):
@@ -46,14 +48,26 @@ class BaseFirst(torch.autograd.Function):
         return dx, None, d_down.to(down.dtype), d_up.to(up.dtype), None
 
 
+class Plain(nn.Module):
+    """The floor's operations as a module."""
+
+    def __init__(self, base: nn.Linear, down: Tensor, up: Tensor, scaling: float) -> None:
+        super().__init__()
+        self.base, self.down, self.up, self.scaling = base, nn.Parameter(down), nn.Parameter(up), scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.linear(x, self.base.weight)
+        return torch.addmm(y, functional.linear(x, self.down), self.up.t(), alpha=self.scaling)
+
+
 Setup = tuple[Callable[[], Tensor], Tensor, list[Tensor]]
 
 
-def setup(name: str, rows: int, width: int, out: int, dtype: torch.dtype, dropout: float, backward: bool = True) -> Setup:
+def setup(name: str, rows: int, width: int, out: int, dtype: torch.dtype, dropout: float, mode: str = BOTH) -> Setup:
     """The forward pass of one side, the gradient that comes back, and the leaves."""
     torch.manual_seed(0)
     base = nn.Linear(width, out, bias=False).to(DEVICE, dtype).requires_grad_(False)
-    x = torch.randn(rows, width).to(DEVICE, dtype).requires_grad_(backward)
+    x = torch.randn(rows, width).to(DEVICE, dtype).requires_grad_(mode == BOTH)
     dy = torch.randn(rows, out).to(DEVICE, dtype)
     rank, scaling = min(16, width), 2.0
     factors = [(torch.randn(rank, width) / width**0.5), torch.randn(out, rank) / 10]
@@ -68,6 +82,9 @@ def setup(name: str, rows: int, width: int, out: int, dtype: torch.dtype, dropou
             for leaf, value in zip(leaves, factors, strict=True):
                 leaf.copy_(value)
         return lambda: layer(x), dy, [x, *leaves]
+    if name == "module":
+        module = Plain(base, *factors, scaling)
+        return lambda: module(x), dy, [x, module.down, module.up]
     wide = dtype if name == "floor" else torch.float32  # plain operations take one dtype
     down, up = (factor.to(DEVICE, wide).requires_grad_() for factor in factors)
     weight = base.weight
@@ -83,19 +100,20 @@ def setup(name: str, rows: int, width: int, out: int, dtype: torch.dtype, dropou
 def work(case: tuple[Any, ...], repeats: int, name: str, quick: bool) -> Callable[[], object]:
     forward, dy, leaves = setup(name, *(sized(case) if quick else case))
     flushed = torch.empty(2**28, dtype=torch.uint8, device=DEVICE) if GPU else None
-    both = case[-1]
+    mode = case[-1]
 
     def once() -> float:
         if flushed is not None:
             flushed.zero_()
             torch.cuda.synchronize()
         start = time.perf_counter()
-        for _ in range(repeats):
-            y = forward()
-            if both:
-                y.backward(dy)
-                for leaf in leaves:
-                    leaf.grad = None
+        with torch.set_grad_enabled(mode != BARE):
+            for _ in range(repeats):
+                y = forward()
+                if mode == BOTH:
+                    y.backward(dy)
+                    for leaf in leaves:
+                        leaf.grad = None
         if GPU:
             torch.cuda.synchronize()
         return (time.perf_counter() - start) * 1e3 / repeats
@@ -113,7 +131,7 @@ def check(case: tuple[Any, ...], quick: bool) -> None:
     rows, width, out, dtype, dropout, _ = case
     if dropout:
         return  # every side draws a mask of its own
-    for name in ("peftrs", "peft", "unsloth", "floor"):
+    for name in ("peftrs", "peft", "unsloth", "floor", *(["module"] if dtype is torch.float32 else [])):
         forward, dy, leaves = setup(name, rows, width, out, dtype, dropout)
         y = forward()
         found = [y, *torch.autograd.grad(y, leaves, dy)]
@@ -146,11 +164,11 @@ def limits() -> None:
         print(f"{name}: {amount * 10 / (time.perf_counter() - start) / 1e9:.0f} {unit}")
 
 
-HOST = [(1, 16, 16, torch.float32, 0.0, False), (1, 16, 16, torch.float32, 0.0, True)]
+HOST = [(1, 16, 16, torch.float32, dropout, mode) for mode in (FORWARD, BARE, BOTH) for dropout in (0.0, 0.05)]
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096)] if GPU else [(576, 576), (576, 1536), (1536, 576)]
 TOKENS = 8192 if GPU else 512
 CASES = [
-    (TOKENS, *shape, dtype, dropout, True)
+    (TOKENS, *shape, dtype, dropout, BOTH)
     for shape in SHAPES
     for dtype in (torch.float32, torch.bfloat16)
     for dropout in (0.0, 0.05)
@@ -159,10 +177,12 @@ CASES = [
 
 def row(name: str, case: tuple[Any, ...], repeats: int) -> Row:
     sides = ("peftrs", "frozen", "floor", "unsloth", "peft") if not case[4] else ("peftrs", "frozen", "peft")
+    if name.startswith("host") and not case[4]:
+        sides = (*sides[:3], "module", *sides[3:])
     return Row(name, partial(work, case, repeats), partial(check, case), sides)
 
 
-ROWS = [row(f"host, {'forward and backward' if case[-1] else 'forward'}", case, 300) for case in HOST]
+ROWS = [row(f"host, {case[-1]}, dropout {case[4]}", case, 300) for case in HOST]
 ROWS += [row(f"{case[0]} x {case[1]} -> {case[2]}, {case[3]}, dropout {case[4]}", case, 1 if GPU else 3) for case in CASES]
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from peftrs.bases.base import Base
 from peftrs.bases.kinds import Affine, LayerKind, LayerSpec, along_channels
 from peftrs.config import TargetedConfig
+from peftrs.core.shortcut import Product
 from peftrs.ops.lora_linear.reference import Unstored
 
 
@@ -161,6 +162,10 @@ class Method(ABC):
 
     def together(self, adapters: Sequence[Adapter], x: Tensor, below: Below) -> Tensor | None:
         """The output with all of them as one operation, where `apart` has nothing against it; None where `x` has."""
+        return None
+
+    def product(self, adapter: Adapter) -> Product | None:
+        """What the adapter is where it is a product of two slots over a linear layer and nothing else, for `core.shortcut`."""
         return None
 
     def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from peftrs.bases import offload
 from peftrs.bases.kinds import LayerSpec
 from peftrs.bases.sharded import is_distributed
 from peftrs.core.method import Method
+from peftrs.core.shortcut import Shortcut, shortcut
 from peftrs.errors import AdapterError
 
 if TYPE_CHECKING:
@@ -103,6 +105,15 @@ class FittedAdapter:
         self.places: dict[str, tuple[str, str]] = {}
         self.leader: FittedAdapter | None = None
         """The adapter whose tensors this one shares, on the layer that this one's is tied to."""
+
+    @cached_property
+    def shortcut(self) -> Shortcut:
+        """The way of small inputs through the layer with this adapter alone."""
+        return shortcut(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy looks up its own.
+        return {name: value for name, value in self.__dict__.items() if name != "shortcut"}
 
     def on(self, replica: AdaptedLayer) -> FittedAdapter:
         """The same on a replica of the layer, as `nn.DataParallel` makes them. Raises `AdapterError` where tensors are shared."""

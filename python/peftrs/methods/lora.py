@@ -22,6 +22,7 @@ from peftrs.bases.kinds import CONVOLUTIONS, Affine, LayerKind, LayerSpec
 from peftrs.config import RUNTIME, LayeredConfig, PeftType
 from peftrs.core.low_rank import LowRank
 from peftrs.core.method import Adapter, Below, Method
+from peftrs.core.shortcut import Product
 from peftrs.errors import ConfigError, PeftrsWarning
 from peftrs.registry import method, register
 
@@ -226,6 +227,13 @@ class Lora(LowRank):
         if "lora_B.bias" in adapter and not adapter.spec.bias and bool(adapter["lora_B.bias"].any()):
             return "it has a bias (`lora_bias`) and the layer has none to merge it into"
         return None
+
+    def product(self, adapter: Adapter) -> Product | None:
+        if type(self) is not Lora or adapter.spec.kind is not LayerKind.LINEAR:
+            return None
+        return (
+            None if adapter.config.lora_bias or "origin_A.weight" in adapter else Product(*_names(adapter), self.dropped(adapter))
+        )
 
     def dropped(self, adapter: Adapter) -> float:
         return float(adapter.config.lora_dropout)

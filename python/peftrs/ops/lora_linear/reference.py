@@ -141,16 +141,21 @@ def backward(
 def composed(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropout: float) -> Tensor:
     """The output for `x (..., in)` in torch's own differentiable operations.
 
-    It keeps and moves what `LoraLinear` does not, a mask and copies in other dtypes, in the fewest calls.
+    It keeps and moves what `LoraLinear` does not, a mask, copies in other dtypes and of outputs, in the fewest calls.
     """
-    rows = x if x.ndim == 2 else x.flatten(0, -2)
-    kept = functional.dropout(rows, dropout) if dropout else rows
-    if rows.dtype == down.dtype:
-        y = torch.addmm(functional.linear(scaling * functional.linear(kept, down), up, bias), rows, weight.t())
-    else:
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
+    kept = torch.dropout(rows, dropout, True) if dropout else rows
+    if rows.dtype != down.dtype:
         y, u = functional.linear(rows, weight, bias), functional.linear(kept.to(down.dtype), down)
         y = torch.addmm(y.to(u.dtype), u, up.t(), alpha=scaling).to(y.dtype)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], -1)
+    elif bias is not None:
+        y = torch.addmm(torch.addmm(bias, functional.linear(kept, down), up.t(), alpha=scaling), rows, weight.t())
+    else:
+        low = functional.linear(functional.linear(kept, down), up)
+        # In place only without gradients: with them it saves nothing, and a policy of selective checkpointing may keep `low`.
+        accumulate = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
+        y = accumulate(low, rows, weight.t(), beta=scaling)
+    return y if x.ndim == 2 else y.view(x.shape[:-1] + y.shape[-1:])
 
 
 def _halves(tensor: Tensor, dtype: torch.dtype, order: tuple[int, int, int]) -> Tensor:
