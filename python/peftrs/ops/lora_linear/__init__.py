@@ -69,8 +69,8 @@ def is_transformed() -> bool:
 
 SMALL = 2**17
 """The elements of input and output together up to which, on a CPU, calls cost more than what they move: torch's own operations are
-then quicker than one node of ours, which is written in Python, with dropout 1.1 to 4 times, with casts 1.1 to 1.8, with neither up to
-1.1. Whether gradients are wanted must not decide: the same bits come out with and without."""
+then quicker than one node of ours, which is written in Python: with dropout 1.1 to 4 times, with casts 1.1 to 1.8, with neither up
+to 1.1. Whether gradients are wanted must not decide: the same bits come out with and without."""
 
 
 def is_small(x: Tensor, weight: Tensor | Unstored) -> bool:
