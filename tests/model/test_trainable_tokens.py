@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +116,23 @@ def test_what_is_tied_and_named_with_other_tokens_has_rows_of_its_own() -> None:
         peftrs.get_peft_model(llama(tied=True), peftrs.LoraConfig(**arguments, ensure_weight_tying=True))
     with pytest.raises(peftrs.ConfigError, match=r"model\.norm is a LlamaRMSNorm, neither embedding nor linear"):
         peftrs.get_peft_model(llama(), peftrs.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"norm": [1]}))
+
+
+def warned(base: Any, **arguments: Any) -> list[str]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        peftrs.get_peft_model(base, peftrs.LoraConfig(**{"target_modules": ["q_proj"], **arguments}))
+    return [str(one.message) for one in caught]
+
+
+def test_ties_that_an_adapter_would_cut_are_told() -> None:
+    (text,) = warned(llama(tied=True), modules_to_save=["lm_head"])
+    assert "lm_head is trained whole, and parts from 'model.embed_tokens'" in text
+    assert not warned(llama(tied=True), modules_to_save=["lm_head"], ensure_weight_tying=True)
+    assert not warned(llama(tied=True), modules_to_save=["lm_head", "embed_tokens"])
+    assert not warned(llama(), modules_to_save=["lm_head"])
+    assert not warned(llama(tied=True), target_modules=["q_proj", "embed_tokens"], ensure_weight_tying=True)
+    assert not warned(llama(tied=True), trainable_token_indices=[3], ensure_weight_tying=True)
+    for arguments in ({"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [3]}, {}):
+        (text,) = warned(llama(), **arguments, ensure_weight_tying=True)
+        assert "`ensure_weight_tying` has no effect" in text

@@ -12,6 +12,7 @@ from peftrs.bases.base import Base
 from peftrs.bases.kinds import LayerKind
 from peftrs.core.target import Target, aim
 from peftrs.core.tree import Place, original
+from peftrs.errors import listed
 
 
 def tied(found: list[Place], place: Place) -> list[Place]:
@@ -97,3 +98,25 @@ def saved(found: list[Place], config: Any, names: list[str]) -> list[tuple[Place
             for other in tied(found, place):
                 bound.setdefault(other.name, (other, place.name))
     return list(bound.values())
+
+
+def notes(found: list[Place], config: Any, targets: list[Target], saved: list[tuple[Place, str | None]]) -> list[str]:
+    """What to warn of: modules trained whole that part from what they are tied to, and a wish to keep ties where there are none."""
+    ensured = vars(config).get("ensure_weight_tying")
+    if ensured is None:
+        return []
+    tables = {id(inner.weight) for place in found if isinstance(inner := original(place.module), nn.Embedding)}
+    whole = [place for place, _ in saved if id(getattr(original(place.module), "weight", None)) in tables]
+    if ensured:
+        kept = any(tied(found, place) for place in whole) or any(
+            tied(found, one.place) for one in targets if id(getattr(original(one.place.module), "weight", None)) in tables
+        )
+        return [] if kept else ["`ensure_weight_tying` has no effect: nothing that the adapter changes shares its weight"]
+    names = {place.name for place in whole}
+    parted = {place.name: [other.name for other in tied(found, place) if other.name not in names] for place in whole}
+    return [
+        f"{name} is trained whole, and parts from {listed(others)}, which it is tied to and which stays as it is; "
+        "hint: ensure_weight_tying=True changes both alike"
+        for name, others in parted.items()
+        if others
+    ]

@@ -13,6 +13,7 @@ from torch import nn
 from peftrs import registry
 from peftrs.bases.sharded import sharded_by
 from peftrs.config import PeftConfig, PromptLearningConfig, TargetedConfig
+from peftrs.core import tying
 from peftrs.core.activation import Activation, Switched
 from peftrs.core.inject import activation, base_parameters, check_name, inject
 from peftrs.core.layer import AdaptedLayer
@@ -58,6 +59,8 @@ def attach(
             found = list(places(model))
         exact = None if names is None else _modules_in(names, model, method, targeted)
         plan, settled = make_plan(model, targeted, method, heads=heads, names=exact, strict=strict, found=found)
+        for text in tying.notes(found, targeted, plan.targets, plan.saved):
+            warnings.warn(text, PeftrsWarning, stacklevel=5)
         for text in uneven(targeted, plan) if exact is None else ():
             warnings.warn(f"{text}; hint: peftrs.plan(model, config) shows each layer", PeftrsWarning, stacklevel=5)
         if isinstance(method, PromptMethod):
