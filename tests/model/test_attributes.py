@@ -218,3 +218,13 @@ def test_names_of_tensors_that_wait_for_values(tmp_path: Path) -> None:
     }  # fmt: skip
     with pytest.raises(AdapterError, match="has no values"):
         model.save_pretrained(tmp_path)
+
+
+def test_a_module_trained_whole_names_the_adapters_that_act_on_it() -> None:
+    model = peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0"]))
+    model.add_adapter("other", LoraConfig(target_modules=["0"], modules_to_save=["head"]))
+    head = model.get_base_model().head
+    assert head.active_adapters == []
+    assert model.get_model_status().active_adapters == ["default"]
+    model.set_adapter("other")
+    assert head.active_adapters == ["other"]

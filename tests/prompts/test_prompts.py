@@ -315,3 +315,14 @@ def test_every_kind_of_prompt_has_a_case() -> None:
     configs = {peftrs.PEFT_TYPE_TO_CONFIG_MAPPING[name].__name__ for name in peftrs.PEFT_TYPE_TO_CONFIG_MAPPING}
     prompts = {name for name in configs if issubclass(getattr(peftrs, name), peftrs.PromptLearningConfig)}
     assert prompts == {case.config for case in CASES} - {"AdaptionPromptConfig"}
+
+
+def test_keys_and_values_to_be_trained_are_refused_under_checkpointing_from_the_start(tmp_path: Path) -> None:
+    config = peftrs.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    peftrs.get_peft_model(MODELS["llama"](), copy.deepcopy(config)).save_pretrained(tmp_path)
+    base = MODELS["llama"]()
+    checkpoint(base)
+    with pytest.raises(AdapterError, match="does not work with gradient checkpointing"):
+        peftrs.get_peft_model(base, config)
+    assert not hasattr(base, "peft_config")
+    assert logits(peftrs.PeftModel.from_pretrained(base, tmp_path)).isfinite().all()

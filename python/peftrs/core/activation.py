@@ -151,7 +151,7 @@ class Switched:
 
     @property
     def active_adapters(self) -> list[str]:
-        """The adapters that act, in order, whether or not this module has them."""
+        """The adapters that act, in order, whether or not this layer has them."""
         return list(self.state.active)
 
     @property

@@ -146,7 +146,8 @@ def enter(module: nn.Module, encoder: Encoder, call: dict[str, Any], task_ids: T
     cached = length(call.get("past_key_values")) > 0
     if isinstance(encoder, CacheEncoder):
         if not cached:
-            _refuse_checkpointing(module)
+            if module.training:
+                refuse_checkpointing(module)
             encoder.lent = call.get("past_key_values") is None and call.get("use_cache") is False
             call["past_key_values"] = fill(call.get("past_key_values"), module, encoder, _batch(call, paired))
         widen(call, DECODER if paired else ONLY, config.num_virtual_tokens)
@@ -296,8 +297,9 @@ def _batch(call: dict[str, Any], paired: bool) -> int:
     return len(given)
 
 
-def _refuse_checkpointing(module: nn.Module) -> None:
-    if module.training and any(getattr(inner, "gradient_checkpointing", False) for inner in module.modules()):
+def refuse_checkpointing(module: nn.Module) -> None:
+    """Raises `AdapterError` where a module recomputes activations in training, for which it keeps no cache."""
+    if any(getattr(inner, "gradient_checkpointing", False) for inner in module.modules()):
         raise AdapterError("a prompt of keys and values does not work with gradient checkpointing, which drops them; turn it off")
 
 

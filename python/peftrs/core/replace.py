@@ -53,6 +53,11 @@ class ReplacedModule(Switched, nn.Module):
                     return self.modules_to_save[name]
         return self.original_module
 
+    @property
+    def active_adapters(self) -> list[str]:
+        """The adapters that act and have a copy here, in order."""
+        return [name for name in self.state.active if name in self.modules_to_save]
+
     def forward(self, *inputs: Any, **options: Any) -> Any:
         rows = self.activation.rows
         if rows is None or not self.state.enabled or not any(name in self.modules_to_save for name in rows.names):

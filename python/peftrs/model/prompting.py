@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peftrs.config import PromptLearningConfig, TaskType
 from peftrs.core.prompt import PROMPT, CacheEncoder, Prompts, prompts_of
-from peftrs.core.prompt_call import ONLY, TASKS, fill, is_paired, prepend, word_embeddings
+from peftrs.core.prompt_call import ONLY, TASKS, fill, is_paired, prepend, refuse_checkpointing, word_embeddings
 from peftrs.errors import AdapterError, ConfigError, listed
 
 NAMES = {
@@ -23,11 +23,16 @@ NAMES = {
 
 
 def sizes(model: nn.Module, config: PromptLearningConfig) -> dict[str, Any]:
-    """The fields of a prompt's config that the model decides. Raises `ConfigError` for what is missing or cannot be."""
+    """The fields of a prompt's config that the model decides. Raises `ConfigError` for what is missing or cannot be.
+
+    Keys and values to be trained are an `AdapterError` on a model under gradient checkpointing.
+    """
     if str(config.task_type) not in TASKS:
         raise ConfigError(f"a prompt needs a `task_type`, one of {listed(list(TASKS))}: it says what the model is given to read")
     if config.num_virtual_tokens is None:
         raise ConfigError("Please specify `num_virtual_tokens` in `peft_config`")
+    if _in_cache(config) and not config.inference_mode:
+        refuse_checkpointing(model)
     settings: Any = getattr(model, "config", None)
     settings = settings.get_text_config() if hasattr(settings, "get_text_config") else settings
     settled: dict[str, Any] = {}

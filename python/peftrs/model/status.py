@@ -75,7 +75,7 @@ def _status(name: str, wrapper: Holder) -> TunerLayerStatus:
         name=name,
         module_type=_type_of(wrapper),
         enabled=not wrapper.disable_adapters,
-        active_adapters=wrapper.active_adapters,
+        active_adapters=list(wrapper.state.active),
         merged_adapters=adapted.merged_adapters if adapted else [],
         requires_grad={key: _same(tensor.requires_grad for tensor in held) for key, held in tensors.items() if held},
         available_adapters=sorted(tensors),
