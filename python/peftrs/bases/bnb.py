@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftrs.bases.base import Base
 from peftrs.bases.kinds import Affine
 from peftrs.bases.quantized import Quantized, twin
+from peftrs.bases.workspace import Rows, filled
 from peftrs.errors import ConfigError
 
 
@@ -38,9 +39,14 @@ class EightBit(Quantized):
         scales = stored.SCB if stored.SCB is not None else cast(Any, module.state).SCB
         return stored.data, scales.to(stored.device)
 
-    def multiplied(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
+    def multiplied(self, module: nn.Module, dtype: torch.dtype, *, reused: bool = False) -> Tensor:
+        rows = self.rows(module, dtype)
+        return filled(rows, self.shape(module), dtype) if reused else rows(0, self.shape(module)[0])
+
+    def rows(self, module: nn.Module, dtype: torch.dtype) -> Rows:
         codes, scales = self.codes(module)
-        return codes.to(dtype).mul_(scales.unsqueeze(1).mul(1 / 127))
+        scales = scales.unsqueeze(1).mul(1 / 127)
+        return lambda start, stop: codes[start:stop].to(dtype).mul_(scales[start:stop])
 
     def requantized(self, module: nn.Module, affine: Affine) -> nn.Module:
         import bitsandbytes
@@ -76,6 +82,28 @@ class FourBit(Quantized):
         self.prepare(module)
         stored: Any = module.weight
         return cast(Tensor, bitsandbytes.functional.dequantize_4bit(stored.data, stored.quant_state))
+
+    def rows(self, module: nn.Module, dtype: torch.dtype) -> Rows | None:
+        from bitsandbytes import functional
+
+        self.prepare(module)
+        stored: Any = module.weight
+        state, (count, width) = stored.quant_state, self.shape(module)
+        if width % state.blocksize or tuple(state.shape) != (count, width):
+            return None
+        scales = state.absmax
+        if state.nested:
+            scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
+        codes, scales = stored.data.view(torch.uint8).view(count, -1), scales.view(count, -1)
+
+        def rows(start: int, stop: int) -> Tensor:
+            shape = torch.Size((stop - start, width))
+            part = functional.QuantState(
+                scales[start:stop].flatten(), shape, state.code, state.blocksize, state.quant_type, state.dtype
+            )
+            return cast(Tensor, functional.dequantize_4bit(codes[start:stop].reshape(-1, 1), part))
+
+        return rows
 
     def prepare(self, module: nn.Module) -> None:
         """Undoes and forbids the packing of CPUs with AVX512-BF16.

@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from peftrs.bases import workspace
 from peftrs.bases.base import Base, as_dtype, called
 from peftrs.bases.dense import LINEAR
 from peftrs.bases.kinds import Affine, LayerKind
@@ -86,9 +87,18 @@ class Quantized(Base):
         """The dtype in which the forward of `own` takes the product for an input of `dtype`."""
         return dtype
 
-    def multiplied(self, module: nn.Module, dtype: torch.dtype) -> Tensor:
-        """The weight as that forward takes its product with it, in the dtype that it computes in."""
+    def multiplied(self, module: nn.Module, dtype: torch.dtype, *, reused: bool = False) -> Tensor:
+        """The weight as that forward takes its product with it, in the dtype that it computes in.
+
+        `reused` allows one that holds only until the next is asked for.
+        """
+        if reused and self.parameters(module)[0].device.type == "cpu" and (rows := self.rows(module, dtype)) is not None:
+            return workspace.filled(rows, self.shape(module), dtype)
         return self.dense(module).weight.to(dtype)
+
+    def rows(self, module: nn.Module, dtype: torch.dtype) -> workspace.Rows | None:
+        """What dequantizes some rows of `multiplied`, or None where the format allows only all."""
+        return None
 
     def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
         return LINEAR.op(module, x, affine, rest, options)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from peftrs.bases.base import Base
 from peftrs.bases.kinds import Affine
 from peftrs.bases.quantized import IN_A_DTYPE, Quantized, twin
+from peftrs.bases.workspace import Rows
 from peftrs.errors import MergeError
 
 
@@ -36,6 +37,12 @@ class Torchao(Quantized):
             return cast(Tensor, cast(Any, module.weight).dequantize())
         except NotImplementedError:
             return super().weight(module)
+
+    def rows(self, module: nn.Module, dtype: torch.dtype) -> Rows | None:
+        stored: Any = module.weight
+        if type(stored).__name__ != "Int8Tensor":
+            return None
+        return lambda start, stop: cast(Tensor, stored[start:stop].dequantize())
 
     def differentiable(self, module: nn.Module) -> bool:
         """Quantized inputs are rounded, through which the library passes no gradient."""

@@ -71,8 +71,10 @@ class Beneath:
         computed = base.computes_in(module, dtype)
 
         def compute() -> Tensor:
+            # With gradients on, someone differentiates the gradients, and keeps the weight for that.
+            reused = not torch.is_grad_enabled()
             with torch.no_grad():
-                return base.multiplied(module, computed)
+                return base.multiplied(module, computed, reused=reused)
 
         return Unstored(compute, torch.Size(base.shape(module)), computed, stored.device, base.rounds), bias
 

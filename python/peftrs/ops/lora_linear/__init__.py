@@ -5,9 +5,8 @@ dropout. `reference` states the formula in plain torch operations, `triton` the 
 Eager code runs a `torch.autograd.Function`, or the composite of torch's own operations where that is quicker (`SMALL`), compiled
 code on a GPU an operator (`library`, which says why).
 
-A quantized weight (`Unstored`) is dequantized in each pass and let go when the product with it is taken. It goes into no workspace
-of ours: on a CPU no library writes its numbers where it is told to, so that one would cost a copy; on a GPU the allocator gives the
-block of one layer to the next, and a captured graph would read a workspace that had to grow after it was freed.
+A quantized weight (`Unstored`) is dequantized in each pass and let go when the product with it is taken, on a CPU
+into one tensor that is reused (`bases.workspace`).
 
 Layers that share one `x` (q, k and v; gate and up) each read it. Reading it once for all was weighed and left out: the forward
 half alone would have the first layer read its siblings' parameters before their turn (offloading hooks and shards that gather a
