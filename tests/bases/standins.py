@@ -32,6 +32,8 @@ class Published:
     names: tuple[str, ...]
     parents: tuple[tuple[str, str], ...] = ()
     """Further files and classes that it inherits from."""
+    forward: str = "forward"
+    """The method that is called with the layer's input."""
 
 
 GPTQMODEL = "gptqmodel/nn_modules/qlinear"
@@ -56,8 +58,9 @@ PUBLISHED = {
     ),
     "inc": Published(
         "neural_compressor", INC, "PatchedLinear",
-        ("weight", "scale_weight", "matmul_fp8", "dequant_weights", "qdq_weights", "use_qdq", "fake_quant"),
+        ("weight", "scale_weight", "matmul_fp8", "dequant_weights", "qdq_weights", "use_qdq", "fake_quant", "hp_dtype"),
         ((INC, "PatchedLinearBase"), ("neural_compressor/torch/algorithms/fp8_quant/patched_module_base.py", "PatchedModuleBase")),
+        "forward_quant",
     ),
     "te": Published(
         "transformer_engine", f"{TE}/linear.py", "Linear",
@@ -83,6 +86,17 @@ def attributes(source: str, kind: str) -> set[str]:
             case ast.Call(func=ast.Attribute(attr=call), args=[ast.Constant(value=str(name)), *_]) if call.startswith("register_"):
                 found.add(name)
     return found
+
+
+def needed(source: str, kind: str, method: str) -> list[str] | None:
+    """The arguments of a method, after `self`, that have no default; None if the class defines no such method."""
+    there = next(one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.ClassDef) and one.name == kind)
+    for node in there.body:
+        if isinstance(node, ast.FunctionDef) and node.name == method:
+            given = [one.arg for one in (*node.args.posonlyargs, *node.args.args)][1:]
+            lone = [one.arg for one, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if value is None]
+            return given[: len(given) - len(node.args.defaults)] + lone
+    return None
 
 
 class _Coded(nn.Module):
@@ -270,6 +284,7 @@ def main() -> None:
             "class": f"{where.file}: {where.kind}",
             "names": sorted(there & set(where.names)),
             "missing": sorted(set(where.names) - there),
+            "called with": next(names for file, kind in files if (names := needed(sources[file], kind, where.forward)) is not None),
         }
     RECORD.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,5 +1,6 @@
 """Layers of libraries that need a GPU, by stand-ins whose names are those of the published classes."""
 
+import inspect
 import json
 from typing import Any
 
@@ -54,11 +55,52 @@ def test_stand_ins_have_published_names_only(name: str) -> None:
     standin = STANDINS[name]()
     own = {*standin._parameters, *standin._buffers, *(key for key in vars(standin) if not key.startswith("_"))}
     shown = {key for kind in type(standin).__mro__ if kind.__module__.endswith(".stand_in") for key in vars(kind)}
-    helpers = {"training", "forward", "true", "stored", "scaled", "dense", "hp_dtype", "call_super_init"}
+    helpers = {"training", "forward", "true", "stored", "scaled", "dense", "call_super_init"}
     split = {f"{part}_{kind}" for part in ("query", "key") for kind in ("weight", "bias")}
     first = {"fc1_weight", "weight"} if name in ("te-mlp", "te-norm") else set()
     more = own | {key for key in shown if not key.startswith("_")}
     assert more - helpers - split - first <= set(record["names"]) | {"bias", "in_features", "out_features"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_nothing_is_read_that_the_published_class_lacks(name: str) -> None:
+    """Each name that the base finds on the layer is in the class's own source, or its bias."""
+    record = json.loads(RECORD.read_text())[name]
+    kind, read, running = STANDINS[name], set(), []
+
+    class Spied(kind):
+        def __getattribute__(self, asked: str) -> Any:
+            if not running:
+                read.add(asked)
+            return super().__getattribute__(asked)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            running.append(self)
+            try:
+                return kind.forward(self, x)
+            finally:
+                running.pop()
+
+    Spied.__name__, Spied.__module__ = kind.__name__, kind.__module__
+    layer = Spied()
+    read.clear()
+    base = resolve(layer)
+    base.prepare(layer)
+    base.format(layer), base.shape(layer), base.parameters(layer), base.differentiable(layer), base.obstacle(layer)
+    if name in AFFINE:
+        base.dense(layer), base.dtype(layer)
+    theirs = set(dir(nn.Module())) | {"__dict__", "__class__", "_buffers", "_parameters", "_modules"}
+    split = {f"{part}_{kind}" for part in ("query", "key") for kind in ("weight", "bias")}  # of the published `weight_names`
+    found = {asked for asked in read - theirs - split if hasattr(layer, asked)}
+    assert found
+    assert found <= set(record["names"]) | {"bias"}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_layers_are_called_with_one_input(name: str) -> None:
+    record = json.loads(RECORD.read_text())[name]
+    assert len(record["called with"]) == 1
+    assert len(inspect.signature(STANDINS[name]().forward).parameters) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)
