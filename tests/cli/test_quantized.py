@@ -172,6 +172,37 @@ def test_awq_of_the_other_side(tmp_path: Path) -> None:
     merged(tmp_path, tensors, {"torch_dtype": "float16", "quantization_config": said}, expected)
 
 
+def woven(codes: Tensor) -> Tensor:
+    """Codes `(out, in)` as AutoAWQ's `WQLinear_GEMVFast` stores them, `(out / 4, in)`, step by step as its packing goes."""
+    rows, columns = codes.shape
+    blocks = codes.view(rows, columns // 32, 4, 4, 2).transpose(2, 3)  # pairs of each eight inputs come together
+    blocks = blocks.reshape(rows, columns // 32, 4, 4, 2).transpose(3, 4)  # even ones of eight before odd ones
+    runs = blocks.reshape(rows // 4, 4, columns // 64, 64).transpose(1, 2)  # four outputs in a run
+    fours = runs.reshape(rows // 4, columns, 4)
+    words = sum(fours[..., place] << 4 * place for place in range(4))
+    return torch.where(words < 2**15, words, words - 2**16).short()
+
+
+@pytest.mark.parametrize("group", [64, 128, -1])
+def test_awq_of_woven_rows(tmp_path: Path, group: int) -> None:
+    """As AutoAWQ's `WQLinear_GEMVFast` stores it, with groups at the end that are not there."""
+    rows, columns = 96, 384
+    size = group if group > 0 else columns
+    groups = columns // size
+    tensors, expected = {}, {}
+    for seed, name in enumerate(LAYERS):
+        generator = torch.Generator().manual_seed(seed)
+        codes = torch.randint(0, 16, (rows, columns), generator=generator)
+        scales, zeros = torch.zeros(2, 8, rows, dtype=torch.float16)
+        scales[:groups] = (0.01 * torch.rand(groups, rows, generator=generator)).half()
+        zeros[:groups] = -(scales[:groups].float() * torch.randint(0, 16, (groups, rows), generator=generator)).half()
+        tensors |= {f"{name}.qweight": woven(codes), f"{name}.scales": scales, f"{name}.qzeros": zeros}
+        index = torch.arange(columns) // size
+        expected[name] = (codes * scales.mT[:, index].float() + zeros.mT[:, index].float()).half()
+    said = {"quant_method": "awq", "bits": 4, "group_size": group, "version": "gemv_fast", "zero_point": True}
+    merged(tmp_path, tensors, {"torch_dtype": "float16", "quantization_config": said}, expected)
+
+
 def test_experts_in_floats_of_four_bits(tmp_path: Path) -> None:
     mxfp4 = pytest.importorskip("transformers.integrations.mxfp4")
     name, generator = "model.layers.0.mlp.experts.gate_up_proj", torch.Generator().manual_seed(0)
@@ -238,8 +269,18 @@ def test_every_float_of_eight_bits(tmp_path: Path, source: torch.dtype) -> None:
         ({"a_blocks": torch.zeros(2, 4, 1, 16, dtype=torch.uint8)}, {"quant_method": "mxfp4"}, "lacks `a_scales`"),
         (
             {"a.qweight": torch.zeros(4, 4, dtype=torch.int32)},
+            {"quant_method": "awq", "version": "exllama"},
+            "version `exllama` of awq",
+        ),
+        (
+            {"a.qweight": torch.zeros(4, 64, dtype=torch.int32)},
             {"quant_method": "awq", "version": "gemv_fast"},
-            "version `gemv_fast` of awq",
+            "`a.qweight` is not of type I16",
+        ),
+        (
+            {"a.qweight": torch.zeros(4, 64, dtype=torch.int16), "a.scales": torch.zeros(1, 16).half()},
+            {"quant_method": "awq", "version": "gemv_fast", "group_size": 64},
+            "`a.qweight` lacks `a.qzeros`",
         ),
         ({"a.qweight": torch.zeros(4, 4, dtype=torch.int32)}, {"quant_method": "gptq", "bits": 4}, "`a.qweight` lacks `scales`"),
         ({"a.weight": torch.zeros(4, 4, dtype=torch.int8)}, {"quant_method": "bitsandbytes"}, "`a.weight` lacks `SCB`"),

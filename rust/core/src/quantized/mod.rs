@@ -1,13 +1,15 @@
 //! Checkpoints whose weights have fewer bits, read as 16-bit or 32-bit floats: a tile at a time, beneath whatever reads them.
 //!
 //! What a checkpoint is quantized by, its `config.json` says (`quantization_config`), and its tensors' names must agree. The
-//! formats: bitsandbytes' 4-bit (nf4, fp4, double quantization) and 8-bit; GPTQ; AWQ ("gemm", "gemv"); 8-bit floats with
-//! scales (`fp8`, `fbgemm_fp8`, compressed-tensors); MXFP4. Any other is refused by its name.
+//! formats: bitsandbytes' 4-bit (nf4, fp4, double quantization) and 8-bit; GPTQ; AWQ (`gemm`, `gemv`, `gemv_fast`); 8-bit floats
+//! with scales (`fp8`, `fbgemm_fp8`, compressed-tensors); MXFP4. Any other is refused by its name; so are HQQ's, in which nearly each
+//! number of bits has a packing of its own.
 
 mod bytes;
 mod eight;
 mod float8;
 mod four;
+mod gemv_fast;
 mod mxfp4;
 mod packed;
 
@@ -67,6 +69,7 @@ pub fn open(checkpoint: Checkpoint, model: Option<&mut Value>) -> Result<(Checkp
             eight::find(&checkpoint, dtype.unwrap_or(Dtype::F16), &mut found);
             found
         }
+        "awq" if gemv_fast::is_said(&said) => gemv_fast::find(&checkpoint, &said, dtype.unwrap_or(Dtype::F16)),
         "gptq" | "awq" => {
             let layout = packed::Layout::read(&method, &said).map_err(refuse)?;
             packed::find(&checkpoint, &layout, dtype.unwrap_or(Dtype::F16))

@@ -57,7 +57,7 @@ impl Layout {
             None | Some("gemm") => Form::Gemm,
             Some("gemv") => Form::Gemv,
             Some(other) => {
-                let known = "`gemm` and `gemv` are";
+                let known = "`gemm`, `gemv` and `gemv_fast` are";
                 return Err(format!("is in the version `{}` of awq, which is not read; {known}", show_name(other)));
             }
         };
