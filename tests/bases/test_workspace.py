@@ -86,6 +86,16 @@ def test_a_weight_of_one_block_has_no_place_of_its_own() -> None:
 
 
 @formats_by_rows
+def test_what_inference_made_training_can_use(name: str) -> None:
+    module = layer(peftrs, torch.float32, WIDTH, OUT, base=quantized(name), r=4)
+    x = torch.randn(6, WIDTH)
+    with torch.inference_mode(), torch.device("meta"):
+        y = module(x)
+    assert workspace._held.tensors
+    assert torch.equal(step(module, x), y)
+
+
+@formats_by_rows
 def test_layers_that_share_it_train_as_if_each_had_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     outcomes = []
     for block in (10 * WIDTH, 2**30):

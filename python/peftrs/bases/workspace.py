@@ -39,7 +39,8 @@ def filled(rows: Rows, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return rows(0, count).to(dtype)
     held = _held.tensors.get(dtype)
     if held is None or held.numel() < count * width:
-        held = _held.tensors[dtype] = torch.empty(count * width, dtype=dtype)
+        with torch.inference_mode(False):  # made there, it could be written nowhere else
+            held = _held.tensors[dtype] = torch.empty(count * width, dtype=dtype, device="cpu")
     weight = held[: count * width].view(count, width)
     for start in range(0, count, step):
         stop = min(start + step, count)
