@@ -39,7 +39,7 @@ class Torchao(Quantized):
             return super().weight(module)
 
     def rows(self, module: nn.Module, dtype: torch.dtype) -> Rows | None:
-        """Of int8 with a scale a row, by the tensor's formula: asking a slice of it takes several times longer, and fails in inference."""
+        """Of int8 with a scale a row, by the tensor's own formula: slices of it take longer, and there are none in inference."""
         stored: Any = module.weight
         if type(stored).__name__ != "Int8Tensor" or list(stored.block_size) != [1, stored.shape[1]]:
             return None

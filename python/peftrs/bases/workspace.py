@@ -3,9 +3,9 @@
 Large tensors are new memory there at every call: what takes more than 32 MB, glibc asks the system for and gives back, and the
 system hands it out page by page, at 3.5 µs each where this was measured. Of a weight of 4096 × 4096, and of each tensor that a
 library makes on the way, that is 30 to 60 ms, several times what its numbers take. So rows are dequantized a block at a time, which
-stays in the processor's cache, and put into memory that is kept: of that weight in bfloat16, one thread, nf4 takes 15 ms for 101,
-int8 14 for 164, torchao's int8 49 for 329. A thread keeps as much of each dtype as its largest weight took. On GPUs the allocator
-keeps memory anyway, and a captured graph would go on reading a workspace that had to grow.
+stays in the processor's cache, and put into memory that is kept: of that weight in bfloat16, on a busy machine, nf4 took 15 ms for
+101, int8 14 for 164, torchao's int8 49 for 329. A thread keeps as much of each dtype as its largest weight took. On GPUs the
+allocator keeps memory anyway, and a captured graph would go on reading a workspace that had to grow.
 """
 
 from __future__ import annotations
