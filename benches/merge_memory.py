@@ -1,10 +1,11 @@
-"""Merging in memory: one Linear, LoRA, the same weights in both libraries.
+"""Merging in memory: Linear layers, LoRA, the same weights in both libraries.
 
     python benches/merge_memory.py [--quick] [--only NAME] [--runs N] [--output FILE]
 
-Rows time `merge_and_unload` alone, and `merge_adapter` followed by `unmerge_adapter`, on one thread and on two. Then come, for each
-dtype of base and adapter, the share of weights that are off the exact W + s·B·A rounded once (PEFT also with `safe_merge`), the
-bytes that `merge_adapter` keeps for each weight, and the memory that `merge_and_unload` takes on top of a model of four layers.
+Rows time `merge_and_unload` alone, of one layer and of several, and `merge_adapter` followed by `unmerge_adapter`, on one thread
+and on two. Then come, for each dtype of base and adapter, the share of weights that are off the exact W + s·B·A rounded once (PEFT
+also with `safe_merge`), the bytes that `merge_adapter` keeps for each weight, and the memory that `merge_and_unload` takes on top
+of a model of four layers.
 """
 
 from __future__ import annotations
@@ -57,6 +58,8 @@ def model(used: Any, shape: tuple[int, int], rank: int, base: str, adapter: str,
 SIDES = ("peftrs", "peftrs, 2 threads", "peft", "peft, 2 threads")
 SETTLE = 0.05
 """Seconds between making a model and merging it."""
+MANY = 8
+"""Layers of the model that has more than one."""
 PAIRS = (("bf16", "f32"), ("bf16", "bf16"), ("f16", "f32"), ("f32", "f32"))
 
 
@@ -125,6 +128,9 @@ def rows(quick: bool) -> list[Row]:
                 checked = partial(check, **case)
                 made.append(Row(f"merge_and_unload {what}", partial(unload, **case), checked, SIDES))
                 made.append(Row(f"merge and unmerge {what}", partial(cycle, **case), checked, SIDES))
+                if (shape, base, adapter) == (shapes[0], *PAIRS[0]):
+                    many = partial(unload, layers=MANY, **case)
+                    made.append(Row(f"merge_and_unload, {MANY} layers of {what}", many, checked, SIDES))
     return made
 
 

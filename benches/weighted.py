@@ -3,11 +3,14 @@
     python benches/run.py --rows weighted [--quick] [--only NAME] [--runs N] [--output FILE]
 
 A run is timed only after both libraries' changes of the weight agree to 1e-5. Random pruning draws other numbers in each library
-and is left out.
+and is left out. Memory that the run before freed is given back to the system first: the C library does that sooner or later, and it
+would be this run that waits for it, 4 ms for what a decomposition of 2048² leaves, which is more than ours takes in all.
 """
 
 from __future__ import annotations
 
+import ctypes
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -15,7 +18,7 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from run import Row, both_agree
+from run import Row, Taken, both_agree
 from torch import nn
 
 warnings.filterwarnings("ignore")
@@ -41,6 +44,19 @@ def combine(model: Any, kind: str) -> None:
     model.base_model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "sum", combination_type=kind, density=density)
 
 
+def settled(run: Callable[[], object]) -> Callable[[], Taken]:
+    """The same, timed from when the memory that was freed before is the system's again, where the C library can be told so."""
+    give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
+
+    def timed() -> Taken:
+        give_back(0)
+        before, start = time.process_time(), time.perf_counter()
+        run()
+        return Taken((time.perf_counter() - start) * 1e3, (time.process_time() - before) * 1e3)
+
+    return timed
+
+
 def work(kind: str, width: int, layers: int, name: str, quick: bool) -> Callable[[], object]:
     model = two_adapters(import_module(name), 128 if quick else width, layers)
 
@@ -48,7 +64,7 @@ def work(kind: str, width: int, layers: int, name: str, quick: bool) -> Callable
         combine(model, kind)
         model.delete_adapter("sum")
 
-    return run
+    return settled(run)
 
 
 def check(kind: str, width: int, layers: int, quick: bool) -> None:
@@ -64,7 +80,7 @@ def check(kind: str, width: int, layers: int, quick: bool) -> None:
 def convert(name: str, quick: bool) -> Callable[[], object]:
     library = import_module(name)
     model = two_adapters(library, 128 if quick else 2048, 1)
-    return lambda: library.convert_to_lora(model, 16, "a")
+    return settled(lambda: library.convert_to_lora(model, 16, "a"))
 
 
 def check_converted(quick: bool) -> None:
