@@ -3,13 +3,12 @@
     python benches/run.py --rows weighted [--quick] [--only NAME] [--runs N] [--output FILE]
 
 A run is timed only after both libraries' changes of the weight agree to 1e-5. Random pruning draws other numbers in each library
-and is left out. Memory that the run before freed is given back to the system first: the C library does that sooner or later, and it
-would be this run that waits for it, 4 ms for what a decomposition of 2048² leaves, which is more than ours takes in all.
+and is left out. Each timed run follows one of the same side that is not: the C library gives memory that was freed back to the
+system sooner or later, 4 ms or more for what PEFT's decomposition of 2048² leaves, and the first run after that would wait for it.
 """
 
 from __future__ import annotations
 
-import ctypes
 import time
 import warnings
 from collections.abc import Callable
@@ -45,11 +44,10 @@ def combine(model: Any, kind: str) -> None:
 
 
 def settled(run: Callable[[], object]) -> Callable[[], Taken]:
-    """The same, timed from when the memory that was freed before is the system's again, where the C library can be told so."""
-    give_back = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
+    """The second of two runs, which finds memory as the same work left it."""
 
     def timed() -> Taken:
-        give_back(0)
+        run()
         before, start = time.process_time(), time.perf_counter()
         run()
         return Taken((time.perf_counter() - start) * 1e3, (time.process_time() - before) * 1e3)
