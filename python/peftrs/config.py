@@ -168,9 +168,11 @@ class PeftConfig(Pushable):
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """The values in a config file, unchecked by class."""
+        """The values in a config file, unchecked by class, but for `runtime_config`, which is for whoever runs it to set."""
         with open(path_json_file, encoding="utf-8") as file:
-            return cast(dict[str, Any], json.load(file))
+            values: dict[str, Any] = json.load(file)
+        values.pop("runtime_config", None)
+        return values
 
     @classmethod
     def from_peft_type(cls, **kwargs: Any) -> Self:

@@ -29,9 +29,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peftrs.ops.lora_linear.SMALL", -1)
 
 
-def quantized(name: str, seed: int = 0) -> nn.Module:
+def quantized(name: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     torch.manual_seed(seed)
-    return formats.FORMATS[name](nn.Linear(WIDTH, OUT, bias=False))
+    return formats.FORMATS[name](nn.Linear(WIDTH, OUT, bias=False, dtype=dtype))
 
 
 def weight(module: nn.Module, dtype: torch.dtype, *, reused: bool) -> Tensor:
@@ -44,7 +44,7 @@ def weight(module: nn.Module, dtype: torch.dtype, *, reused: bool) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @formats_by_rows
 def test_rows_have_the_bits_that_they_have_in_the_whole(name: str, dtype: torch.dtype) -> None:
-    first, second = quantized(name), quantized(name, 1)
+    first, second = quantized(name, 0, dtype), quantized(name, 1, dtype)
     filled = weight(first, dtype, reused=True)
     whole = weight(first, dtype, reused=False)
     assert filled.shape == (OUT, WIDTH)
@@ -59,7 +59,7 @@ def test_a_larger_weight_takes_a_larger_place_and_a_smaller_one_a_part_of_it() -
     pieces = {size: torch.randn(size, WIDTH) for size in (40, 60, 20)}
     places = {}
     for size, piece in pieces.items():
-        found = workspace.filled(lambda start, stop, piece=piece: piece[start:stop], piece.shape, torch.float32)
+        found = workspace.filled(lambda start, stop, into, piece=piece: into.copy_(piece[start:stop]), piece.shape, torch.float32)
         assert torch.equal(found, piece)
         places[size] = found.untyped_storage().data_ptr()
     assert places[40] != places[60] == places[20]
@@ -69,7 +69,7 @@ def test_each_thread_has_its_own() -> None:
     piece, places = torch.randn(40, WIDTH), []
 
     def run() -> None:
-        places.append(workspace.filled(lambda start, stop: piece[start:stop], piece.shape, torch.float32))
+        places.append(workspace.filled(lambda start, stop, into: into.copy_(piece[start:stop]), piece.shape, torch.float32))
 
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
@@ -81,7 +81,8 @@ def test_each_thread_has_its_own() -> None:
 
 def test_a_weight_of_one_block_has_no_place_of_its_own() -> None:
     piece = torch.randn(10, WIDTH)
-    assert workspace.filled(lambda start, stop: piece[start:stop], piece.shape, torch.float32).data_ptr() == piece.data_ptr()
+    found = workspace.filled(lambda start, stop, into: into.copy_(piece[start:stop]), piece.shape, torch.float32)
+    assert torch.equal(found, piece)
     assert not workspace._held.tensors
 
 

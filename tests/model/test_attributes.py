@@ -228,3 +228,9 @@ def test_a_module_trained_whole_names_the_adapters_that_act_on_it() -> None:
     assert model.get_model_status().active_adapters == ["default"]
     model.set_adapter("other")
     assert head.active_adapters == ["other"]
+
+
+def test_a_file_does_not_say_how_it_is_run(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text('{"peft_type": "LORA", "r": 4, "runtime_config": {"ephemeral_gpu_offload": true}}')
+    assert LoraConfig.from_json_file(file) == {"peft_type": "LORA", "r": 4}

@@ -41,12 +41,16 @@ class EightBit(Quantized):
 
     def multiplied(self, module: nn.Module, dtype: torch.dtype, *, reused: bool = False) -> Tensor:
         rows = self.rows(module, dtype)
-        return filled(rows, self.shape(module), dtype) if reused else rows(0, self.shape(module)[0])
+        if reused:
+            return filled(rows, self.shape(module), dtype)
+        weight = torch.empty(self.shape(module), dtype=dtype, device="cpu")
+        rows(0, len(weight), weight)
+        return weight
 
     def rows(self, module: nn.Module, dtype: torch.dtype) -> Rows:
         codes, scales = self.codes(module)
         scales = scales.unsqueeze(1).mul(1 / 127)
-        return lambda start, stop: codes[start:stop].to(dtype).mul_(scales[start:stop])
+        return lambda start, stop, into: torch.mul(codes[start:stop], scales[start:stop], out=into)
 
     def requantized(self, module: nn.Module, affine: Affine) -> nn.Module:
         import bitsandbytes
@@ -96,12 +100,11 @@ class FourBit(Quantized):
             scales = functional.dequantize_blockwise(scales, state.state2) + state.offset
         codes, scales = stored.data.view(torch.uint8).view(count, -1), scales.view(count, -1)
 
-        def rows(start: int, stop: int) -> Tensor:
-            shape = torch.Size((stop - start, width))
+        def rows(start: int, stop: int, into: Tensor) -> None:
             part = functional.QuantState(
-                scales[start:stop].flatten(), shape, state.code, state.blocksize, state.quant_type, state.dtype
+                scales[start:stop].flatten(), into.shape, state.code, state.blocksize, state.quant_type, state.dtype
             )
-            return cast(Tensor, functional.dequantize_4bit(codes[start:stop].reshape(-1, 1), part))
+            into.copy_(functional.dequantize_4bit(codes[start:stop].reshape(-1, 1), part))
 
         return rows
 

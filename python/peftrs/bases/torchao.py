@@ -43,15 +43,11 @@ class Torchao(Quantized):
         stored: Any = module.weight
         if type(stored).__name__ != "Int8Tensor" or list(stored.block_size) != [1, stored.shape[1]]:
             return None
-        codes, scales, zero, kept = stored.qdata, stored.scale.view(-1, 1), stored.zero_point, stored.dtype
-
-        def rows(start: int, stop: int) -> Tensor:
-            part: Tensor = codes[start:stop].to(kept)
-            if zero is not None:
-                part = part - zero.view(-1, 1)[start:stop].to(kept)
-            return cast(Tensor, part * scales[start:stop]).to(kept)
-
-        return rows
+        codes, scales, zero = stored.qdata, stored.scale.view(-1, 1), stored.zero_point
+        if zero is None or not zero.any():
+            return lambda start, stop, into: torch.mul(codes[start:stop], scales[start:stop], out=into)
+        zeros = zero.view(-1, 1).to(dtype)
+        return lambda start, stop, into: torch.mul(codes[start:stop].to(dtype) - zeros[start:stop], scales[start:stop], out=into)
 
     def differentiable(self, module: nn.Module) -> bool:
         """Quantized inputs are rounded, through which the library passes no gradient."""

@@ -16,8 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-Rows = Callable[[int, int], Tensor]
-"""Dequantizes the rows from the first number to before the second, each to the bits that it has in the whole weight."""
+Rows = Callable[[int, int, Tensor], object]
+"""Dequantizes the rows from the first number to before the second into a tensor, each to its bits in the whole weight."""
 
 BLOCK = 2**19
 """Elements dequantized at a time; a weight of no more is not worth a place of its own."""
@@ -36,7 +36,9 @@ def filled(rows: Rows, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     count, width = shape
     step = max(BLOCK // width, 1)
     if count <= step:
-        return rows(0, count).to(dtype)
+        weight = torch.empty(count, width, dtype=dtype, device="cpu")
+        rows(0, count, weight)
+        return weight
     held = _held.tensors.get(dtype)
     if held is None or held.numel() < count * width:
         with torch.inference_mode(False):  # made there, it could be written nowhere else
@@ -44,5 +46,5 @@ def filled(rows: Rows, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     weight = held[: count * width].view(count, width)
     for start in range(0, count, step):
         stop = min(start + step, count)
-        weight[start:stop] = rows(start, stop)
+        rows(start, stop, weight[start:stop])
     return weight
