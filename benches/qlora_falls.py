@@ -2,10 +2,11 @@
 
     python benches/qlora_falls.py --folder WORK --data vaderSentiment-3.3.2.tar.gz [--seeds 0 1 2 3 4 5] [--steps 30] [--json FILE]
 
-A seed settles the start of the adapter and the order of the training snippets, the same over either base. What is measured is the
-mean loss on the same held-out snippets before and after; the difference of the two is the fall. Every run is written to the file
-when it is done, and those that are there are not run again. PEFT's runs over nf4 stand beside. The
-source distribution with the snippets is what `make demo` loads.
+A seed settles the start of the adapter and the order of the training snippets, the same over each base. What is measured is the
+mean loss on the same held-out snippets before and after; the difference of the two is the fall. Beside nf4 stand the weights from
+before it and the values that it left of them ("rounded"), both in bfloat16, which tells what training over nf4 costs from what
+rounding to it does; and PEFT's runs over nf4. Every run is written to the file when it is done, and those that are there are not
+run again. The source distribution with the snippets is what `make demo` loads.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from transformers import AutoTokenizer
 import reviews  # beside the lesson that the other bench imports
 
 LENGTH, HELD_OUT = 128, 12
-SIDES = (("peftrs", "nf4"), ("peftrs", "bf16"), ("peft", "nf4"))
+SIDES = (("peftrs", "nf4"), ("peftrs", "rounded"), ("peftrs", "bf16"), ("peft", "nf4"))
 
 
 def rows(tokenizer: Any, snippets: list[reviews.Review]) -> torch.Tensor:

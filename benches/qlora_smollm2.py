@@ -38,12 +38,13 @@ RUNS = (("peftrs", "nf4"), ("peft", "nf4"), ("peftrs", "bf16"))
 
 
 def load(folder: Path, kind: str) -> Any:
-    """The model in bfloat16, its linear layers in nf4 if asked."""
+    """The model in bfloat16, its linear layers in nf4 if asked, or in bfloat16 with the values that nf4 left ("rounded")."""
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
     )
-    options = {"quantization_config": nf4, "device_map": "cpu"} if kind == "nf4" else {}
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+    options = {} if kind == "bf16" else {"quantization_config": nf4, "device_map": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
+    return model.dequantize() if kind == "rounded" else model
 
 
 class Memory:
