@@ -146,4 +146,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # By its name, so that the rows' modules, which import it, and what runs them mean the same classes.
+    import_module("run").main()
