@@ -100,6 +100,7 @@ def test_every_command_of_make_is_there() -> None:
 
 
 def test_the_picture_is_that_of_the_readings(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
     subprocess.run([sys.executable, "benches/picture.py", str(tmp_path / "speed.svg")], cwd=CHECKOUT, check=True)
     # Letters are outlines, with what they say in comments.
     drawn, kept = (
