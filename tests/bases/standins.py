@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import urllib.request
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ class Published:
     """Where a class is published, and which of its attributes, its parents' among them, a base reads."""
 
     package: str
+    """Its name on the index, or the address of a source archive."""
     file: str
     kind: str
     names: tuple[str, ...]
@@ -43,6 +45,7 @@ AWQ = (*ROOT, (f"{GPTQMODEL}/__init__.py", "AWQuantLinear"), (f"{GPTQMODEL}/__in
 QUANT_LINEAR = ("bits", "in_features", "out_features", "bias", "qweight", "scales", "SUPPORTS_TRAINING", "SUPPORTS_METHODS")
 INC = "neural_compressor/torch/algorithms/fp8_quant/_quant_common/helper_modules.py"
 TE = "transformer_engine/pytorch/module"
+EETQ = "https://github.com/NetEase-FuXi/EETQ/archive/156e42507a459d8f028e68ec232acc0feb7428f8.tar.gz"  # on no index
 
 PUBLISHED = {
     "gptq": Published("gptqmodel", f"{GPTQMODEL}/marlin.py", "MarlinLinear", QUANT_LINEAR, GPTQ),
@@ -70,8 +73,10 @@ PUBLISHED = {
         "transformer_engine", f"{TE}/layernorm_linear.py", "LayerNormLinear", ("in_features", "out_features"),
     ),
     "te-mlp": Published("transformer_engine", f"{TE}/layernorm_mlp.py", "LayerNormMLP", ("fc2_weight",)),
+    "eetq": Published(
+        EETQ, "python/eetq/modules/qlinear.py", "EETQLinear", ("in_features", "out_features", "weight", "weight_scales", "bias"),
+    ),
 }  # fmt: skip
-"""EETQ is on no package index: its stand-in follows `python/eetq/modules/qlinear.py` of NetEase-FuXi/EETQ at 156e4250."""
 
 
 def attributes(source: str, kind: str) -> set[str]:
@@ -254,8 +259,11 @@ def place() -> None:
 
 def published(package: str, folder: Path) -> tuple[str, dict[str, str]]:
     """A package's version, and its Python sources by path from the package's root."""
-    download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
-    subprocess.run(download, check=True)
+    if "://" in package:
+        urllib.request.urlretrieve(package, folder / package.rpartition("/")[2])
+    else:
+        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
+        subprocess.run(download, check=True)
     archive = next(folder.iterdir())
     sources: dict[str, str] = {}
     if archive.suffix == ".whl":

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from peftrs.bases.base import Base
 from peftrs.bases.kinds import Affine
 from peftrs.bases.quantized import Quantized, twin
-from peftrs.bases.workspace import Rows, filled
+from peftrs.bases.workspace import Rows, filled, made
 from peftrs.errors import ConfigError
 
 
@@ -40,12 +40,7 @@ class EightBit(Quantized):
         return stored.data, scales.to(stored.device)
 
     def multiplied(self, module: nn.Module, dtype: torch.dtype, *, reused: bool = False) -> Tensor:
-        rows = self.rows(module, dtype)
-        if reused:
-            return filled(rows, self.shape(module), dtype)
-        weight = torch.empty(self.shape(module), dtype=dtype, device="cpu")
-        rows(0, len(weight), weight)
-        return weight
+        return (filled if reused else made)(self.rows(module, dtype), self.shape(module), dtype)
 
     def rows(self, module: nn.Module, dtype: torch.dtype) -> Rows:
         codes, scales = self.codes(module)
