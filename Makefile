@@ -51,6 +51,7 @@ test-all: lint test-rust test-python ## Runs `make test` with the long tiers, th
 	$(INSTALLED)/bin/python benches/run.py --quick --rows rows weighted
 	$(INSTALLED)/bin/python benches/merge_memory.py --quick
 	$(INSTALLED)/bin/python benches/merge_disk.py --quick
+	$(INSTALLED)/bin/python benches/host.py --quick
 	@$(CACHE)/tools/bin/python .ci/summary.py $(REPORTS)
 
 test-oldest: $(OLDEST)/.installed ## Runs the Python tests with the oldest versions supported
