@@ -9,7 +9,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from peftrs.bases.base import Base
 from peftrs.bases.dense import Parameter
+from peftrs.bases.kinds import LayerKind
 from peftrs.bases.resolve import of_library
 from peftrs.bases.sharded import overwrite
 from peftrs.config import TargetedConfig
@@ -74,6 +76,7 @@ def inject(
         state.active = (adapter,)
     fitted: dict[str, FittedAdapter] = {}
     _check_rebasing(plan, config, fill)
+    _check_order(plan)
     for module in (model, *(original(place.module) for place in plan.found)):
         # Gradients pass through layers that are not adapted too.
         if (base := of_library(module)) is not None:
@@ -100,20 +103,59 @@ def inject(
 
 
 def _wrap(target: Target, state: Activation) -> AdaptedLayer:
-    place = target.place
-    # Another target may have wrapped the place since it was found.
-    current = cast(nn.Module, place.parent._modules[place.attribute])
-    layer: nn.Module = current
-    while isinstance(layer, AdaptedLayer):
-        if _same(layer.base, target.base):
-            return layer
-        layer = layer.base_layer
+    above, current = _site(target)
+    if isinstance(current, AdaptedLayer) and _same(current.base, target.base):
+        return current
     wrapped = AdaptedLayer(current, target.base, state, target.spec)
     wrapped.parallel = target.parallel
-    if isinstance(original(place.parent), nn.MultiheadAttention):
+    if isinstance(original(target.place.parent), nn.MultiheadAttention):
         wrapped.read_by_owner = True
-    place.put(wrapped)
+    if above:
+        above[-1].base_layer = wrapped
+    else:
+        target.place.put(wrapped)
     return wrapped
+
+
+def _site(target: Target) -> tuple[list[AdaptedLayer], nn.Module]:
+    """The wrappers above that of a target, outermost first, and what is beneath them: the target's own, or what it goes around.
+
+    Innermost is the wrapper of the module as a whole, which so sees its weights as the others change them. Those of its parameters
+    follow in the order in which the module has these, as PEFT nests them for one adapter. So names in memory follow from what is
+    wrapped, not from what came first.
+    """
+    # Another target may have wrapped the place since it was found.
+    current = cast(nn.Module, target.place.parent._modules[target.place.attribute])
+    above: list[AdaptedLayer] = []
+    if not isinstance(current, AdaptedLayer):
+        return above, current
+    order = {name: at for at, name in enumerate(original(current)._parameters)}
+
+    def rank(base: Base) -> int:
+        return order.get(cast(Parameter, base).name, -1) if base.kind is LayerKind.PARAMETER else -1
+
+    while isinstance(current, AdaptedLayer) and rank(current.base) > rank(target.base):
+        above.append(current)
+        current = current.base_layer
+    return above, current
+
+
+def _check_order(plan: Plan) -> None:
+    """Raises `AdapterError` where a wrapper would have to go beneath one that adapters are merged into."""
+    sites = [(target, *_site(target)) for target in plan.targets]
+    beneath = [
+        (target.spec.name, layer)
+        for target, above, current in sites
+        for layer in above
+        if layer.merged and not (isinstance(current, AdaptedLayer) and _same(current.base, target.base))
+    ]
+    if beneath:
+        names, layers = zip(*beneath, strict=True)
+        merged = {name: None for layer in layers for name in layer.merged_adapters}
+        raise AdapterError(
+            f"{listed(list(dict.fromkeys(names)), 4)}: cannot be adapted while {listed(list(merged))} is merged into "
+            "parameters that stand after it in its module; hint: unmerge_adapter(), and merge again afterwards"
+        )
 
 
 def _same(base: Any, other: Any) -> bool:

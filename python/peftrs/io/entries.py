@@ -2,6 +2,8 @@
 
 An adapter's tensors are found by walking its layers, never by looking for its name in other names, so that neither an adapter
 called "0" nor a layer called "lora_head" is mistaken for something else.
+
+Names in the file are those of the model with this adapter alone: which modules others wrap besides must not tell in it.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from peftrs.core.prompt import Prompts, home_of
 from peftrs.core.prompt_call import word_embeddings
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
-from peftrs.core.tree import Holder, modules, original, places, wrappers
+from peftrs.core.tree import Holder, Wrapped, modules, places, wrappers
 from peftrs.io.checkpoint import PREFIX
 
 SHORT_PREFIX = "base_model."
@@ -95,6 +97,7 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
     """Every tensor that the adapter's file holds by its config; embeddings of the base apart."""
     held = [(plain(path), wrapper) for path, wrapper in wrappers(model)]
     paths = {wrapper: path for path, wrapper in held}
+    alone = _alone(held, adapter)
     # Where tied layers are written too, so is one layer under all of its names.
     tied = getattr(config, "ensure_weight_tying", False)
     others = {place.module: [plain(other.name) for other in place.also] for place in list(places(model))} if tied else {}
@@ -102,23 +105,47 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
         if isinstance(wrapper, Prompts):
             yield from _prompt(model, path, wrapper, adapter)
         elif isinstance(wrapper, ReplacedModule):
-            file = f"{SHORT_PREFIX}{path.removeprefix(PREFIX)}" if config.is_prompt_learning and path.startswith(PREFIX) else path
+            own = alone(path)
+            file = f"{SHORT_PREFIX}{own.removeprefix(PREFIX)}" if config.is_prompt_learning and own.startswith(PREFIX) else own
             for inner, name, tensor in wrapper.parameters_of(adapter):
                 # PEFT writes these biases once more where it writes all biases.
-                again = (f"{path}.modules_to_save.{inner}",) if inner.endswith("bias") else ()
+                again = (f"{own}.modules_to_save.{inner}",) if inner.endswith("bias") else ()
                 yield Entry(f"{file}.{inner}", f"{path}.{name}", tensor, partial(overwrite, tensor), again=again)
         elif adapter in wrapper.adapters:
             fitted = wrapper.adapters[adapter]
             if fitted.leader is None:
-                yield from _slots(path, fitted)
+                yield from _slots(alone(path), path, fitted)
                 for other in others.get(wrapper, ()):
                     yield from _same_slots(other, path, fitted)
             elif fitted.method.name != TOKEN_ROWS:
-                yield from _shared_slots(path, fitted, paths[fitted.leader.layer])
+                yield from _shared_slots(alone(path), fitted, paths[fitted.leader.layer])
     before = _before_merging(held)
     for name, bias in biases(model, config):
         name = plain(name)
-        yield Entry(name, name, before.get(id(bias), bias), partial(overwrite, bias), required=".original_module." not in name)
+        key = alone(name)
+        yield Entry(key, name, before.get(id(bias), bias), partial(overwrite, bias), required=".original_module." not in key)
+
+
+def _alone(held: Iterable[tuple[str, Holder]], adapter: str) -> Callable[[str], str]:
+    """What makes of a name in memory the one without the steps into wrappers that only other adapters need."""
+    others = {
+        f"{path}.{_inner(wrapper)}"
+        for path, wrapper in held
+        if not isinstance(wrapper, Prompts) and adapter not in wrapper.adapter_names()
+    }
+
+    def alone(name: str) -> str:
+        if not others:
+            return name
+        parts = name.split(".")
+        return ".".join(part for at, part in enumerate(parts) if ".".join(parts[: at + 1]) not in others)
+
+    return alone
+
+
+def _inner(wrapper: Wrapped) -> str:
+    """The attribute under which a wrapper has what it goes around."""
+    return "base_layer" if isinstance(wrapper, AdaptedLayer) else "original_module"
 
 
 def _prompt(model: nn.Module, path: str, prompts: Prompts, adapter: str) -> Iterator[Entry]:
@@ -139,10 +166,10 @@ def _before_merging(held: Iterable[tuple[str, Holder]]) -> dict[int, Tensor]:
     return {id(bias): before_merging(layer, at) for layer in layers for at, bias in enumerate(stored(layer)) if at > 0}
 
 
-def _slots(path: str, fitted: FittedAdapter) -> Iterator[Entry]:
+def _slots(file: str, path: str, fitted: FittedAdapter) -> Iterator[Entry]:
     for slot, _ in fitted.parameters():
         name = f"{path}.{fitted.full_name(slot)}"
-        yield Entry(f"{path}.{slot}", name, fitted[slot], partial(_bind_slot, fitted, slot), owner=fitted, slot=slot)
+        yield Entry(f"{file}.{slot}", name, fitted[slot], partial(_bind_slot, fitted, slot), owner=fitted, slot=slot)
 
 
 def _same_slots(other: str, path: str, fitted: FittedAdapter) -> Iterator[Entry]:
@@ -151,13 +178,13 @@ def _same_slots(other: str, path: str, fitted: FittedAdapter) -> Iterator[Entry]
         yield Entry(f"{other}.{slot}", f"{path}.{fitted.full_name(slot)}", fitted[slot], _leave, required=False)
 
 
-def _shared_slots(path: str, fitted: FittedAdapter, leading_path: str) -> Iterator[Entry]:
+def _shared_slots(file: str, fitted: FittedAdapter, leading_path: str) -> Iterator[Entry]:
     """The tensors of a layer tied to another: written under both names, in memory the other's alone, whose entry binds them."""
     leader = cast(FittedAdapter, fitted.leader)
     for slot in fitted.slots:
         leading, transposed = fitted.method.tied_slots[slot]
         name = f"{leading_path}.{leader.full_name(leading)}"
-        yield Entry(f"{path}.{slot}", name, fitted[slot], _leave, required=False, transposed=transposed)
+        yield Entry(f"{file}.{slot}", name, fitted[slot], _leave, required=False, transposed=transposed)
 
 
 def _bind_slot(fitted: FittedAdapter, slot: str, value: Tensor) -> None:
@@ -181,30 +208,29 @@ def device_of(layer: AdaptedLayer) -> torch.device:
     return torch.device("cpu") if layer.device.type == "meta" else layer.device
 
 
-def embeddings(model: nn.Module, *, targeted: bool = False) -> Iterator[Entry]:
-    """The tensors of the model's input and output embeddings; with `targeted` only of those that are adapted."""
+def embeddings(model: nn.Module, adapter: str, *, targeted: bool = False) -> Iterator[Entry]:
+    """The tensors of the model's input and output embeddings; with `targeted` only of those that the adapter adapts."""
+    held = [(plain(path), wrapper) for path, wrapper in wrappers(model)]
+    alone, before = _alone(held, adapter), _before_merging(held)
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         module = _ask(model, getter)
-        path = None if module is None else next((name for name, other in modules(model) if other is module), None)
-        if path is None or isinstance(module, ReplacedModule) or (targeted and not isinstance(module, AdaptedLayer)):
+        path = None if module is None else next((plain(name) for name, other in modules(model) if other is module), None)
+        if path is None or (isinstance(module, ReplacedModule) and adapter in module.adapter_names()):
             continue
-        inner = file = ""
-        if isinstance(module, AdaptedLayer):
-            inner = file = "base_layer."
-            if all(fitted.method.name == TOKEN_ROWS for fitted in module.adapters.values()):
-                # PEFT wraps an embedding of which only rows are trained in another way.
-                file = "original_module."
-        before = _before_merging(wrappers(model))
-        for leaf, tensor in original(module).named_parameters(recurse=False):
-            name = f"{plain(path)}.{inner}{leaf}"
-            yield Entry(
-                f"{plain(path)}.{file}{leaf}",
-                name,
-                before.get(id(tensor), tensor),
-                partial(overwrite, tensor),
-                required=False,
-                undeclared=not isinstance(module, AdaptedLayer),
-            )
+        own = None
+        while isinstance(module, Wrapped):
+            own = module.adapters.get(adapter, own) if isinstance(module, AdaptedLayer) else own
+            path, module = f"{path}.{_inner(module)}", module._modules[_inner(module)]
+        if targeted and own is None:
+            continue
+        file = alone(path)
+        if own is not None and own.method.name == TOKEN_ROWS:
+            # PEFT wraps an embedding of which only rows are trained in another way.
+            file = f"{file.removesuffix('base_layer')}original_module"
+        for leaf, tensor in module.named_parameters(recurse=False):
+            shown = before.get(id(tensor), tensor)
+            bind = partial(overwrite, tensor)
+            yield Entry(f"{file}.{leaf}", f"{path}.{leaf}", shown, bind, required=False, undeclared=own is None)
 
 
 def _ask(model: nn.Module, getter: str) -> Any:

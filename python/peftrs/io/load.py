@@ -111,7 +111,7 @@ def load(
 
 def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Source) -> Match:
     """Which tensors of the source are the adapter's, going by names, shapes and dtypes alone."""
-    expected = [*entries(model, adapter, config), *embeddings(model)]
+    expected = [*entries(model, adapter, config), *embeddings(model, adapter)]
     # The embeddings' names may be the adapter's already, where it replaces them whole.
     spelled = {name: entry for entry in reversed(expected) for name in (entry.name, entry.key)}
     again = {name for entry in expected for name in entry.again}

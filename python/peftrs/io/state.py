@@ -80,7 +80,7 @@ def collect(
     else:
         targeted = False
     if save_embedding_layers:
-        extra = list(embeddings(model, targeted=targeted))
+        extra = list(embeddings(model, adapter_name, targeted=targeted))
         if not extra:
             warnings.warn("the model does not say which layers are its embeddings; none are saved", PeftrsWarning, stacklevel=2)
         found += extra

@@ -173,9 +173,15 @@ def _strip(model: nn.Module, known: set[str], held: set[Switched]) -> None:
         uproot(model)
         state.leave(prompts)
     for place in list(places(model))[::-1]:
-        module = place.module
-        while isinstance(module, Wrapped) and module not in held:
-            state.leave(module)
-            module = module.base_layer if isinstance(module, AdaptedLayer) else module.original_module
-        if module is not place.module:
-            place.put(module)
+        module, above = place.module, None
+        while isinstance(module, Wrapped):
+            inner = module.base_layer if isinstance(module, AdaptedLayer) else module.original_module
+            if module in held:
+                above = module
+            else:
+                state.leave(module)
+                if isinstance(above, AdaptedLayer):
+                    above.base_layer = inner
+                else:
+                    place.put(inner)
+            module = inner

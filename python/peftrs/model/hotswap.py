@@ -26,6 +26,7 @@ from peftrs.core.tree import adapted_layers, uncompiled, wrappers
 from peftrs.errors import AdapterError, PeftrsWarning, listed
 from peftrs.hub import HUB_OPTIONS, local_folder
 from peftrs.io.checkpoint import WEIGHTS_NAME, FileSource, MemorySource, Renamed, Source
+from peftrs.io.entries import entries, plain
 from peftrs.io.experts import fused
 from peftrs.io.fingerprint import difference
 from peftrs.io.load import load
@@ -89,9 +90,12 @@ def hotswap_adapter_from_state_dict(
 
     The layers are those that the names say.
     """
-    _current(model, adapter_name)
+    current = cast(TargetedConfig, _current(model, adapter_name))
+    known = {entry.name: entry.key for entry in entries(uncompiled(model), adapter_name, current)}
     container = re.compile(rf"(\.{re.escape(parameter_prefix)}\w+|\.modules_to_save)\.{re.escape(adapter_name)}(?=\.|$)")
-    tensors = {container.sub(r"\1", name): tensor for name, tensor in state_dict.items()}
+    # The names of another model lack the wrappers that other adapters put into this one.
+    here = all(plain(name) in known for name in state_dict)
+    tensors = {known[plain(name)] if here else container.sub(r"\1", name): tensor for name, tensor in state_dict.items()}
     names = None if getattr(config, "target_parameters", None) else tensors
     _swap(model, adapter_name, config, MemorySource(tensors, "the state dict"), names)
 
