@@ -124,6 +124,39 @@ def test_a_merged_model_is_one_of_16_bits(folder: Path, kind: str, tmp_path: Pat
         torch.testing.assert_close(again(input_ids=TOKENS).logits, logits)
 
 
+@pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "as loaded"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", [*KINDS, None])
+def test_a_model_merged_in_a_dtype_runs_in_it(
+    folder: Path, kind: str | None, dtype: torch.dtype, prepared: bool, tmp_path: Path
+) -> None:
+    model = quantized(folder, kind, dtype)
+    if prepared:
+        prepare_model_for_kbit_training(model)
+    peft = get_peft_model(model, config(init_lora_weights=False))
+    with torch.no_grad():
+        expected = peft(input_ids=TOKENS).logits.float()
+    merged: Any = peft.merge_and_unload(dtype=torch.bfloat16)
+    plain = quantized(folder, None, torch.bfloat16)
+    assert {name: one.dtype for name, one in (*merged.named_parameters(), *merged.named_buffers())} == {
+        name: one.dtype for name, one in (*plain.named_parameters(), *plain.named_buffers())
+    }
+    assert merged.dtype is torch.bfloat16
+    assert merged.config.to_dict() == plain.config.to_dict() | {"_name_or_path": merged.config._name_or_path}
+    with torch.no_grad():
+        logits = merged(input_ids=TOKENS).logits
+    assert logits.dtype is torch.bfloat16
+    assert float((logits.float() - expected).norm() / expected.norm()) < 0.03
+    asked = {"attention_mask": torch.ones_like(TOKENS), "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    written = merged.generate(TOKENS, **asked)
+    merged.save_pretrained(tmp_path)
+    again: Any = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype="auto")
+    assert {one.dtype for one in again.parameters()} == {torch.bfloat16}
+    with torch.no_grad():
+        assert torch.equal(again(input_ids=TOKENS).logits, logits)
+    assert torch.equal(again.generate(TOKENS, **asked), written)
+
+
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_saving_and_loading_over_a_quantized_base(folder: Path, tmp_path: Path) -> None:
     import peft as other

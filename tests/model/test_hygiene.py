@@ -136,6 +136,13 @@ def test_the_dtype_of_the_base_does_not_matter(saved: torch.dtype, loaded: torch
     assert difference({KEY: text}, other().to(loaded)) is not None
 
 
+def test_the_text_is_that_of_files_written_before() -> None:
+    model = nn.Sequential(nn.Linear(8, 6))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.linspace(-3, 5, 48).view(6, 8))
+    assert fingerprint(model) == '{"0.weight":[[6,8],"75299fb5767f"]}'
+
+
 def test_what_is_left_of_a_base_is_enough_and_little_changes_nothing(tmp_path: Path) -> None:
     text = fingerprint(llama())
     assert text is not None

@@ -37,7 +37,7 @@ def fetched(module: nn.Module, tensor: Held) -> Held | Tensor:
     if hook is None:
         return tensor
     name = next(name for name, own in module._parameters.items() if own is tensor)
-    value: Tensor = hook.weights_map[name].to(hook.execution_device)
+    value: Tensor = hook.weights_map[name].to(hook.execution_device, tensor.dtype)
     return value
 
 
@@ -58,8 +58,10 @@ def onloaded(module: nn.Module, *, write: bool = False) -> Iterator[None]:
         module._parameters[name] = nn.Parameter(value.clone() if write else value, requires_grad=one.requires_grad)
     try:
         yield
-        for name in away if write else ():
-            put(module, name, cast(nn.Parameter, module._parameters[name]))
+        for name, one in away.items() if write else ():
+            now = cast(nn.Parameter, module._parameters[name])
+            put(module, name, now)
+            one.data = one.data.to(now.dtype)
     finally:
         module._parameters.update(away)
 

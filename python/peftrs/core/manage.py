@@ -186,8 +186,8 @@ def merge(
     layers = list(adapted_layers(model))
     chosen = {layer: merging.names_to_merge(layer, names) for layer in layers}
     if dtype is not None:
-        # What a quantized layer was merged with before goes into the dense one as it is, not as it was rounded.
-        chosen |= {layer: [*layer.merged_adapters, *chosen[layer]] for layer in layers if rounding.coarse(layer)}
+        # What was merged before goes into the layer as it is, not as it was rounded to a coarser dtype.
+        chosen |= {layer: [*layer.merged_adapters, *chosen[layer]] for layer in layers if rounding.rounded_twice(layer, dtype)}
     check_known(model, names or ())
     chosen = {layer: found for layer, found in chosen.items() if found}
     merged = list(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
@@ -250,7 +250,8 @@ def unload(
 ) -> nn.Module:
     """Takes all wrappers off the model, adapters merged into the weights or left out; trained whole modules stay in place.
 
-    With `dtype`, all quantized layers of the model become dense ones, adapted or not.
+    With `dtype`, all quantized layers of the model become dense ones, adapted or not. Of the others, those that adapters are merged
+    into get it where it is wider than their own.
     """
     if merged:
         merge(model, names, track, keep=False, dtype=dtype)

@@ -93,8 +93,8 @@ def merge(
 ) -> None:
     """Merges the named adapters into a layer, beside those merged already; without `keep` for good.
 
-    A quantized layer is quantized again, or with `dtype` becomes a dense one for good. What `check` lets pass is assumed. Raises
-    `MergeError`, changing nothing.
+    A quantized layer is quantized again, or with `dtype` becomes a dense one for good; another gets a dtype that is wider than its
+    own. What `check` lets pass is assumed. Raises `MergeError`, changing nothing.
     """
     if names:
         layer.activation.merged = True
@@ -124,6 +124,9 @@ def _merge(layer: AdaptedLayer, names: Sequence[str], shared: tuple[Shared, ...]
     for one in shared:
         own = nn.Parameter(one.parameter.detach().clone(), requires_grad=one.parameter.requires_grad)
         setattr(one.owner, one.attribute, own)
+    for parameter in stored(layer):
+        if (wider := rounding.widened(parameter, dtype)) is not parameter.dtype:
+            parameter.data = parameter.data.to(wider)
     try:
         kept = _write(layer, chain, {*range(len(stored(layer)))} - {one.at for one in shared} if keep else set())
     except BaseException:
@@ -305,16 +308,16 @@ def _check(layer: AdaptedLayer, chain: Chain, *, keep: bool, dtype: torch.dtype 
         rounding.check(layer, chain, dtype)
         return
     if update is not None:
-        if overflows(_rows(layer, weight.detach()), update):
-            raise _overflow(layer, chain)
+        if overflows(_rows(layer, weight.detach()).to(dtype or weight.dtype), update):
+            raise _overflow(layer, chain, dtype)
     elif not keep:
-        _folded(layer, chain)
+        _folded(layer, chain, dtype)
 
 
-def _overflow(layer: AdaptedLayer, chain: Chain) -> MergeError:
+def _overflow(layer: AdaptedLayer, chain: Chain, dtype: torch.dtype | None) -> MergeError:
     return MergeError(
-        f"{layer.spec.name}: merging {listed([adapter.name for adapter in chain])} gives weights beyond {stored(layer)[0].dtype}; "
-        "lower the adapter's scaling or merge into a wider dtype"
+        f"{layer.spec.name}: merging {listed([adapter.name for adapter in chain])} gives weights beyond "
+        f"{dtype or stored(layer)[0].dtype}; lower the adapter's scaling or merge into a wider dtype"
     )
 
 
@@ -338,8 +341,11 @@ def _write(layer: AdaptedLayer, chain: Chain, keep: set[int]) -> dict[int, Tenso
     return kept
 
 
-def _folded(layer: AdaptedLayer, chain: Chain) -> list[Tensor]:
-    """What the stored tensors are to be, rounded once. Raises `MergeError` where they are not finite though they were before."""
+def _folded(layer: AdaptedLayer, chain: Chain, rounded: torch.dtype | None = None) -> list[Tensor]:
+    """What the stored tensors are to be, rounded once. Raises `MergeError` where they are not finite though they were before.
+
+    They are rounded to their own dtype unless told otherwise.
+    """
     # Where processes share the layer out, all that is computed with must be shared out, or all of it be whole.
     adapters = [tensor for adapter in chain for _, tensor in adapter.parameters()]
     now = [alike(tensor, adapters) for tensor in stored(layer)]
@@ -350,10 +356,10 @@ def _folded(layer: AdaptedLayer, chain: Chain) -> list[Tensor]:
         affine = adapter.method.apply(adapter, affine)
     weight = affine.weight.mT if layer.base.transposed else affine.weight
     folded = [weight] if bias is None or affine.bias is None else [weight, affine.bias]
-    folded = [value.to(parameter.dtype) for parameter, value in zip(now, folded, strict=True)]
+    folded = [value.to(rounded or parameter.dtype) for parameter, value in zip(now, folded, strict=True)]
     if not all(bool(value.isfinite().all()) for value in folded):
         if any(bool((before.isfinite() & ~value.isfinite()).any()) for before, value in zip(now, folded, strict=True)):
-            raise _overflow(layer, chain)
+            raise _overflow(layer, chain, rounded)
         _tell_not_finite(layer)
     return folded
 

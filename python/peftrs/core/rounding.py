@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peftrs.bases.dense import LINEAR
 from peftrs.bases.kinds import Affine
 from peftrs.bases.quantized import IN_A_DTYPE, Quantized
+from peftrs.bases.sharded import is_distributed
 from peftrs.errors import MergeError, PeftrsWarning, complain
 
 if TYPE_CHECKING:
@@ -56,6 +57,19 @@ def _share(along: float, asked: float) -> float:
 def coarse(layer: AdaptedLayer) -> bool:
     """Whether the layer's weights are quantized."""
     return layer.base.quantized
+
+
+def widened(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that holds all numbers of the tensor's own and of another one, if there is one."""
+    return tensor.dtype if dtype is None or is_distributed(tensor) else torch.promote_types(tensor.dtype, dtype)
+
+
+def rounded_twice(layer: AdaptedLayer, dtype: torch.dtype | None) -> bool:
+    """Whether what is merged was rounded to a coarser dtype than `dtype`, and the layer's originals are there."""
+    if layer.ledger is None or layer.ledger.kept is None:
+        return False
+    stored = [one for one in layer.base.parameters(layer.base_layer) if one is not None]
+    return coarse(layer) or any(widened(one, dtype) is not one.dtype for one in stored)
 
 
 def before(layer: AdaptedLayer) -> nn.Module:

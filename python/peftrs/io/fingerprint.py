@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -78,7 +79,9 @@ def _hashed(module: nn.Module, tensor: Tensor) -> str | None:
     values = tensor[at].to("cpu", torch.float32).to(torch.bfloat16)
     if bool((values == values[0]).all()):
         return None
-    return hashlib.blake2s(values.view(torch.int16).numpy().astype("<i2").tobytes(), digest_size=6).hexdigest()
+    # Little-endian wherever it is computed, and not by way of numpy, which torch works without.
+    stored = struct.pack(f"<{VALUES}h", *values.view(torch.int16).tolist())
+    return hashlib.blake2s(stored, digest_size=6).hexdigest()
 
 
 def _read(text: str) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from peftrs.errors import AdapterError, PeftrsWarning
 from peftrs.io.entries import TOKEN_ROWS
 from peftrs.model.attach import attach, peft_configs
 from peftrs.model.kbit import no_longer_quantized
+from peftrs.model.recast import check_castable, recast
 from peftrs.model.weighted import add_weighted
 
 Layer = TypeVar("Layer")
@@ -202,7 +203,8 @@ class Tuner(nn.Module):
 
         Quantized layers are quantized again: a warning tells what that left of the update, and where it is less than half the merge
         is refused, with nothing changed. With `dtype`, such as `torch.bfloat16`, every quantized layer of the model becomes a dense
-        one of that dtype instead, and the model's config no longer says that it is quantized.
+        one instead, and all of the model is of that dtype, but for what transformers would keep in another in a model loaded in it;
+        the model's config says the dtype, and no longer that it is quantized.
         """
         return self._unloaded(merged=True, names=adapter_names, progressbar=progressbar, dtype=dtype)
 
@@ -215,9 +217,12 @@ class Tuner(nn.Module):
     ) -> nn.Module:
         model = self.model
         track: manage.Track = partial(shown, doing="Merging") if progressbar else iter
+        if dtype is not None:
+            check_castable(model, dtype)
         manage.unload(model, merged=merged, names=names, track=track, dtype=dtype)
         if dtype is not None:
             no_longer_quantized(model)
+            recast(model, dtype)
         model.__dict__.pop("peft_config", None)
         untie(model)
         return model
