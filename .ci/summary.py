@@ -1,4 +1,6 @@
-"""Says how many tests ran, and how long each part of the ecosystem took, from the reports that `make test` leaves in a folder."""
+"""Says how many tests ran, and how long each part of the ecosystem took, from the reports that `make test`
+leaves in a folder.
+"""
 
 import re
 import sys
@@ -18,7 +20,9 @@ def rust(report: Path) -> tuple[int, int, int]:
 def python(report: Path) -> tuple[int, int, int]:
     """Passed, failed and skipped tests of a JUnit report by pytest."""
     suites = ElementTree.parse(report).getroot().iter("testsuite")
-    counts = [[int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")] for suite in suites]
+    counts = [
+        [int(suite.get(name, "0")) for name in ("tests", "failures", "errors", "skipped")] for suite in suites
+    ]
     tests, failures, errors, skipped = (sum(column) for column in zip(*counts, strict=True))
     return tests - failures - errors - skipped, failures + errors, skipped
 
@@ -29,13 +33,18 @@ def ecosystem(report: Path) -> list[str]:
     for case in ElementTree.parse(report).getroot().iter("testcase"):
         noted = {str(one.get("name")): str(one.get("value")) for one in case.iter("property")}
         if library := noted.pop("ecosystem", None):
-            parts = [f"{name} {value if value == 'skipped' else f'{float(value):.1f} s'}" for name, value in noted.items()]
+            parts = [
+                f"{name} {value if value == 'skipped' else f'{float(value):.1f} s'}"
+                for name, value in noted.items()
+            ]
             lines.append(f"{library}, PEFT absent, {float(case.get('time', '0')):.0f} s: {', '.join(parts)}")
     return sorted(lines)
 
 
 def main(folder: Path) -> int:
-    """Prints what ran of the ecosystem, a line per language and the sum; fails unless both ran tests and all of them passed."""
+    """Prints what ran of the ecosystem, a line per language and the sum; fails unless both ran tests and all
+    of them passed.
+    """
     results = {"Rust": rust(folder / "cargo.txt"), "Python": python(folder / "pytest.xml")}
     print(*ecosystem(folder / "pytest.xml"), sep="\n")
     for language, (passed, failed, skipped) in results.items():

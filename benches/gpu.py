@@ -1,8 +1,10 @@
-"""Everything that needs a GPU, in one command: the kernels against float64, then the layers, then every bench of training.
+"""Everything that needs a GPU, in one command: the kernels against float64, then the layers, then every bench
+of training.
 
     python benches/gpu.py [--quick] [--results FOLDER]
 
-Results go to a JSON file a bench, named after the device. Ends with 2 where there is no GPU, with 1 where something is wrong.
+Results go to a JSON file a bench, named after the device. Ends with 2 where there is no GPU, with 1 where
+something is wrong.
 """
 
 from __future__ import annotations
@@ -22,21 +24,29 @@ BENCHES = ("skinny.py", "train_linear.py", "train_layer.py", "train_step.py")
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything still runs")
     parser.add_argument("--results", type=Path, default=HERE / "results")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
-        print(f"no GPU here: torch {torch.__version__} finds no CUDA device, so nothing was checked and nothing was timed")
+        print(
+            f"no GPU here: torch {torch.__version__} finds no CUDA device, so nothing was checked and nothing"
+            " was timed"
+        )
         return 2
     device = torch.cuda.get_device_name()
     print(
-        f"{device}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}, torch {torch.__version__}",
+        f"{device}, compute capability {'.'.join(map(str, torch.cuda.get_device_capability()))}, torch"
+        f" {torch.__version__}",
         flush=True,
     )
     # The library's own products repeat to the bit only with a workspace of fixed size.
     environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
-    done = subprocess.run([sys.executable, "-P", "-m", "pytest", "-q", *CHECKS], cwd=HERE.parent, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-P", "-m", "pytest", "-q", *CHECKS], cwd=HERE.parent, env=environment
+    )
     if done.returncode:
         print("the checks failed: nothing is timed")
         return 1

@@ -1,4 +1,5 @@
-"""One process of `host.py`: checks one interpreter's peftrs against PEFT, or times one library, and tells it as a line of JSON.
+"""One process of `host.py`: checks one interpreter's peftrs against PEFT, or times one library, and tells it
+as a line of JSON.
 
     python benches/host_side.py {check,peftrs,peft} [--only TEXT]
 
@@ -88,12 +89,16 @@ def subject(kind: str, size: tuple[int, int], library: Any) -> tuple[Callable[[]
     base = nn.Linear(width, width).requires_grad_(False)
     x = torch.randn(rows, width).requires_grad_()
     if kind in ("frozen", *PLAIN.values()):
-        module: nn.Module = base if kind == "frozen" else (Plain if kind == PLAIN["LoRA"] else PlainTwo)(base, 8, 2.0)
+        module: nn.Module = (
+            base if kind == "frozen" else (Plain if kind == PLAIN["LoRA"] else PlainTwo)(base, 8, 2.0)
+        )
         return partial(module, x), [x, *filled(module)]
     if kind == "OFT":
         settings = partial(library.OFTConfig, oft_block_size=8, target_modules=["0"])
     else:
-        settings = partial(library.LoraConfig, r=8, lora_alpha=16, use_dora=kind == "DoRA", target_modules=["0"])
+        settings = partial(
+            library.LoraConfig, r=8, lora_alpha=16, use_dora=kind == "DoRA", target_modules=["0"]
+        )
     model = library.get_peft_model(nn.Sequential(base), settings(), "a")
     if kind in ("two LoRAs", MIXED):
         model.add_adapter("b", settings())
@@ -106,7 +111,9 @@ def subject(kind: str, size: tuple[int, int], library: Any) -> tuple[Callable[[]
 
 def layers() -> nn.Module:
     """560 of them."""
-    return nn.Sequential(*(nn.Sequential(OrderedDict((name, nn.Linear(16, 16)) for name in TARGETS)) for _ in range(80)))
+    return nn.Sequential(
+        *(nn.Sequential(OrderedDict((name, nn.Linear(16, 16)) for name in TARGETS)) for _ in range(80))
+    )
 
 
 def switchable(library: Any) -> Any:
@@ -161,8 +168,9 @@ SWEEPS = {"peftrs": 5, "peft": 2}
 def quickest(step: Callable[[], object], gradients: bool, bursts: int = 40, calls: int = 5) -> float:
     """Seconds a call: the quickest burst, of which the first few only warm up after another row's work.
 
-    Of the same code on a busy machine, ten processes' medians of bursts of 200 calls had quartiles 24 to 42 % apart, their minima 1
-    to 6 %, those of 20 calls 1 to 5 % and of 5 calls 1 to 3 %. Single calls gain nothing on that, and each has the clock's 0.4 µs.
+    Of the same code on a busy machine, ten processes' medians of bursts of 200 calls had quartiles 24 to 42 %
+    apart, their minima 1 to 6 %, those of 20 calls 1 to 5 % and of 5 calls 1 to 3 %. Single calls gain
+    nothing on that, and each has the clock's 0.4 µs.
     """
     taken = []
     with torch.set_grad_enabled(gradients):
@@ -243,16 +251,26 @@ def identity() -> dict[str, str]:
     folder = Path(peftrs.__file__).parent
     parts = (str(one.relative_to(folder)).encode() + one.read_bytes() for one in sorted(folder.rglob("*.py")))
     versions = {one: version(one) for one in ("torch", "transformers", "peft")}
-    return {"python": platform.python_version(), **versions, "sources": hashlib.sha256(b"".join(parts)).hexdigest()[:12]}
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "sources": hashlib.sha256(b"".join(parts)).hexdigest()[:12],
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("work", choices=("check", *SWEEPS))
     parser.add_argument("--only", default="", help="rows whose name contains this")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    told = {"largest": check(), **identity()} if arguments.work == "check" else readings_of(arguments.work, arguments.only)
+    told = (
+        {"largest": check(), **identity()}
+        if arguments.work == "check"
+        else readings_of(arguments.work, arguments.only)
+    )
     print(json.dumps(told))
 
 

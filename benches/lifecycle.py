@@ -2,9 +2,10 @@
 
     python benches/lifecycle.py [--quick] [--only NAME] [--runs N] [--output FILE]
 
-Imports are timed in fresh processes, after `import torch`. "70B" is a Llama of that shape on the meta device, 560 layers adapted;
-"8 layers" has 56. The adapter file is that of the large model, r=16 in float32, 790 MB; "read" is the time to read its bytes into
-fresh memory. Before loading is timed, every tensor of every path is compared with the file's bits.
+Imports are timed in fresh processes, after `import torch`. "70B" is a Llama of that shape on the meta device,
+560 layers adapted; "8 layers" has 56. The adapter file is that of the large model, r=16 in float32, 790 MB;
+"read" is the time to read its bytes into fresh memory. Before loading is timed, every tensor of every path is
+compared with the file's bits.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ def imported(statement: str, name: str, quick: bool) -> Callable[[], object]:
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
         milliseconds, modules, transformers = told[-3:]
         if once.first:  # type: ignore[attr-defined]
-            print(f"  {name}: {modules} modules, {'with' if transformers == 'True' else 'without'} transformers")
+            print(
+                f"  {name}: {modules} modules, {'with' if transformers == 'True' else 'without'} transformers"
+            )
             once.first = False  # type: ignore[attr-defined]
         return float(milliseconds)
 
@@ -54,7 +57,12 @@ def imported(statement: str, name: str, quick: bool) -> Callable[[], object]:
 
 
 def large(quick: bool) -> nn.Module:
-    sizes = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8}
+    sizes = {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    }
     settings = LlamaConfig(num_hidden_layers=2 if quick else 80, **sizes)
     with torch.device("meta"):
         return LlamaForCausalLM(settings)
@@ -143,7 +151,9 @@ def check_switch(quick: bool) -> None:
             model.set_adapter(chosen)
             for key, parameter in model.named_parameters():
                 if parameter.requires_grad != (f".{chosen}." in key):
-                    raise SystemExit(f"{name}: {key} has requires_grad={parameter.requires_grad}: nothing is timed")
+                    raise SystemExit(
+                        f"{name}: {key} has requires_grad={parameter.requires_grad}: nothing is timed"
+                    )
 
 
 @cache
@@ -162,7 +172,9 @@ def saved(quick: bool) -> tempfile.TemporaryDirectory[str]:
 
 PATHS: dict[str, Callable[[Any, nn.Module, str], Any]] = {
     "from_pretrained": lambda peft, base, folder: peft.PeftModel.from_pretrained(base, folder),
-    "from_pretrained lazy": lambda peft, base, folder: peft.PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True),
+    "from_pretrained lazy": lambda peft, base, folder: peft.PeftModel.from_pretrained(
+        base, folder, low_cpu_mem_usage=True
+    ),
 }
 
 
@@ -222,7 +234,12 @@ ROWS = [
     Row("disable_adapter, 70B", disable, unchecked),
     Row("set_adapter, 70B", switch, check_switch),
     Row("from_pretrained, 790 MB", partial(load, "from_pretrained"), check_load, ("peftrs", "read", "peft")),
-    Row("from_pretrained lazy, 790 MB", partial(load, "from_pretrained lazy"), unchecked, ("peftrs", "read", "peft")),
+    Row(
+        "from_pretrained lazy, 790 MB",
+        partial(load, "from_pretrained lazy"),
+        unchecked,
+        ("peftrs", "read", "peft"),
+    ),
     Row("load_adapter, 790 MB", load_more, unchecked, ("peftrs", "read", "peft")),
 ]
 

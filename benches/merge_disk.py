@@ -1,11 +1,14 @@
-"""Merging a checkpoint on disk: `peftrs-merge` beside `cp`, PEFT and a streaming script in torch; time, memory and errors.
+"""Merging a checkpoint on disk: `peftrs-merge` beside `cp`, PEFT and a streaming script in torch; time,
+memory and errors.
 
-    python benches/merge_disk.py [--quick] [--gigabytes 2.2] [--rank 16] [--binary PATH] [--runs 5] [--folder DIR] [--output FILE]
+    python benches/merge_disk.py [--quick] [--gigabytes 2.2] [--rank 16] [--binary PATH] [--runs 5] [--folder
+    DIR] [--output FILE]
 
-The base is a synthetic Llama in bfloat16 in shards, the adapter is in float32 on all of its linear layers. Every tool's result
-is held against W + s·B·A in float64, rounded once, before anything is timed. Memory is the highest anonymous memory of the
-process (RssAnon, sampled every 5 ms). Dirty pages are written out before each run, and the base is in the page cache. The wall
-time depends on what else the machine does, the processor's time (of the program, and of the system for it) less so.
+The base is a synthetic Llama in bfloat16 in shards, the adapter is in float32 on all of its linear layers.
+Every tool's result is held against W + s·B·A in float64, rounded once, before anything is timed. Memory is
+the highest anonymous memory of the process (RssAnon, sampled every 5 ms). Dirty pages are written out before
+each run, and the base is in the page cache. The wall time depends on what else the machine does, the
+processor's time (of the program, and of the system for it) less so.
 """
 
 from __future__ import annotations
@@ -38,7 +41,9 @@ OURS = 5
 
 
 def model_config(gigabytes: float) -> LlamaConfig:
-    """TinyLlama's shape with as many layers as make so many gigabytes, or a narrow one below a tenth of that."""
+    """TinyLlama's shape with as many layers as make so many gigabytes, or a narrow one below a tenth of
+    that.
+    """
     wide = gigabytes >= 0.3
     hidden, inner, vocabulary = (2048, 5632, 32000) if wide else (512, 1408, 4000)
     layer = 2 * hidden * hidden + 2 * hidden * hidden // 8 + 3 * hidden * inner
@@ -76,7 +81,10 @@ def make_base(folder: Path, gigabytes: float) -> LlamaConfig:
         tensors = {name: (torch.randn(shapes[name], dtype=torch.float32) / 50).bfloat16() for name in names}
         save_file(tensors, folder / file, metadata={"format": "pt"})
         places.update(dict.fromkeys(names, file))
-    index_file = {"metadata": {"total_size": 2 * sum(shape.numel() for shape in shapes.values())}, "weight_map": places}
+    index_file = {
+        "metadata": {"total_size": 2 * sum(shape.numel() for shape in shapes.values())},
+        "weight_map": places,
+    }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1))
     return config
 
@@ -84,7 +92,13 @@ def make_base(folder: Path, gigabytes: float) -> LlamaConfig:
 def make_adapter(folder: Path, config: LlamaConfig, rank: int) -> None:
     """Writes an adapter on every linear layer whose change is about a hundredth of the weights."""
     folder.mkdir()
-    fields = {"peft_type": "LORA", "r": rank, "lora_alpha": 2 * rank, "target_modules": list(LINEAR), "task_type": "CAUSAL_LM"}
+    fields = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 2 * rank,
+        "target_modules": list(LINEAR),
+        "task_type": "CAUSAL_LM",
+    }
     (folder / "adapter_config.json").write_text(json.dumps(fields))
     with torch.device("meta"):
         modules = dict(LlamaForCausalLM(config).named_modules())
@@ -151,8 +165,16 @@ class Bench:
         }
         if mergekit:
             recipe = root / "recipe.yml"
-            recipe.write_text(f"models:\n  - model: {base}+{adapter}\nmerge_method: passthrough\ndtype: bfloat16\n")
-            self.commands["mergekit"] = [mergekit, str(recipe), out, "--lora-merge-cache", str(root / "cache")]
+            recipe.write_text(
+                f"models:\n  - model: {base}+{adapter}\nmerge_method: passthrough\ndtype: bfloat16\n"
+            )
+            self.commands["mergekit"] = [
+                mergekit,
+                str(recipe),
+                out,
+                "--lora-merge-cache",
+                str(root / "cache"),
+            ]
 
     def run(self, side: str) -> Taken:
         """One run into an empty place."""
@@ -182,12 +204,17 @@ class Bench:
 
     @cache  # noqa: B019 - one bench lives as long as the program
     def expected(self) -> dict[str, tuple[int, torch.Tensor]]:
-        """Sixteen rows of some weights, merged in float64 and rounded once, by name with the first row's number."""
+        """Sixteen rows of some weights, merged in float64 and rounded once, by name with the first row's
+        number.
+        """
         config = json.loads((self.adapter / "adapter_config.json").read_text())
         found = {}
         with safe_open(self.adapter / "adapter_model.safetensors", "pt") as factors:
             for name in [key for key in factors.keys() if key.endswith("lora_A.weight")][::11]:  # noqa: SIM118
-                down, up = factors.get_tensor(name).double(), factors.get_tensor(name.replace("lora_A", "lora_B")).double()
+                down, up = (
+                    factors.get_tensor(name).double(),
+                    factors.get_tensor(name.replace("lora_A", "lora_B")).double(),
+                )
                 plain = name.removeprefix("base_model.model.").replace(".lora_A", "")
                 first = (len(found) * 37) % (up.shape[0] - 16)
                 rows = read(self.base, plain)[first : first + 16].double()
@@ -210,7 +237,9 @@ class Bench:
             self.run(side)
             shares[side] = self.wrong()
             if shares[side] > 0.5:
-                raise SystemExit(f"{side}: {shares[side]:.2%} of the sampled weights are wrong; nothing is timed")
+                raise SystemExit(
+                    f"{side}: {shares[side]:.2%} of the sampled weights are wrong; nothing is timed"
+                )
         return shares
 
 
@@ -239,7 +268,10 @@ def compare(bench: Bench, name: str, sides: tuple[str, ...], runs: int) -> dict[
 
     # The check has run every side once already.
     result = measure(Row(name, make, lambda _: None, sides), False, runs, warm=0)
-    result |= {"anonymous_megabytes": {side: bench.memory.get(side, 0.0) for side in sides}, "share_of_wrong_weights": shares}
+    result |= {
+        "anonymous_megabytes": {side: bench.memory.get(side, 0.0) for side in sides},
+        "share_of_wrong_weights": shares,
+    }
     print(shown(result))
     for side in sides:
         error = f"{shares[side]:.5%} of weights not the correctly rounded ones" if side in shares else ""
@@ -250,20 +282,37 @@ def compare(bench: Bench, name: str, sides: tuple[str, ...], runs: int) -> dict[
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument(
-        "--gigabytes", type=float, nargs="+", default=[2.2], help="sizes of the base; others than the first: ours and cp"
+        "--gigabytes",
+        type=float,
+        nargs="+",
+        default=[2.2],
+        help="sizes of the base; others than the first: ours and cp",
     )
-    parser.add_argument("--rank", type=int, nargs="+", default=[16, 64], help="ranks; others than the first with the first size")
+    parser.add_argument(
+        "--rank",
+        type=int,
+        nargs="+",
+        default=[16, 64],
+        help="ranks; others than the first with the first size",
+    )
     parser.add_argument("--sides", nargs="+", help="the only ones to measure, of those printed")
-    parser.add_argument("--binary", default="peftrs-merge", help="the tool built by cargo [default: what PATH has]")
-    parser.add_argument("--mergekit", help="the `mergekit-yaml` of an environment that has it, to measure it too")
+    parser.add_argument(
+        "--binary", default="peftrs-merge", help="the tool built by cargo [default: what PATH has]"
+    )
+    parser.add_argument(
+        "--mergekit", help="the `mergekit-yaml` of an environment that has it, to measure it too"
+    )
     parser.add_argument("--folder", help="where to work [default: the system's temporary folder]")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.gigabytes, arguments.rank = [0.03], [16]
-    binary = shutil.which(arguments.binary) or shutil.which(arguments.binary, path=str(Path(sys.executable).parent))
+    binary = shutil.which(arguments.binary) or shutil.which(
+        arguments.binary, path=str(Path(sys.executable).parent)
+    )
     if binary is None:
         raise SystemExit(
-            f"there is no {arguments.binary}; build it with `cargo build --release -p peftrs-cli` and name it by --binary"
+            f"there is no {arguments.binary}; build it with `cargo build --release -p peftrs-cli` and name it"
+            " by --binary"
         )
     results = []
     for gigabytes in arguments.gigabytes:

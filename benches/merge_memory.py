@@ -2,10 +2,11 @@
 
     python benches/merge_memory.py [--quick] [--only NAME] [--runs N] [--output FILE]
 
-Rows time `merge_and_unload` alone, of one layer and of several, and `merge_adapter` followed by `unmerge_adapter`, on one thread
-and on two. Then come, for each dtype of base and adapter, the share of weights that are off the exact W + s·B·A rounded once (PEFT
-also with `safe_merge`), the bytes that `merge_adapter` keeps for each weight, and the memory that `merge_and_unload` takes on top
-of a model of four layers.
+Rows time `merge_and_unload` alone, of one layer and of several, and `merge_adapter` followed by
+`unmerge_adapter`, on one thread and on two. Then come, for each dtype of base and adapter, the share of
+weights that are off the exact W + s·B·A rounded once (PEFT also with `safe_merge`), the bytes that
+`merge_adapter` keeps for each weight, and the memory that `merge_and_unload` takes on top of a model of four
+layers.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def library(side: str) -> Any:
 def unload(side: str, quick: bool, **case: Any) -> Callable[[], Taken]:
     def work() -> Taken:
         adapted = model(library(side), **case)
-        # The threads with which torch copied the weights spin for a few milliseconds, and would take a processor from the merge.
-        # This one stays awake, so that it starts as warm as after any other work.
+        # The threads with which torch copied the weights spin for a few milliseconds, and would take a
+        # processor from the merge. This one stays awake, so that it starts as warm as after any other work.
         ready = time.perf_counter() + SETTLE
         while time.perf_counter() < ready:
             pass
@@ -96,7 +97,9 @@ def cycle(side: str, quick: bool, **case: Any) -> Callable[[], None]:
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 values rounded to the nearest of the dtype, without the detour over float32 that torch takes."""
+    """float64 values rounded to the nearest of the dtype, without the detour over float32 that torch
+    takes.
+    """
     kind = torch.finfo(dtype)
     least = torch.frexp(torch.tensor(kind.smallest_normal)).exponent
     unit = torch.exp2((torch.frexp(values).exponent.maximum(least) - 1).double()) * kind.eps
@@ -135,12 +138,20 @@ def rows(quick: bool) -> list[Row]:
 
 
 def numbers(quick: bool) -> list[dict[str, Any]]:
-    shape, peftrs, peft = (256, 256) if quick else (1024, 1024), import_module("peftrs"), import_module("peft")
+    shape, peftrs, peft = (
+        (256, 256) if quick else (1024, 1024),
+        import_module("peftrs"),
+        import_module("peft"),
+    )
     table = []
     for base in DTYPES:
         for adapter in DTYPES:
             case = {"shape": shape, "rank": 16, "base": base, "adapter": adapter}
-            shares = {"peftrs": off(peftrs, False, **case), "peft": off(peft, False, **case), "peft safe": off(peft, True, **case)}
+            shares = {
+                "peftrs": off(peftrs, False, **case),
+                "peft": off(peft, False, **case),
+                "peft safe": off(peft, True, **case),
+            }
             table.append({"base": base, "adapter": adapter, "percent off": shares})
     return table
 
@@ -149,11 +160,18 @@ def kept(quick: bool) -> list[dict[str, Any]]:
     table = []
     for rank in (16, 64):
         for base in DTYPES:
-            case = {"shape": (512, 512) if quick else (4096, 4096), "rank": rank, "base": base, "adapter": "f32"}
+            case = {
+                "shape": (512, 512) if quick else (4096, 4096),
+                "rank": rank,
+                "base": base,
+                "adapter": "f32",
+            }
             adapted = model(import_module("peftrs"), **case)
             adapted.merge_adapter()
             ledger = adapted.base_model.model[0].ledger
-            table.append({**case, "bytes kept a weight": ledger.bytes / (case["shape"][0] * case["shape"][1])})
+            table.append(
+                {**case, "bytes kept a weight": ledger.bytes / (case["shape"][0] * case["shape"][1])}
+            )
     return table
 
 
@@ -163,7 +181,9 @@ def resident(what: str) -> int:
 
 
 def extra(name: str, shape: tuple[int, int], rank: int, base: str) -> int:
-    """The bytes by which resident memory grows at most while four layers are merged; to be run in a process of its own."""
+    """The bytes by which resident memory grows at most while four layers are merged; to be run in a process
+    of its own.
+    """
     used = library(name)
     model(used, (64, 64), rank, base, "f32").merge_and_unload()
     adapted = model(used, shape, rank, base, "f32", layers=4)
@@ -182,9 +202,13 @@ def memory(quick: bool) -> list[dict[str, Any]]:
             shape = (512, 512) if quick else (4096, 14336)
             case: dict[str, Any] = {"shape": shape, "rank": rank, "base": base}
             for name in ("peftrs", "peft"):
-                program = f"import merge_memory; print(merge_memory.extra({name!r}, {shape!r}, {rank!r}, {base!r}))"
+                program = (
+                    f"import merge_memory; print(merge_memory.extra({name!r}, {shape!r}, {rank!r}, {base!r}))"
+                )
                 command = [sys.executable, "-c", program]
-                done = subprocess.run(command, capture_output=True, check=True, text=True, cwd=Path(__file__).parent)
+                done = subprocess.run(
+                    command, capture_output=True, check=True, text=True, cwd=Path(__file__).parent
+                )
                 case[f"{name} extra MB"] = int(done.stdout) / 1e6
             table.append(case)
     return table

@@ -27,9 +27,24 @@ GROUPS: dict[str, list[tuple[str, str, str, str]]] = {
         ("attach 100 adapters", "lifecycle_hundred", "100 adapters, 8 layers", "peft"),
     ],
     "merging": [
-        ("2.2 GB checkpoint on disk, r=16", "merge_disk_others", "merge 2.20 GB of bfloat16, rank 16", "PEFT"),
-        ("layer in memory, r=16", "merge_memory_quiet", "merge_and_unload 4096x14336 r=16 bf16 base f32 adapter", "peft"),
-        ("layer in memory, r=64", "merge_memory_quiet", "merge_and_unload 4096x14336 r=64 bf16 base f32 adapter", "peft"),
+        (
+            "2.2 GB checkpoint on disk, r=16",
+            "merge_disk_others",
+            "merge 2.20 GB of bfloat16, rank 16",
+            "PEFT",
+        ),
+        (
+            "layer in memory, r=16",
+            "merge_memory_quiet",
+            "merge_and_unload 4096x14336 r=16 bf16 base f32 adapter",
+            "peft",
+        ),
+        (
+            "layer in memory, r=64",
+            "merge_memory_quiet",
+            "merge_and_unload 4096x14336 r=64 bf16 base f32 adapter",
+            "peft",
+        ),
         ("two adapters into one (svd)", "weighted_svd", "svd, 1 of 2048²", "peft"),
     ],
     "training, a whole step": [
@@ -48,7 +63,12 @@ def ratio(file: str, row: str, side: str) -> float:
 
 def draw(target: Path) -> None:
     # No date and no random names: the same readings give the same file.
-    mpl.rcParams |= {"svg.hashsalt": "peftrs", "font.size": 9, "axes.spines.top": False, "axes.spines.right": False}
+    mpl.rcParams |= {
+        "svg.hashsalt": "peftrs",
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     figure, axes = pyplot.subplots(figsize=(7.5, 4.6), layout="constrained")
     place, places, labels = 0.0, [], []
     for color, (group, bars) in zip(mpl.color_sequences["tab10"], GROUPS.items(), strict=False):

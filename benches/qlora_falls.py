@@ -1,12 +1,15 @@
-"""Whether the loss over nf4 falls as over bfloat16 does: SmolLM2-135M-Instruct learns to write film reviews from several seeds.
+"""Whether the loss over nf4 falls as over bfloat16 does: SmolLM2-135M-Instruct learns to write film reviews
+from several seeds.
 
-    python benches/qlora_falls.py --folder WORK --data vaderSentiment-3.3.2.tar.gz [--seeds 0 1 2 3 4 5] [--steps 30] [--json FILE]
+    python benches/qlora_falls.py --folder WORK --data vaderSentiment-3.3.2.tar.gz [--seeds 0 1 2 3 4 5]
+    [--steps 30] [--json FILE]
 
-A seed settles the start of the adapter and the order of the training snippets, the same over each base. What is measured is the
-mean loss on the same held-out snippets before and after; the difference of the two is the fall. Beside nf4 stand the weights from
-before it and the values that it left of them ("rounded"), both in bfloat16, which tells what training over nf4 costs from what
-rounding to it does; and PEFT's runs over nf4. Every run is written to the file when it is done, and those that are there are not
-run again. The source distribution with the snippets is what `make demo` loads.
+A seed settles the start of the adapter and the order of the training snippets, the same over each base. What
+is measured is the mean loss on the same held-out snippets before and after; the difference of the two is the
+fall. Beside nf4 stand the weights from before it and the values that it left of them ("rounded"), both in
+bfloat16, which tells what training over nf4 costs from what rounding to it does; and PEFT's runs over nf4.
+Every run is written to the file when it is done, and those that are there are not run again. The source
+distribution with the snippets is what `make demo` loads.
 """
 
 import argparse
@@ -38,7 +41,8 @@ def rows(tokenizer: Any, snippets: list[reviews.Review]) -> torch.Tensor:
 @torch.no_grad()
 def loss_on(model: Any, held_out: torch.Tensor) -> float:
     """The mean cross-entropy of the rows, in nats."""
-    # Nothing drops out in training mode; in eval bitsandbytes packs its weights on some CPUs, over which PEFT does not train.
+    # Nothing drops out in training mode; in eval bitsandbytes packs its weights on some CPUs, over which PEFT
+    # does not train.
     model.train()
     return statistics.fmean(float(model(input_ids=row[None], labels=row[None]).loss) for row in held_out)
 
@@ -51,7 +55,9 @@ def run(folder: Path, data: Path, name: str, kind: str, seed: int, steps: int) -
     held_out = rows(tokenizer, test)[:HELD_OUT]
     random.Random(seed).shuffle(train)
     batches = rows(tokenizer, train[: 10 * steps])[:steps]
-    model = library.prepare_model_for_kbit_training(bench.load(folder, kind), use_gradient_checkpointing=False)
+    model = library.prepare_model_for_kbit_training(
+        bench.load(folder, kind), use_gradient_checkpointing=False
+    )
     torch.manual_seed(seed)
     config = library.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=bench.TARGETS)
     model = library.get_peft_model(model, config)
@@ -75,7 +81,9 @@ def told(values: list[float]) -> str:
 
 def summary(runs: list[dict[str, Any]]) -> str:
     """Means and standard deviations over each side's seeds, and of the differences seed by seed."""
-    found = {side: {one["seed"]: one for one in runs if (one["library"], one["base"]) == side} for side in SIDES}
+    found = {
+        side: {one["seed"]: one for one in runs if (one["library"], one["base"]) == side} for side in SIDES
+    }
     found = {side: by_seed for side, by_seed in found.items() if len(by_seed) > 1}
     if not found:
         return "two seeds on a side are needed for a spread"
@@ -92,12 +100,17 @@ def summary(runs: list[dict[str, Any]]) -> str:
     for side, by_seed in found.items():
         parts = [f"{what} {told(values)}" for what, values in measured(side, by_seed).items()]
         before = next(iter(by_seed.values()))["before"]
-        lines.append(f"{' '.join(side)}, {len(by_seed)} seeds: held out before {before:.4f}; {'; '.join(parts)}")
+        lines.append(
+            f"{' '.join(side)}, {len(by_seed)} seeds: held out before {before:.4f}; {'; '.join(parts)}"
+        )
     first, *others = found
     for other in others:
         seeds = found[first].keys() & found[other].keys()
         pairs = zip(measured(first, seeds).items(), measured(other, seeds).values(), strict=True)
-        apart = [f"{what} {told([a - b for a, b in zip(one, another, strict=True)])}" for (what, one), another in pairs]
+        apart = [
+            f"{what} {told([a - b for a, b in zip(one, another, strict=True)])}"
+            for (what, one), another in pairs
+        ]
         lines.append(f"{' '.join(first)} less {' '.join(other)}, {len(seeds)} seeds: {'; '.join(apart)}")
     return "\n".join(["mean ± standard deviation over seeds", *lines])
 
@@ -117,10 +130,15 @@ def main() -> None:
     base = given.folder / "base"
     if not base.exists():
         bench.lesson.save_base(base)
-    runs: list[dict[str, Any]] = json.loads(given.json.read_text()) if given.json is not None and given.json.exists() else []
+    runs: list[dict[str, Any]] = (
+        json.loads(given.json.read_text()) if given.json is not None and given.json.exists() else []
+    )
     for seed in given.seeds:
         for name, kind in SIDES:
-            if any((one["library"], one["base"], one["seed"], one["steps"]) == (name, kind, seed, given.steps) for one in runs):
+            if any(
+                (one["library"], one["base"], one["seed"], one["steps"]) == (name, kind, seed, given.steps)
+                for one in runs
+            ):
                 continue
             runs.append(run(base, given.data, name, kind, seed, given.steps))
             if given.json is not None:

@@ -1,13 +1,15 @@
-"""QLoRA on SmolLM2-135M-Instruct on a CPU: nf4 with double quantization by bitsandbytes, beside PEFT and beside a base in bfloat16.
+"""QLoRA on SmolLM2-135M-Instruct on a CPU: nf4 with double quantization by bitsandbytes, beside PEFT and
+beside a base in bfloat16.
 
     python benches/qlora_smollm2.py --folder WORK [--steps 15] [--seeds 3] [--json FILE]
 
-Every run is a process of its own: it loads the same model, prepares it as its library does by default, adds the same LoRA and takes
-the same steps; over nf4 and over bfloat16 from several starts of the adapter, which is what noise is held to. Printed are the
-losses, the processor's seconds a step, the most that torch's allocator had handed out at once in a step, by its own record, and
-by how much the process grew at most over what it held when the model was loaded: while the adapter was added, in the steps, in
-saving. Then the adapter saved here is loaded in PEFT, and merged: quantized again, into the dequantized weights in 16 bits, and
-into the original ones.
+Every run is a process of its own: it loads the same model, prepares it as its library does by default, adds
+the same LoRA and takes the same steps; over nf4 and over bfloat16 from several starts of the adapter, which
+is what noise is held to. Printed are the losses, the processor's seconds a step, the most that torch's
+allocator had handed out at once in a step, by its own record, and by how much the process grew at most over
+what it held when the model was loaded: while the adapter was added, in the steps, in saving. Then the adapter
+saved here is loaded in PEFT, and merged: quantized again, into the dequantized weights in 16 bits, and into
+the original ones.
 """
 
 import argparse
@@ -38,9 +40,14 @@ RUNS = (("peftrs", "nf4"), ("peft", "nf4"), ("peftrs", "bf16"))
 
 
 def load(folder: Path, kind: str) -> Any:
-    """The model in bfloat16, its linear layers in nf4 if asked, or in bfloat16 with the values that nf4 left ("rounded")."""
+    """The model in bfloat16, its linear layers in nf4 if asked, or in bfloat16 with the values that nf4 left
+    ("rounded").
+    """
     nf4 = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )
     options = {} if kind == "bf16" else {"quantization_config": nf4, "device_map": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **options)
@@ -76,7 +83,9 @@ def text(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 def warm(library: Any, folder: Path) -> None:
     """Makes the library import what it imports on use, which is no memory of the model's."""
-    small = library.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), library.LoraConfig(target_modules=["0"]))
+    small = library.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(4, 4)), library.LoraConfig(target_modules=["0"])
+    )
     small(torch.ones(1, 4)).sum().backward()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -85,8 +94,12 @@ def warm(library: Any, folder: Path) -> None:
 
 
 def allocated(step: Callable[[], None]) -> float:
-    """The most that torch's allocator had handed out at once in a step, over what was there before it, in MB."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    """The most that torch's allocator had handed out at once in a step, over what was there before it, in
+    MB.
+    """
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
         step()
     held = peak = 0
     events = (event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
@@ -137,8 +150,18 @@ def child(folder: Path, name: str, kind: str, seed: int, steps: int) -> dict[str
 
 def spawn(folder: Path, name: str, kind: str, seed: int, steps: int) -> dict[str, Any]:
     """One run in a process of its own, whose freed memory goes back at once."""
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
-    command = [sys.executable, *sys.orig_argv[1 : sys.orig_argv.index(sys.argv[0])], __file__, "--folder", str(folder)]
+    environment = os.environ | {
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+        "MALLOC_ARENA_MAX": "1",
+    }
+    command = [
+        sys.executable,
+        *sys.orig_argv[1 : sys.orig_argv.index(sys.argv[0])],
+        __file__,
+        "--folder",
+        str(folder),
+    ]
     done = subprocess.run(
         [*command, "--child", name, kind, str(seed), "--steps", str(steps)],
         env=environment,
@@ -171,7 +194,9 @@ def afterwards(folder: Path) -> dict[str, Any]:
     ours = peftrs.PeftModel.from_pretrained(load(folder, "nf4"), adapter).train()
     found: dict[str, Any] = {"without the adapter": outcome(load(folder, "nf4").train())[0]}
     found["over nf4"], expected = outcome(ours)
-    found["over nf4, in PEFT"] = outcome(peft.PeftModel.from_pretrained(load(folder, "nf4"), adapter).train(), expected)[0]
+    found["over nf4, in PEFT"] = outcome(
+        peft.PeftModel.from_pretrained(load(folder, "nf4"), adapter).train(), expected
+    )[0]
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", peftrs.PeftrsWarning)
@@ -180,7 +205,9 @@ def afterwards(folder: Path) -> dict[str, Any]:
         ours.unmerge_adapter()
     except peftrs.MergeError as error:
         found["quantized again"] = {"refused": str(error)}
-    found["merged into the dequantized weights, bfloat16"] = outcome(ours.merge_and_unload(dtype=torch.bfloat16), expected)[0]
+    found["merged into the dequantized weights, bfloat16"] = outcome(
+        ours.merge_and_unload(dtype=torch.bfloat16), expected
+    )[0]
     over = peftrs.PeftModel.from_pretrained(load(folder, "bf16"), adapter)
     found["merged into the original weights, bfloat16"] = outcome(over.merge_and_unload(), expected)[0]
     return found
@@ -206,22 +233,32 @@ def main() -> None:
     if not base.exists():
         lesson.save_base(base)
     found = [spawn(base, name, kind, 0, given.steps) for name, kind in RUNS]
-    more = [spawn(base, "peftrs", kind, seed, given.steps) for seed in range(1, given.seeds) for kind in ("nf4", "bf16")]
+    more = [
+        spawn(base, "peftrs", kind, seed, given.steps)
+        for seed in range(1, given.seeds)
+        for kind in ("nf4", "bf16")
+    ]
     for one in found + more:
         grown = ", ".join(f"{phase} {megabytes:.1f}" for phase, megabytes in one["grown"].items())
         sys.stdout.write(
-            f"{one['library']:7}{one['base']:5} seed {one['seed']}: {one[SECONDS]:.2f} s of the processor a step; "
-            f"allocated in a step {one[ALLOCATED]:.3f} MB; grown by MB: {grown}\n"
+            f"{one['library']:7}{one['base']:5} seed {one['seed']}: {one[SECONDS]:.2f} s of the processor a"
+            f" step; allocated in a step {one[ALLOCATED]:.3f} MB; grown by MB: {grown}\n"
         )
         sys.stdout.write(f"  losses {' '.join(f'{loss:.3f}' for loss in one['losses'])}\n")
     ours, theirs, _ = found
-    ratios = {phase: ours["grown"][phase] / theirs["grown"][phase] for phase in ours["grown"] if theirs["grown"][phase] > 1}
+    ratios = {
+        phase: ours["grown"][phase] / theirs["grown"][phase]
+        for phase in ours["grown"]
+        if theirs["grown"][phase] > 1
+    }
     ratios["allocated"] = ours[ALLOCATED] / theirs[ALLOCATED]
     apart = max(abs(one - other) for one, other in zip(ours["losses"], theirs["losses"], strict=True))
     slower = ours[SECONDS] / theirs[SECONDS]
     sys.stdout.write(f"ours to PEFT: memory {ratios}, seconds {slower:.2f}, losses apart by {apart:.4f}\n")
     for kind in ("nf4", "bf16"):
-        last = [one["losses"][-1] for one in found + more if (one["library"], one["base"]) == ("peftrs", kind)]
+        last = [
+            one["losses"][-1] for one in found + more if (one["library"], one["base"]) == ("peftrs", kind)
+        ]
         sys.stdout.write(f"last losses over {kind}: {' '.join(f'{loss:.4f}' for loss in last)}\n")
     after = afterwards(base)
     for name, told in after.items():

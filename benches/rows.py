@@ -1,4 +1,6 @@
-"""The rows: journeys that users wait for, on the skeleton of a large model (all layers, tiny matrices) or on one real layer."""
+"""The rows: journeys that users wait for, on the skeleton of a large model (all layers, tiny matrices) or on
+one real layer.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ def skeleton(quick: bool) -> nn.Module:
     torch.manual_seed(0)
     return LlamaForCausalLM(
         LlamaConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2 if quick else 32, num_attention_heads=2, vocab_size=64
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=2 if quick else 32,
+            num_attention_heads=2,
+            vocab_size=64,
         )
     )
 
@@ -60,13 +66,17 @@ def disable(name: str, quick: bool) -> Callable[[], object]:
 
 def load(name: str, quick: bool) -> Callable[[], object]:
     library, folder, base = import_module(name), tempfile.mkdtemp(), skeleton(quick)
-    import_module("peft").get_peft_model(skeleton(quick), config(import_module("peft"))).save_pretrained(folder)
+    import_module("peft").get_peft_model(skeleton(quick), config(import_module("peft"))).save_pretrained(
+        folder
+    )
     return lambda: library.PeftModel.from_pretrained(base, folder).unload()
 
 
 def one_layer(library: Any, quick: bool) -> Any:
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(256 if quick else 4096, 256 if quick else 4096, bias=False, dtype=torch.bfloat16))
+    base = nn.Sequential(
+        nn.Linear(256 if quick else 4096, 256 if quick else 4096, bias=False, dtype=torch.bfloat16)
+    )
     torch.manual_seed(1)
     model = library.get_peft_model(base, library.LoraConfig(r=16, target_modules=["0"]))
     generator = torch.Generator().manual_seed(2)
@@ -87,7 +97,9 @@ def merge(name: str, quick: bool) -> Callable[[], object]:
 
 def forward(name: str, quick: bool) -> Callable[[], object]:
     library = import_module(name)
-    model = library.get_peft_model(nn.Sequential(nn.Linear(64, 64)), library.LoraConfig(r=8, target_modules=["0"]))
+    model = library.get_peft_model(
+        nn.Sequential(nn.Linear(64, 64)), library.LoraConfig(r=8, target_modules=["0"])
+    )
     x = torch.randn(4, 64)
 
     def work() -> None:

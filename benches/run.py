@@ -1,9 +1,11 @@
-"""Runs the benches: each row does the same work with peftrs and with others, checks that the results agree, then times all.
+"""Runs the benches: each row does the same work with peftrs and with others, checks that the results agree,
+then times all.
 
     python benches/run.py [--rows MODULE ...] [--quick] [--only NAME] [--output FILE]
 
-Runs are interleaved (ours, theirs, ours, ...), the median and the range are printed with the ratio of each side's median to the
-first side's; the JSON has every reading, with device, versions and date. A ratio above 1 means that the first side is faster.
+Runs are interleaved (ours, theirs, ours, ...), the median and the range are printed with the ratio of each
+side's median to the first side's; the JSON has every reading, with device, versions and date. A ratio above 1
+means that the first side is faster.
 """
 
 from __future__ import annotations
@@ -42,8 +44,8 @@ class Taken:
 class Row:
     """One comparison: `make` builds a side's work and returns a function to time, a check runs first.
 
-    What the function returns is the time in milliseconds where it is a float or `Taken`, for work in another process; else the time
-    is taken here.
+    What the function returns is the time in milliseconds where it is a float or `Taken`, for work in another
+    process; else the time is taken here.
     """
 
     name: str
@@ -55,7 +57,9 @@ class Row:
 
 
 def both_agree(run: Callable[[Any, bool], torch.Tensor], quick: bool, tolerance: float) -> None:
-    """Ends the program where the two libraries' results lie further apart than this, as ‖difference‖ / ‖theirs‖."""
+    """Ends the program where the two libraries' results lie further apart than this, as ‖difference‖ /
+    ‖theirs‖.
+    """
     ours, theirs = (run(import_module(name), quick) for name in ("peftrs", "peft"))
     distance = ((ours - theirs).norm() / theirs.norm()).item()
     if not distance <= tolerance:
@@ -81,7 +85,13 @@ def measure(row: Row, quick: bool, runs: int, warm: int = 1) -> dict[str, Any]:
     medians = {name: statistics.median(values) for name, values in readings.items()}
     ratios = {name: median / medians[row.sides[0]] for name, median in medians.items()}
     used_medians = {name: statistics.median(values) for name, values in processor.items() if values}
-    result = {"row": row.name, "unit": "ms", "ratios": ratios, "medians": medians, "processor_medians": used_medians}
+    result = {
+        "row": row.name,
+        "unit": "ms",
+        "ratios": ratios,
+        "medians": medians,
+        "processor_medians": used_medians,
+    }
     return {**result, "readings": readings, "load": os.getloadavg()[0]}
 
 
@@ -89,8 +99,8 @@ def shown(result: dict[str, Any]) -> str:
     """One line a side: median, range, ratio to the first, and the processor's time where it is known."""
     used = {name: f"  processor {value:.2f} ms" for name, value in result["processor_medians"].items()}
     lines = [
-        f"  {name:<28} {result['medians'][name]:12.2f} ms  [{min(values):.2f}-{max(values):.2f}]  x {result['ratios'][name]:.2f}"
-        + used.get(name, "")
+        f"  {name:<28} {result['medians'][name]:12.2f} ms  [{min(values):.2f}-{max(values):.2f}]  x"
+        f" {result['ratios'][name]:.2f}" + used.get(name, "")
         for name, values in result["readings"].items()
     ]
     return "\n".join([result["row"], *lines])
@@ -98,7 +108,10 @@ def shown(result: dict[str, Any]) -> str:
 
 def about(threads: int = 1) -> dict[str, Any]:
     """Where and with what a result was measured."""
-    model = next((line.split(": ")[1] for line in _lines("/proc/cpuinfo") if line.startswith("model name")), platform.machine())
+    model = next(
+        (line.split(": ")[1] for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        platform.machine(),
+    )
     names = ("torch", "transformers", "peft", "safetensors")
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
@@ -119,7 +132,9 @@ def write(path: Path | None, results: list[dict[str, Any]], threads: int = 1) ->
 
 def options(description: str | None) -> argparse.ArgumentParser:
     """The arguments that every bench takes."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="small sizes, to see that everything still runs")
     parser.add_argument("--only", default="", help="rows whose name contains this")
     parser.add_argument("--runs", type=int, help="[default: 7, or 2 if quick]")
@@ -132,14 +147,18 @@ def run(rows: Sequence[Row], arguments: argparse.Namespace, threads: int = 1) ->
     results = []
     for row in rows:
         if arguments.only in row.name:
-            results.append(measure(row, arguments.quick, min(row.most, arguments.runs or (2 if arguments.quick else 7))))
+            results.append(
+                measure(row, arguments.quick, min(row.most, arguments.runs or (2 if arguments.quick else 7)))
+            )
             print(shown(results[-1]), flush=True)
     write(arguments.output, results, threads)
 
 
 def main() -> None:
     parser = options(__doc__)
-    parser.add_argument("--rows", nargs="+", default=["rows"], help="the modules beside this one that have the rows")
+    parser.add_argument(
+        "--rows", nargs="+", default=["rows"], help="the modules beside this one that have the rows"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     run([row for module in arguments.rows for row in import_module(module).ROWS], arguments)

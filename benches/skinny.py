@@ -1,9 +1,10 @@
-"""The kernels of `lora_linear` one by one on a GPU: what each takes, and what share of the device's copy rate that is.
+"""The kernels of `lora_linear` one by one on a GPU: what each takes, and what share of the device's copy rate
+that is.
 
     python benches/skinny.py [--quick] [--only NAME] [--runs N] [--output FILE]
 
-The bytes are those of the large matrices that a pass must read and write; plain torch operations of the same products stand beside
-it. Caches are flushed between runs.
+The bytes are those of the large matrices that a pass must read and write; plain torch operations of the same
+products stand beside it. Caches are flushed between runs.
 """
 
 from __future__ import annotations
@@ -28,7 +29,14 @@ DTYPES = (torch.float32, torch.bfloat16)
 
 def given(rows: int, width: int, out: int, rank: int, wide: torch.dtype) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    shapes = {"x": (rows, width), "dy": (rows, out), "y": (rows, out), "u": (rows, rank), "down": (rank, width), "up": (out, rank)}
+    shapes = {
+        "x": (rows, width),
+        "dy": (rows, out),
+        "y": (rows, out),
+        "u": (rows, rank),
+        "down": (rank, width),
+        "up": (out, rank),
+    }
     return {
         name: torch.randn(shape, device="cuda").to(wide if name in ("u", "down", "up") else torch.bfloat16)
         for name, shape in shapes.items()
@@ -45,7 +53,11 @@ def calls(name: str, at: dict[str, Tensor]) -> tuple[Callable[[], Any], Callable
     if first == "low":
         return lambda: triton.low(x, down, dropout), lambda: reference.low(x, lower, dropout), x.nbytes
     if first == "up":
-        return lambda: triton._up(u, up.t(), None, y, 2.0, None), lambda: torch.mm(small, upper.t(), out=y), y.nbytes
+        return (
+            lambda: triton._up(u, up.t(), None, y, 2.0, None),
+            lambda: torch.mm(small, upper.t(), out=y),
+            y.nbytes,
+        )
     if first == "both":
         return lambda: triton._both(dy, up, u, 2.0), lambda: (dy @ upper, dy.t() @ small), dy.nbytes
 
@@ -87,7 +99,9 @@ def main() -> None:
     print(f"{torch.cuda.get_device_name()}: copies {rate / 1e6:.0f} GB/s")
     shapes = [(8192, 4096, 4096), (8192, 4096, 14336), (8192, 14336, 4096)]
     results = []
-    for shape, rank, wide, name in itertools.product(shapes[:1] if arguments.quick else shapes, (16, 64, 128), DTYPES, PASSES):
+    for shape, rank, wide, name in itertools.product(
+        shapes[:1] if arguments.quick else shapes, (16, 64, 128), DTYPES, PASSES
+    ):
         case = (*shape, rank, wide)
         title = f"{name}, {' x '.join(map(str, shape))}, r={rank}, factors {str(wide).removeprefix('torch.')}"
         if arguments.only not in title or (name == "both" and rank > triton.JOINED):

@@ -2,9 +2,10 @@
 
     python benches/train_layer.py [--quick] [--only NAME] [--runs N] [--threads N] [--output FILE]
 
-q, k and v read one `x`, gate and up another, as in a model; norms, attention's products and the activation are left out, so that
-the ratios are those of the linear layers alone. LoRA r=16 on all seven, forward and backward. The output and the gradient of the
-input are checked against float64 before anything is timed. On a CPU the layer is SmolLM2-135M's, on a GPU Llama-3-8B's.
+q, k and v read one `x`, gate and up another, as in a model; norms, attention's products and the activation
+are left out, so that the ratios are those of the linear layers alone. LoRA r=16 on all seven, forward and
+backward. The output and the gradient of the input are checked against float64 before anything is timed. On a
+CPU the layer is SmolLM2-135M's, on a GPU Llama-3-8B's.
 """
 
 from __future__ import annotations
@@ -68,7 +69,10 @@ def sized(quick: bool) -> tuple[dict[str, tuple[int, int]], int]:
 
 def factors(shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[Tensor, Tensor]]:
     torch.manual_seed(1)
-    return {name: (torch.randn(RANK, width) / width**0.5, torch.randn(out, RANK) / 50) for name, (width, out) in shapes.items()}
+    return {
+        name: (torch.randn(RANK, width) / width**0.5, torch.randn(out, RANK) / 50)
+        for name, (width, out) in shapes.items()
+    }
 
 
 def layer(name: str, dtype: torch.dtype, dropout: float, quick: bool) -> nn.Module:
@@ -81,7 +85,9 @@ def layer(name: str, dtype: torch.dtype, dropout: float, quick: bool) -> nn.Modu
     elif name != "frozen":
         library = import_module(name)
         settings = {"r": RANK, "lora_alpha": SCALING * RANK, "lora_dropout": dropout}
-        model = library.get_peft_model(model, library.LoraConfig(target_modules=list(shapes), **settings)).base_model.model
+        model = library.get_peft_model(
+            model, library.LoraConfig(target_modules=list(shapes), **settings)
+        ).base_model.model
         with torch.no_grad():
             for key, (down, up) in given.items():
                 getattr(model, key).lora_A["default"].weight.copy_(down)
@@ -136,7 +142,9 @@ def check(dtype: torch.dtype, dropout: float, quick: bool) -> None:
                 raise SystemExit(f"{name} differs from float64 by {error:.1e}: nothing is timed")
 
 
-CASES: list[tuple[Any, ...]] = [(dtype, dropout) for dtype in (torch.float32, torch.bfloat16) for dropout in (0.0, 0.05)]
+CASES: list[tuple[Any, ...]] = [
+    (dtype, dropout) for dtype in (torch.float32, torch.bfloat16) for dropout in (0.0, 0.05)
+]
 ROWS = [
     Row(
         f"seven layers, {dtype}, dropout {dropout}",

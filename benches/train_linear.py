@@ -1,12 +1,14 @@
-"""One linear layer in training, forward and backward: frozen, the floor of plain operations, PEFT, Unsloth's formulas, peftrs.
+"""One linear layer in training, forward and backward: frozen, the floor of plain operations, PEFT, Unsloth's
+formulas, peftrs.
 
     python benches/train_linear.py [--quick] [--only NAME] [--runs N] [--threads N] [--output FILE]
 
-"host" is a layer so small that only the calls count; ratios are of whole times. There, "module" is the floor's operations in an
-`nn.Module` as anybody would write it: what calling a module and finding its parameters cost beside them. Outputs and gradients are
-checked against float64 before anything is timed. On a GPU the caches are flushed between runs, and the copy rate and the frozen
-product's rate are printed, so that the limit stands beside the readings. The Unsloth side is its published formulas (base first,
-`addmm_` after, `x·Aᵀ` made again in the backward pass), written for this bench.
+"host" is a layer so small that only the calls count; ratios are of whole times. There, "module" is the
+floor's operations in an `nn.Module` as anybody would write it: what calling a module and finding its
+parameters cost beside them. Outputs and gradients are checked against float64 before anything is timed. On a
+GPU the caches are flushed between runs, and the copy rate and the frozen product's rate are printed, so that
+the limit stands beside the readings. The Unsloth side is its published formulas (base first, `addmm_` after,
+`x·Aᵀ` made again in the backward pass), written for this bench.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ class Plain(nn.Module):
 Setup = tuple[Callable[[], Tensor], Tensor, list[Tensor]]
 
 
-def setup(name: str, rows: int, width: int, out: int, dtype: torch.dtype, dropout: float, mode: str = BOTH) -> Setup:
+def setup(
+    name: str, rows: int, width: int, out: int, dtype: torch.dtype, dropout: float, mode: str = BOTH
+) -> Setup:
     """The forward pass of one side, the gradient that comes back, and the leaves."""
     torch.manual_seed(0)
     base = nn.Linear(width, out, bias=False).to(DEVICE, dtype).requires_grad_(False)
@@ -75,7 +79,9 @@ def setup(name: str, rows: int, width: int, out: int, dtype: torch.dtype, dropou
         return lambda: base(x), dy, [x]
     if name in ("peft", "peftrs"):
         library = import_module(name)
-        config = library.LoraConfig(target_modules=["0"], r=rank, lora_alpha=scaling * rank, lora_dropout=dropout)
+        config = library.LoraConfig(
+            target_modules=["0"], r=rank, lora_alpha=scaling * rank, lora_dropout=dropout
+        )
         layer = library.get_peft_model(nn.Sequential(base), config).base_model.model[0].train()
         leaves = [layer.lora_A["default"].weight, layer.lora_B["default"].weight]
         with torch.no_grad():
@@ -90,7 +96,9 @@ def setup(name: str, rows: int, width: int, out: int, dtype: torch.dtype, dropou
     weight = base.weight
     if name == "floor":
         return (
-            lambda: torch.addmm(functional.linear(x, weight), functional.linear(x, down), up.t(), alpha=scaling),
+            lambda: torch.addmm(
+                functional.linear(x, weight), functional.linear(x, down), up.t(), alpha=scaling
+            ),
             dy,
             [x, down, up],
         )
@@ -139,7 +147,9 @@ def check(case: tuple[Any, ...], quick: bool) -> None:
         torch.manual_seed(0)
         weight = nn.Linear(width, out, bias=False).to(dtype).weight.detach().double().to(DEVICE)
         exact = x @ weight.t() + 2.0 * (x @ down.t()) @ up.t()
-        for one, other in zip(found, [exact, *torch.autograd.grad(exact, [x, down, up], dy.double())], strict=True):
+        for one, other in zip(
+            found, [exact, *torch.autograd.grad(exact, [x, down, up], dy.double())], strict=True
+        ):
             error = ((one.double() - other).norm() / other.norm()).item()
             if not error <= (1e-5 if dtype is torch.float32 else 2e-2):
                 raise SystemExit(f"{name} differs from float64 by {error:.1e}: nothing is timed")
@@ -164,7 +174,9 @@ def limits() -> None:
         print(f"{name}: {amount * 10 / (time.perf_counter() - start) / 1e9:.0f} {unit}")
 
 
-HOST = [(1, 16, 16, torch.float32, dropout, mode) for mode in (FORWARD, BARE, BOTH) for dropout in (0.0, 0.05)]
+HOST = [
+    (1, 16, 16, torch.float32, dropout, mode) for mode in (FORWARD, BARE, BOTH) for dropout in (0.0, 0.05)
+]
 SHAPES = [(4096, 4096), (4096, 14336), (14336, 4096)] if GPU else [(576, 576), (576, 1536), (1536, 576)]
 TOKENS = 8192 if GPU else 512
 CASES = [
@@ -183,7 +195,10 @@ def row(name: str, case: tuple[Any, ...], repeats: int) -> Row:
 
 
 ROWS = [row(f"host, {case[-1]}, dropout {case[4]}", case, 300) for case in HOST]
-ROWS += [row(f"{case[0]} x {case[1]} -> {case[2]}, {case[3]}, dropout {case[4]}", case, 1 if GPU else 3) for case in CASES]
+ROWS += [
+    row(f"{case[0]} x {case[1]} -> {case[2]}, {case[3]}, dropout {case[4]}", case, 1 if GPU else 3)
+    for case in CASES
+]
 
 
 def main(rows: Sequence[Row], description: str | None) -> None:

@@ -1,9 +1,10 @@
-"""One quantized linear layer in training, LoRA r=16 over it, forward and backward: peftrs as one operation and composed, and PEFT.
+"""One quantized linear layer in training, LoRA r=16 over it, forward and backward: peftrs as one operation
+and composed, and PEFT.
 
     python benches/train_quantized.py [--quick] [--only NAME] [--runs N] [--threads N] [--output FILE]
 
-Outputs and gradients are held against the composed layer's before anything is timed. Also printed: the bytes that the forward pass
-keeps for the backward pass, of the bytes of the input in bfloat16.
+Outputs and gradients are held against the composed layer's before anything is timed. Also printed: the bytes
+that the forward pass keeps for the backward pass, of the bytes of the input in bfloat16.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def quantized(base: str, dense: nn.Linear, dtype: torch.dtype) -> nn.Module:
     return formats.hqq(4, dtype)(dense) if base == "hqq-4" else formats.FORMATS[base](dense)
 
 
-def setup(base: str, shape: Shape, dtype: torch.dtype, dropout: float, name: str) -> tuple[Step, Tensor, list[Tensor]]:
+def setup(
+    base: str, shape: Shape, dtype: torch.dtype, dropout: float, name: str
+) -> tuple[Step, Tensor, list[Tensor]]:
     """The forward pass of one side, the gradient that comes back, and the leaves."""
     rows, width, out = shape
     torch.manual_seed(0)
@@ -64,7 +67,9 @@ def small(shape: Shape, quick: bool) -> Shape:
     return (8, 64, 64) if quick else shape
 
 
-def work(base: str, shape: Shape, dtype: torch.dtype, dropout: float, name: str, quick: bool) -> Callable[[], object]:
+def work(
+    base: str, shape: Shape, dtype: torch.dtype, dropout: float, name: str, quick: bool
+) -> Callable[[], object]:
     forward, dy, leaves = setup(base, small(shape, quick), dtype, dropout, name)
     forward()  # takes what is kept from call to call
     with Ledger() as ledger:

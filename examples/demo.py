@@ -1,7 +1,7 @@
 """Fine-tunes a real model on real text by LoRA and in full, then saves, reloads and merges the adapter.
 
-MiniLM (6 layers, 22.7 million parameters) learns to tell praise from complaint in snippets of film reviews. Both
-trainings start from the same weights, see the same batches and take the same number of steps.
+MiniLM (6 layers, 22.7 million parameters) learns to tell praise from complaint in snippets of film reviews.
+Both trainings start from the same weights, see the same batches and take the same number of steps.
 """
 
 import argparse
@@ -51,8 +51,14 @@ def classes(logits: list[list[float]]) -> list[int]:
 def agree(name: str, logits: list[list[float]], trained: list[list[float]]) -> bool:
     """Prints and returns whether a reloaded model predicts what the trained one did."""
     same = sum(one == other for one, other in zip(classes(logits), classes(trained), strict=True))
-    farthest = max(abs(a - b) for one, other in zip(logits, trained, strict=True) for a, b in zip(one, other, strict=True))
-    console.print(f"{name}: {same} of {len(trained)} predictions the same, logits at most {farthest:.1e} apart")
+    farthest = max(
+        abs(a - b)
+        for one, other in zip(logits, trained, strict=True)
+        for a, b in zip(one, other, strict=True)
+    )
+    console.print(
+        f"{name}: {same} of {len(trained)} predictions the same, logits at most {farthest:.1e} apart"
+    )
     return same == len(trained)
 
 
@@ -71,10 +77,15 @@ def report(outcomes: dict[str, sentiment.Outcome], labels: list[int], sizes: dic
         table.add_row(name, *(show(outcome) for outcome in outcomes.values()))
 
     def accuracy(outcome: sentiment.Outcome) -> float:
-        return sum(one == label for one, label in zip(classes(outcome.logits), labels, strict=True)) / len(labels)
+        return sum(one == label for one, label in zip(classes(outcome.logits), labels, strict=True)) / len(
+            labels
+        )
 
     row("accuracy", lambda outcome: f"{accuracy(outcome):.2%}")
-    row("parameters trained", lambda outcome: f"{outcome.trained:,} ({outcome.trained / outcome.parameters:.2%})")
+    row(
+        "parameters trained",
+        lambda outcome: f"{outcome.trained:,} ({outcome.trained / outcome.parameters:.2%})",
+    )
     row("steps", lambda outcome: f"{outcome.steps}")
     row("training time", lambda outcome: f"{outcome.seconds:.0f} s")
     row("peak memory", lambda outcome: f"{outcome.peak / 1e6:,.0f} MB")
@@ -104,10 +115,18 @@ def draw(outcomes: dict[str, sentiment.Outcome], picture: Path) -> None:
 
 def main() -> int:
     """Runs every stage; fails if a reloaded or merged model does not predict what the trained one did."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="source distribution of vaderSentiment 3.3.2")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write models and the picture to")
-    parser.add_argument("--steps", type=int, default=200, help="steps of each training (248 see each snippet once)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, help="source distribution of vaderSentiment 3.3.2"
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write models and the picture to"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=200, help="steps of each training (248 see each snippet once)"
+    )
     options = parser.parse_args()
 
     began = time.perf_counter()
@@ -117,7 +136,9 @@ def main() -> int:
     training, test = reviews.load(options.data)
     labels = [review.label for review in test]
     majority = max(labels.count(0), labels.count(1)) / len(labels)
-    console.print(f"{len(training)} snippets to train on, {len(test)} to test; always the same answer: {majority:.2%}")
+    console.print(
+        f"{len(training)} snippets to train on, {len(test)} to test; always the same answer: {majority:.2%}"
+    )
 
     alone(sentiment.save_base, base)
     outcomes: dict[str, sentiment.Outcome] = {}
@@ -127,9 +148,13 @@ def main() -> int:
     console.print(report(outcomes, labels, {"LoRA": size(adapter), "full fine-tuning": size(full)}))
 
     trained = outcomes["LoRA"].logits
-    reloaded = agree("adapter on a fresh base", alone(sentiment.reload_adapter, base, adapter, options.data), trained)
+    reloaded = agree(
+        "adapter on a fresh base", alone(sentiment.reload_adapter, base, adapter, options.data), trained
+    )
     console.print(f"merged in {merge(base, adapter, merged):.1f} s, {size(merged) / 1e6:,.1f} MB")
-    unchanged = agree("merged, by transformers alone", alone(sentiment.load_merged, merged, options.data), trained)
+    unchanged = agree(
+        "merged, by transformers alone", alone(sentiment.load_merged, merged, options.data), trained
+    )
 
     picture = output / "losses.png"
     draw(outcomes, picture)

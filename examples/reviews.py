@@ -1,7 +1,8 @@
-"""Movie-review snippets with a human rating each, from the source distribution of vaderSentiment (MIT licence).
+"""Movie-review snippets with a human rating each, from the source distribution of vaderSentiment (MIT
+licence).
 
-Hutto and Gilbert (ICWSM 2014) had at least twenty people rate each of 10,605 snippets from -4 to 4. The sign of the
-mean is the label here: 1 for positive, 0 for negative; the few means of exactly zero are left out.
+Hutto and Gilbert (ICWSM 2014) had at least twenty people rate each of 10,605 snippets from -4 to 4. The sign
+of the mean is the label here: 1 for positive, 0 for negative; the few means of exactly zero are left out.
 """
 
 import hashlib
@@ -41,5 +42,9 @@ def load(distribution: Path) -> tuple[list[Review], list[Review]]:
     """The training and the test snippets in the source distribution at `distribution`."""
     lines = member(member(distribution.read_bytes(), INNER), SNIPPETS).decode("utf-8").splitlines()
     rated = (line.split("\t") for line in lines if line)
-    reviews = [Review(text.strip(), int(float(rating) > 0)) for _, rating, text in rated if float(rating) != 0]
-    return [each for each in reviews if not is_test(each.text)], [each for each in reviews if is_test(each.text)]
+    reviews = [
+        Review(text.strip(), int(float(rating) > 0)) for _, rating, text in rated if float(rating) != 0
+    ]
+    return [each for each in reviews if not is_test(each.text)], [
+        each for each in reviews if is_test(each.text)
+    ]

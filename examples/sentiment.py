@@ -1,4 +1,6 @@
-"""The stages of the demo: each is one function, run in a process of its own, so that its peak memory is its alone."""
+"""The stages of the demo: each is one function, run in a process of its own, so that its peak memory is its
+alone.
+"""
 
 import os
 import resource
@@ -19,8 +21,8 @@ BATCH = 32
 WARMUP_STEPS = 25
 LONGEST = 64  # tokens; a snippet has 25 on average
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "key", "value", "dense"]}
-# Chosen on a held-out fifth of the training part, never on the test part: of 2e-3 and 4e-3 for LoRA; 1e-4 for the rest
-# is the usual start for encoders of this size.
+# Chosen on a held-out fifth of the training part, never on the test part: of 2e-3 and 4e-3 for LoRA; 1e-4 for
+# the rest is the usual start for encoders of this size.
 LEARNING_RATE = {"lora": 2e-3, "full": 1e-4}
 
 
@@ -39,7 +41,9 @@ class Outcome:
 
 
 def quiet() -> None:
-    """Keeps transformers to itself but for errors: its remark that the new head is untrained is no news here."""
+    """Keeps transformers to itself but for errors: its remark that the new head is untrained is no news
+    here.
+    """
     import transformers
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -54,7 +58,9 @@ def peak_memory() -> int:
 
 
 def save_base(folder: Path) -> None:
-    """Saves MiniLM with a fresh classification head, the start of every training, as an ordinary model folder."""
+    """Saves MiniLM with a fresh classification head, the start of every training, as an ordinary model
+    folder.
+    """
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
     quiet()
@@ -96,7 +102,9 @@ def predict(
 
 
 def train(kind: str, base: Path, output: Path, distribution: Path, steps: int) -> Outcome:
-    """Trains the classifier in `base`, by LoRA or all of it, saves it or its adapter in `output`, and tests it."""
+    """Trains the classifier in `base`, by LoRA or all of it, saves it or its adapter in `output`, and tests
+    it.
+    """
     from transformers import DataCollatorWithPadding, ProgressCallback, Trainer, TrainingArguments, set_seed
 
     class LossInTheBar(ProgressCallback):  # type: ignore[misc]
@@ -130,8 +138,13 @@ def train(kind: str, base: Path, output: Path, distribution: Path, steps: int) -
         train_sampling_strategy="group_by_length",
         seed=0,
     )
-    examples = [{**tokenizer(review.text, truncation=True, max_length=LONGEST), "labels": review.label} for review in train_part]
-    trainer = Trainer(model, arguments, train_dataset=examples, data_collator=DataCollatorWithPadding(tokenizer))
+    examples = [
+        {**tokenizer(review.text, truncation=True, max_length=LONGEST), "labels": review.label}
+        for review in train_part
+    ]
+    trainer = Trainer(
+        model, arguments, train_dataset=examples, data_collator=DataCollatorWithPadding(tokenizer)
+    )
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(LossInTheBar)
     resting = peak_memory()
@@ -140,7 +153,9 @@ def train(kind: str, base: Path, output: Path, distribution: Path, steps: int) -
     seconds = time.perf_counter() - began
     peak = peak_memory()
     model.save_pretrained(output)
-    history = [(entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry]
+    history = [
+        (entry["step"], float(entry["loss"])) for entry in trainer.state.log_history if "loss" in entry
+    ]
     return Outcome(
         logits=predict(model, tokenizer, test_part, f"{kind}: test"),
         losses=history,

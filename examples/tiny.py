@@ -1,4 +1,6 @@
-"""Tiny random models with a tokenizer of a few words, so that the examples run in seconds without downloading anything."""
+"""Tiny random models with a tokenizer of a few words, so that the examples run in seconds without downloading
+anything.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, P
 
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
 WORDS = (
-    "a", "the", "cat", "dog", "bird", "sat", "ran", "flew", "slept", "on", "under", "over", "mat", "tree", "house", "user",
+    "a", "the", "cat", "dog", "bird", "sat", "ran", "flew", "slept", "on", "under", "over", "mat", "tree",
+    "house", "user",
     "assistant", ":", "is", "good", "bad",
 )  # fmt: skip
 SIZES: dict[str, Any] = {
@@ -29,16 +32,28 @@ CHAT = """{% for m in messages %}{{ m['role'] + ' : ' + m['content'] + '</s> ' }
 
 def sentences(count: int = 16) -> list[str]:
     """Sentences out of the vocabulary."""
-    return [f"the {WORDS[2 + n % 3]} {WORDS[5 + n % 4]} {WORDS[9 + n % 3]} the {WORDS[12 + n % 3]}" for n in range(count)]
+    return [
+        f"the {WORDS[2 + n % 3]} {WORDS[5 + n % 4]} {WORDS[9 + n % 3]} the {WORDS[12 + n % 3]}"
+        for n in range(count)
+    ]
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """Words of a small vocabulary, with a chat template."""
-    inner = Tokenizer(models.WordLevel({word: place for place, word in enumerate((*SPECIAL, *WORDS))}, unk_token="<unk>"))
+    inner = Tokenizer(
+        models.WordLevel({word: place for place, word in enumerate((*SPECIAL, *WORDS))}, unk_token="<unk>")
+    )
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    inner.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)])
+    inner.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", 1)]
+    )
     made = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>", model_max_length=64
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        model_max_length=64,
     )
     made.chat_template = CHAT
     return made
@@ -47,13 +62,17 @@ def tokenizer() -> PreTrainedTokenizerFast:
 def llama(kind: Any = LlamaForCausalLM, **settings: Any) -> Any:
     """A Llama, the same on every call."""
     torch.manual_seed(0)
-    return kind(LlamaConfig(**{**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 128, **settings}))
+    return kind(
+        LlamaConfig(**{**SIZES, "num_key_value_heads": 2, "max_position_embeddings": 128, **settings})
+    )
 
 
 def bert(kind: Any = BertModel, **settings: Any) -> Any:
     """A BERT without dropout, the same on every call."""
     torch.manual_seed(0)
-    return kind(BertConfig(**{**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **settings}))
+    return kind(
+        BertConfig(**{**SIZES, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, **settings})
+    )
 
 
 def saved(model: Any, folder: Path) -> str:
@@ -87,6 +106,18 @@ def stable_diffusion() -> Any:
         latent_channels=4,
         sample_size=16,
     )
-    text = CLIPTextModel(CLIPTextConfig(**{name: SIZES[name] for name in SIZES if name != "initializer_range"}, projection_dim=16))
-    parts = {"unet": unet, "vae": vae, "text_encoder": text, "tokenizer": tokenizer(), "scheduler": DDIMScheduler()}
-    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            **{name: SIZES[name] for name in SIZES if name != "initializer_range"}, projection_dim=16
+        )
+    )
+    parts = {
+        "unet": unet,
+        "vae": vae,
+        "text_encoder": text,
+        "tokenizer": tokenizer(),
+        "scheduler": DDIMScheduler(),
+    }
+    return StableDiffusionPipeline(
+        **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )

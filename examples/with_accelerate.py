@@ -32,9 +32,13 @@ with accelerator.main_process_first():
 
 tokenizer = AutoTokenizer.from_pretrained(base)
 tokens = tokenizer(tiny.sentences(64), return_tensors="pt", padding=True).input_ids
-model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear"))
+model = get_peft_model(
+    AutoModelForCausalLM.from_pretrained(base), LoraConfig(task_type="CAUSAL_LM", target_modules="all-linear")
+)
 optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
-model, optimizer, loader = accelerator.prepare(model, optimizer, DataLoader(list(tokens), batch_size=8, shuffle=True))
+model, optimizer, loader = accelerator.prepare(
+    model, optimizer, DataLoader(list(tokens), batch_size=8, shuffle=True)
+)
 
 model.train()
 for step, batch in enumerate(islice(cycle(loader), options.steps)):
@@ -47,10 +51,14 @@ for step, batch in enumerate(islice(cycle(loader), options.steps)):
 
 trained = accelerator.unwrap_model(model)
 state = accelerator.get_state_dict(model)
-trained.save_pretrained(options.output / "adapter", is_main_process=accelerator.is_main_process, state_dict=state)
+trained.save_pretrained(
+    options.output / "adapter", is_main_process=accelerator.is_main_process, state_dict=state
+)
 accelerator.wait_for_everyone()
 
-loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), options.output / "adapter").to(accelerator.device)
+loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), options.output / "adapter").to(
+    accelerator.device
+)
 with torch.no_grad():
     some = tokens[:4].to(accelerator.device)
     apart = (loaded(input_ids=some).logits - trained.eval()(input_ids=some).logits).abs().max().item()

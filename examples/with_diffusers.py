@@ -32,14 +32,18 @@ device = "cuda" if torch.cuda.is_available() else "cpu"
 
 def pipeline() -> StableDiffusionPipeline:
     """The base pipeline."""
-    made = StableDiffusionPipeline.from_pretrained(options.model) if options.model else tiny.stable_diffusion()
+    made = (
+        StableDiffusionPipeline.from_pretrained(options.model) if options.model else tiny.stable_diffusion()
+    )
     return made.to(device)
 
 
 pipe = pipeline()
 size = pipe.unet.config.sample_size * pipe.vae_scale_factor
 if options.images:
-    images = pipe.image_processor.preprocess([load_image(str(path)) for path in options.images.iterdir()], size, size)
+    images = pipe.image_processor.preprocess(
+        [load_image(str(path)) for path in options.images.iterdir()], size, size
+    )
 else:
     images = torch.randn(4, 3, size, size)
 with torch.no_grad():
@@ -53,7 +57,9 @@ noiser = DDPMScheduler.from_config(pipe.scheduler.config)
 for step in range(options.steps):
     noise = torch.randn_like(latents)
     times = torch.randint(0, noiser.config.num_train_timesteps, (len(latents),), device=device)
-    guess = pipe.unet(noiser.add_noise(latents, noise, times), times, prompt.expand(len(latents), -1, -1)).sample
+    guess = pipe.unet(
+        noiser.add_noise(latents, noise, times), times, prompt.expand(len(latents), -1, -1)
+    ).sample
     loss = (guess - noise).square().mean()
     loss.backward()
     optimizer.step()
@@ -71,7 +77,9 @@ def draw(pipe: StableDiffusionPipeline) -> torch.Tensor:
 
 
 loaded = pipeline()
-loaded.load_lora_weights(str(options.output), weight_name="pytorch_lora_weights.safetensors", adapter_name="learnt")
+loaded.load_lora_weights(
+    str(options.output), weight_name="pytorch_lora_weights.safetensors", adapter_name="learnt"
+)
 print(f"loaded again: pixels at most {(draw(loaded) - draw(pipe)).abs().max().item():.0e} apart")
 loaded.set_adapters("learnt", 0.7)
 before = draw(loaded)

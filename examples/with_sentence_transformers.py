@@ -1,4 +1,5 @@
-"""Trains an adapter of a sentence encoder with sentence-transformers, saves it, and loads it onto the base again.
+"""Trains an adapter of a sentence encoder with sentence-transformers, saves it, and loads it onto the base
+again.
 
 python examples/with_sentence_transformers.py                   # a tiny random encoder
 python examples/with_sentence_transformers.py --model NAME --steps 200
@@ -14,7 +15,11 @@ peftrs.compat.install()  # before sentence-transformers is imported: from here o
 
 from datasets import Dataset
 from peft import LoraConfig
-from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 
 import tiny
@@ -39,7 +44,9 @@ trainer = SentenceTransformerTrainer(
         logging_steps=5,
         report_to=[],
     ),
-    train_dataset=Dataset.from_dict({"anchor": texts, "positive": [text.replace("the", "a") for text in texts]}),
+    train_dataset=Dataset.from_dict(
+        {"anchor": texts, "positive": [text.replace("the", "a") for text in texts]}
+    ),
     loss=MultipleNegativesRankingLoss(model),
 )
 trainer.train()

@@ -14,7 +14,13 @@ peftrs.compat.install()  # before transformers is imported: from here on `peft` 
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForLanguageModeling, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    Trainer,
+    TrainingArguments,
+)
 
 import tiny
 
@@ -54,7 +60,16 @@ model.save_pretrained(options.output / "adapter")
 
 loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), options.output / "adapter")
 prompt = tokenizer("the cat", return_tensors="pt", return_token_type_ids=False).to(loaded.device)
-print(tokenizer.decode(loaded.generate(**prompt, max_new_tokens=6, do_sample=False)[0], skip_special_tokens=True))
+print(
+    tokenizer.decode(
+        loaded.generate(**prompt, max_new_tokens=6, do_sample=False)[0], skip_special_tokens=True
+    )
+)
 with torch.no_grad():
-    apart = (loaded.to(model.device)(**prompt.to(model.device)).logits - model.eval()(**prompt).logits).abs().max().item()
+    apart = (
+        (loaded.to(model.device)(**prompt.to(model.device)).logits - model.eval()(**prompt).logits)
+        .abs()
+        .max()
+        .item()
+    )
 print(f"loaded again: logits at most {apart:.0e} apart")

@@ -1,4 +1,5 @@
-"""Tunes a chat model with trl, first on conversations (SFT), then on preferences (DPO), and loads the adapter again.
+"""Tunes a chat model with trl, first on conversations (SFT), then on preferences (DPO), and loads the adapter
+again.
 
 python examples/with_trl.py                                     # a tiny random model
 python examples/with_trl.py --model NAME --steps 200
@@ -26,11 +27,19 @@ parser.add_argument("--steps", type=int, default=20)
 parser.add_argument("--output", type=Path, default=Path("output/trl"))
 options = parser.parse_args()
 base = options.model or tiny.saved(tiny.llama(), options.output / "base")
-shared = {"max_steps": options.steps, "per_device_train_batch_size": 4, "learning_rate": 5e-3, "logging_steps": 5, "report_to": []}
+shared = {
+    "max_steps": options.steps,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 5e-3,
+    "logging_steps": 5,
+    "report_to": [],
+}
 shared["bf16"] = torch.cuda.is_available()
 texts = tiny.sentences(32)
 
-talk = [[{"role": "user", "content": text}, {"role": "assistant", "content": "the cat is good"}] for text in texts]
+talk = [
+    [{"role": "user", "content": text}, {"role": "assistant", "content": "the cat is good"}] for text in texts
+]
 tuning = SFTTrainer(
     model=base,
     args=SFTConfig(str(options.output / "sft"), max_length=64, **shared),

@@ -15,10 +15,14 @@ from hypothesis import HealthCheck, settings
 
 torch.set_num_threads(1)
 
-# A model's first call may take seconds on a busy machine, which says nothing about the law under test. One version of a
-# test draws the same examples on every run, so that a red check can be run again.
+# A model's first call may take seconds on a busy machine, which says nothing about the law under test. One
+# version of a test draws the same examples on every run, so that a red check can be run again.
 settings.register_profile(
-    "repeatable", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow], max_examples=50
+    "repeatable",
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+    max_examples=50,
 )
 settings.load_profile("repeatable")
 

@@ -1,7 +1,9 @@
-"""Trains, saves, loads and merges as a user does who has what peftrs declares and nothing else; `test_declared.py` runs this.
+"""Trains, saves, loads and merges as a user does who has what peftrs declares and nothing else;
+`test_declared.py` runs this.
 
-It is given a folder with the base's state as `base.pt`. Beside that it leaves an adapter of each method in a folder of the method's
-name, the merged model's state in a file of that name, and the names of the distributions that are installed.
+It is given a folder with the base's state as `base.pt`. Beside that it leaves an adapter of each method in a
+folder of the method's name, the merged model's state in a file of that name, and the names of the
+distributions that are installed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""What peftrs declares that it needs is all that it needs: no numpy, which torch does not require, and no transformers."""
+"""What peftrs declares that it needs is all that it needs: no numpy, which torch does not require, and no
+transformers.
+"""
 
 import venv
 from importlib.metadata import distribution
@@ -15,7 +17,10 @@ from tests.declared_alone import METHODS, Base
 from tests.ecosystem.environment import run
 
 PROGRAM = Path(__file__).with_name("declared_alone.py")
-SCRIPT = "from importlib.metadata import distribution; exit(distribution('peftrs').entry_points['peftrs-merge'].load()())"
+SCRIPT = (
+    "from importlib.metadata import distribution;"
+    " exit(distribution('peftrs').entry_points['peftrs-merge'].load()())"
+)
 
 
 def required() -> set[str]:
@@ -31,7 +36,9 @@ def required() -> set[str]:
         extras |= one.extras
         contexts = [{"extra": extra} for extra in ("", *extras)]
         needed = map(Requirement, distribution(one.name).requires or ())
-        waiting += [other for other in needed if other.marker is None or any(map(other.marker.evaluate, contexts))]
+        waiting += [
+            other for other in needed if other.marker is None or any(map(other.marker.evaluate, contexts))
+        ]
     return set(found)
 
 
@@ -68,8 +75,12 @@ def folder(interpreter: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_declared_dependencies_are_enough_to_train_save_load_and_merge(method: str, interpreter: Path, folder: Path) -> None:
-    done = run(interpreter, "-P", "-c", SCRIPT, "base", method, "-o", f"{method}-merged", "--quiet", folder=folder)
+def test_declared_dependencies_are_enough_to_train_save_load_and_merge(
+    method: str, interpreter: Path, folder: Path
+) -> None:
+    done = run(
+        interpreter, "-P", "-c", SCRIPT, "base", method, "-o", f"{method}-merged", "--quiet", folder=folder
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     base, merged = (torch.load(folder / f"{name}.pt") for name in ("base", method))
     written = load_file(folder / f"{method}-merged" / "model.safetensors")

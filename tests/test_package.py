@@ -18,7 +18,11 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 def fresh(program: str) -> str:
     """What `program` prints in a new interpreter in which warnings are errors."""
     done = subprocess.run(
-        [sys.executable, "-P", "-W", "error", "-c", program], capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-P", "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -27,17 +31,23 @@ def fresh(program: str) -> str:
 @pytest.mark.parametrize("module", [peftrs, _native], ids=["package", "extension"])
 def test_what_is_tested_is_the_installed_wheel(module: object) -> None:
     file = Path(str(module.__file__)).resolve()  # type: ignore[attr-defined]
-    assert not file.is_relative_to(CHECKOUT / "python"), f"{file} is a source of the checkout; use `make test`"
+    assert not file.is_relative_to(CHECKOUT / "python"), (
+        f"{file} is a source of the checkout; use `make test`"
+    )
 
 
 def test_the_version_is_the_same_everywhere() -> None:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]["version"]
     workspace = tomllib.loads((CHECKOUT / "Cargo.toml").read_text())["workspace"]["package"]["version"]
-    assert {project, workspace, _native.__version__, metadata.version("peftrs"), peftrs.__version__} == {project}
+    assert {project, workspace, _native.__version__, metadata.version("peftrs"), peftrs.__version__} == {
+        project
+    }
 
 
 def test_importing_the_package_loads_neither_torch_nor_transformers() -> None:
-    loaded = fresh("import sys, peftrs; print(*sorted({name.partition('.')[0] for name in sys.modules}))").split()
+    loaded = fresh(
+        "import sys, peftrs; print(*sorted({name.partition('.')[0] for name in sys.modules}))"
+    ).split()
     assert "peftrs" in loaded
     assert {"torch", "transformers", "numpy", "peft"}.isdisjoint(loaded)
 

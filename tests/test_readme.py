@@ -18,7 +18,12 @@ from tests.model.tiny import llama
 CHECKOUT = Path(__file__).resolve().parents[1]
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.DOTALL)
 PROGRAMS = [body for language, body in BLOCKS if language == "python"]
-PRINTED = [line for language, body in BLOCKS if language == "console" for line in re.findall(r"^\$ (.*)$", body, re.MULTILINE)]
+PRINTED = [
+    line
+    for language, body in BLOCKS
+    if language == "console"
+    for line in re.findall(r"^\$ (.*)$", body, re.MULTILINE)
+]
 COMMANDS = [re.split(r"\s+#", line)[0] for line in PRINTED]
 
 TRAIN = """
@@ -39,7 +44,9 @@ batch_of_three = {"input_ids": 7 * _ones(3, 5).long(), "attention_mask": _ones(3
 
 def adapter(folder: Path, seed: int) -> nn.Module:
     torch.manual_seed(seed)
-    config = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
+    config = LoraConfig(
+        r=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False
+    )
     model = get_peft_model(llama(), config)
     model.save_pretrained(folder)
     return model
@@ -53,7 +60,12 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for seed, name in enumerate(("other", "other-adapter", "style", "facts", "adapter")):
         model = adapter(folder / name, seed)
     model.merge_and_unload().save_pretrained(folder / "merged")
-    subprocess.run([script("peftrs-merge"), "base", "adapter@0.5", "-o", "half", "--quiet"], cwd=folder, check=True, timeout=60)
+    subprocess.run(
+        [script("peftrs-merge"), "base", "adapter@0.5", "-o", "half", "--quiet"],
+        cwd=folder,
+        check=True,
+        timeout=60,
+    )
     (folder / "train.py").write_text(TRAIN)
     return folder
 
@@ -65,7 +77,13 @@ def script(name: str) -> str:
 def run(arguments: list[str], folder: Path) -> None:
     path = f"{sysconfig.get_path('scripts')}{os.pathsep}{os.environ['PATH']}"
     done = subprocess.run(
-        arguments, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True, check=False, timeout=300
+        arguments,
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
 
@@ -101,10 +119,13 @@ def test_every_command_of_make_is_there() -> None:
 
 def test_the_picture_is_that_of_the_readings(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    subprocess.run([sys.executable, "benches/picture.py", str(tmp_path / "speed.svg")], cwd=CHECKOUT, check=True)
+    subprocess.run(
+        [sys.executable, "benches/picture.py", str(tmp_path / "speed.svg")], cwd=CHECKOUT, check=True
+    )
     # Letters are outlines, with what they say in comments.
     drawn, kept = (
-        re.findall("<!-- (.*) -->", (folder / "speed.svg").read_text()) for folder in (tmp_path, CHECKOUT / "benches/results")
+        re.findall("<!-- (.*) -->", (folder / "speed.svg").read_text())
+        for folder in (tmp_path, CHECKOUT / "benches/results")
     )
     assert drawn == kept
     assert len(drawn) > 20

@@ -1,6 +1,7 @@
 """Parameter-efficient fine-tuning for PyTorch with a Rust core.
 
-Importing the package loads neither torch nor transformers: a public name's module is imported when the name is first used.
+Importing the package loads neither torch nor transformers: a public name's module is imported when the name
+is first used.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from peftrs.registry import COMING
 _MODULES = {
     "config": ("PeftConfig", "PeftType", "PromptLearningConfig", "TaskType"),
     "errors": (
-        "AdapterError", "CheckpointError", "ConfigError", "MergeError", "NoMatchingPeftModuleError", "PeftError", "PeftWarning",
+        "AdapterError", "CheckpointError", "ConfigError", "MergeError", "NoMatchingPeftModuleError",
+        "PeftError", "PeftWarning",
         "PeftrsError", "PeftrsWarning", "StorageError", "TargetError", "is_strict", "set_strict",
     ),
     "io.checkpoint": ("load_peft_weights",),
@@ -25,7 +27,8 @@ _MODULES = {
     "methods.oft": ("OFTConfig",),
     "methods.adaption_prompt": ("AdaptionPromptConfig",),
     "methods.cartridge": (
-        "CartridgeConfig", "CartridgeEncoder", "initialize_kv_prefix_from_past_key_values", "initialize_kv_prefix_from_text",
+        "CartridgeConfig", "CartridgeEncoder", "initialize_kv_prefix_from_past_key_values",
+        "initialize_kv_prefix_from_text",
         "prompt_embeddings_from_past_key_values",
     ),
     "methods.cpt": ("CPTConfig", "CPTEmbedding"),
@@ -38,32 +41,40 @@ _MODULES = {
     "methods.trainable_tokens": ("TrainableTokensConfig",),
     "model.as_lora": ("convert_to_lora", "save_as_lora"),
     "model.auto": (
-        "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction", "AutoPeftModelForQuestionAnswering",
-        "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification", "AutoPeftModelForTokenClassification",
+        "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
+        "AutoPeftModelForQuestionAnswering",
+        "AutoPeftModelForSeq2SeqLM", "AutoPeftModelForSequenceClassification",
+        "AutoPeftModelForTokenClassification",
     ),
-    "model.base_state": ("cast_mixed_precision_params", "get_base_model_state_dict", "set_base_model_state_dict"),
+    "model.base_state": ("cast_mixed_precision_params", "get_base_model_state_dict",
+    "set_base_model_state_dict"),
     "model.compose": ("compose_cartridge_adapters",),
     "model.extract": ("extract_lora",),
     "model.kappa": ("find_kappa_target_modules",),
     "model.kbit": ("prepare_model_for_kbit_training",),
     "model.loftq": ("replace_lora_weights_loftq",),
     "model.mapping": (
-        "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING", "get_peft_config",
+        "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING",
+        "get_peft_config",
         "get_peft_model", "inject_adapter_in_model",
     ),
     "model.peft_model": ("PeftModel",),
     "model.preview": ("TargetPlan", "plan"),
     "model.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
     "model.tasks": (
-        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModelForCausalLM", "PeftModelForFeatureExtraction",
+        "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModelForCausalLM",
+        "PeftModelForFeatureExtraction",
         "PeftModelForQuestionAnswering", "PeftModelForSeq2SeqLM", "PeftModelForSequenceClassification",
         "PeftModelForTokenClassification",
     ),
     "model.tuners": ("AdaptionPromptModel", "IA3Model", "LoraModel", "OFTModel", "TrainableTokensModel"),
     "model.utilities": (
-        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "bloom_model_postprocess_past_key_value", "shift_tokens_right",
+        "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "bloom_model_postprocess_past_key_value",
+        "shift_tokens_right",
     ),
-    "model.coming": tuple(name for names in COMING.values() for name in names if name != "MontecloraTrainerMixin"),
+    "model.coming": tuple(
+        name for names in COMING.values() for name in names if name != "MontecloraTrainerMixin"
+    ),
 }  # fmt: skip
 """Every public name, by the module that has it."""
 

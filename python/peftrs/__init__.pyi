@@ -25,9 +25,13 @@ from peftrs.io.state import set_peft_model_state_dict as set_peft_model_state_di
 from peftrs.methods.adaption_prompt import AdaptionPromptConfig as AdaptionPromptConfig
 from peftrs.methods.cartridge import CartridgeConfig as CartridgeConfig
 from peftrs.methods.cartridge import CartridgeEncoder as CartridgeEncoder
-from peftrs.methods.cartridge import initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values
+from peftrs.methods.cartridge import (
+    initialize_kv_prefix_from_past_key_values as initialize_kv_prefix_from_past_key_values,
+)
 from peftrs.methods.cartridge import initialize_kv_prefix_from_text as initialize_kv_prefix_from_text
-from peftrs.methods.cartridge import prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values
+from peftrs.methods.cartridge import (
+    prompt_embeddings_from_past_key_values as prompt_embeddings_from_past_key_values,
+)
 from peftrs.methods.cpt import CPTConfig as CPTConfig
 from peftrs.methods.cpt import CPTEmbedding as CPTEmbedding
 from peftrs.methods.ia3 import IA3Config as IA3Config
@@ -171,7 +175,9 @@ from peftrs.model.tuners import TrainableTokensModel as TrainableTokensModel
 from peftrs.model.utilities import (
     TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
 )
-from peftrs.model.utilities import bloom_model_postprocess_past_key_value as bloom_model_postprocess_past_key_value
+from peftrs.model.utilities import (
+    bloom_model_postprocess_past_key_value as bloom_model_postprocess_past_key_value,
+)
 from peftrs.model.utilities import shift_tokens_right as shift_tokens_right
 
 __all__: list[str]

@@ -55,4 +55,6 @@ def _memory(request: str) -> str:
 
         return json.dumps(plan(**json.loads(request)))
     except ImportError as error:
-        raise PeftrsError(f"{error}: telling what training takes needs torch and the model's class; {LACKING}") from None
+        raise PeftrsError(
+            f"{error}: telling what training takes needs torch and the model's class; {LACKING}"
+        ) from None

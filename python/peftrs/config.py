@@ -1,4 +1,6 @@
-"""Adapter configs: plain dataclasses whose types the Rust core checks, read from and written to `adapter_config.json`."""
+"""Adapter configs: plain dataclasses whose types the Rust core checks, read from and written to
+`adapter_config.json`.
+"""
 
 from __future__ import annotations
 
@@ -88,7 +90,9 @@ class PeftConfig(Pushable):
     """What every adapter config holds. Raises `ConfigError` on construction, listing every fault at once."""
 
     sources: ClassVar[tuple[str, ...]] = ()
-    """Fields that name files and the like which are read when an adapter is made, and never when one is loaded."""
+    """Fields that name files and the like which are read when an adapter is made, and never when one is
+    loaded.
+    """
 
     task_type: str | TaskType | None = None
     peft_type: str | PeftType | None = None
@@ -112,7 +116,9 @@ class PeftConfig(Pushable):
         try:
             text = json.dumps(self.to_dict())
         except TypeError as error:
-            raise ConfigError(f"{type(self).__name__}: {error}; configs hold plain numbers, strings, lists and dicts") from None
+            raise ConfigError(
+                f"{type(self).__name__}: {error}; configs hold plain numbers, strings, lists and dicts"
+            ) from None
         for warning in _native.check_config(text, type(self).__name__):
             if not warning.startswith(tuple(f"`{name}`" for name in self.sources)):
                 warnings.warn(warning, PeftrsWarning, stacklevel=4)
@@ -129,26 +135,36 @@ class PeftConfig(Pushable):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON values, sets in sorted order, without those that live only at run time."""
-        return {item.name: _json_value(getattr(self, item.name)) for item in fields(self) if not item.metadata.get("runtime")}
+        return {
+            item.name: _json_value(getattr(self, item.name))
+            for item in fields(self)
+            if not item.metadata.get("runtime")
+        }
 
     def to_json(self) -> str:
         """The text of `adapter_config.json`: the same bytes for the same config."""
         return json.dumps(self.to_dict(), indent=2, sort_keys=True)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
-        """Writes `adapter_config.json` into the folder, atomically; `auto_mapping_dict` fills that field first."""
+        """Writes `adapter_config.json` into the folder, atomically; `auto_mapping_dict` fills that field
+        first.
+        """
         if kwargs.get("auto_mapping_dict") is not None:
             self.auto_mapping = kwargs["auto_mapping_dict"]
         _native.write_config(os.fspath(save_directory), self.to_json())
 
     @classmethod
     def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], subfolder: str | None = None, **kwargs: Any
+        cls,
+        pretrained_model_name_or_path: str | os.PathLike[str],
+        subfolder: str | None = None,
+        **kwargs: Any,
     ) -> Self:
         """The config in a local folder or repository, as the class that its `peft_type` names.
 
-        Keyword arguments that are fields replace what the file says; others, which libraries hand to all that they load, mean
-        nothing here. Raises `CheckpointError` for an unreadable file, `ConfigError` for one whose fields are wrong.
+        Keyword arguments that are fields replace what the file says; others, which libraries hand to all that
+        they load, mean nothing here. Raises `CheckpointError` for an unreadable file, `ConfigError` for one
+        whose fields are wrong.
         """
         hub, options = split_options(kwargs)
         folder = local_folder(pretrained_model_name_or_path, [CONFIG_NAME], subfolder, **hub)
@@ -164,11 +180,15 @@ class PeftConfig(Pushable):
         return config
 
     def check_file(self, values: dict[str, Any], origin: str) -> None:
-        """Raises `ConfigError` if a file with these values stands for tensors whose meaning nobody can tell; most kinds: never."""
+        """Raises `ConfigError` if a file with these values stands for tensors whose meaning nobody can tell;
+        most kinds: never.
+        """
 
     @classmethod
     def from_json_file(cls, path_json_file: str | os.PathLike[str], **kwargs: Any) -> dict[str, Any]:
-        """The values in a config file, unchecked by class, but for `runtime_config`, which is for whoever runs it to set."""
+        """The values in a config file, unchecked by class, but for `runtime_config`, which is for whoever
+        runs it to set.
+        """
         with open(path_json_file, encoding="utf-8") as file:
             values: dict[str, Any] = json.load(file)
         values.pop("runtime_config", None)
@@ -205,7 +225,10 @@ class PeftConfig(Pushable):
 
 @dataclass
 class TargetedConfig(PeftConfig):
-    """A config that names the layers to change. The patterns' meaning is Python's `re`; see the README on targeting."""
+    """A config that names the layers to change.
+
+    The patterns' meaning is Python's `re`; see the README on targeting.
+    """
 
     pattern_fields: ClassVar[tuple[str, ...]] = ()
     """Fields that map patterns to values for the layers that match."""
@@ -223,17 +246,23 @@ class TargetedConfig(PeftConfig):
 
 
 NO_TARGETS = "dummy-target-modules"
-"""What `target_modules` says when no layers are changed: only whole modules or token rows are trained, or a prompt."""
+"""What `target_modules` says when no layers are changed: only whole modules or token rows are trained, or a
+prompt.
+"""
 
 
 @dataclass
 class PromptLearningConfig(TargetedConfig):
-    """A config of a prompt: virtual tokens before the text, or keys and values before those of each attention.
+    """A config of a prompt: virtual tokens before the text, or keys and values before those of each
+    attention.
 
-    Sizes that are None are filled in from the model's own config. Layers are never targets here, so files do not name any.
+    Sizes that are None are filled in from the model's own config. Layers are never targets here, so files do
+    not name any.
     """
 
-    target_modules: str | list[str] | set[str] | None = field(default=NO_TARGETS, init=False, metadata=RUNTIME)
+    target_modules: str | list[str] | set[str] | None = field(
+        default=NO_TARGETS, init=False, metadata=RUNTIME
+    )
     exclude_modules: str | list[str] | set[str] | None = field(default=None, init=False, metadata=RUNTIME)
     num_virtual_tokens: int | None = None
     token_dim: int | None = None
@@ -258,9 +287,14 @@ class LayeredConfig(TargetedConfig):
         faults = []
         if isinstance(self.target_modules, str):
             if self.layers_to_transform is not None:
-                faults.append("`layers_to_transform` has no effect when `target_modules` is a string: put it in the pattern")
+                faults.append(
+                    "`layers_to_transform` has no effect when `target_modules` is a string: put it in the"
+                    " pattern"
+                )
             if self.layers_pattern is not None:
-                faults.append("`layers_pattern` has no effect when `target_modules` is a string: put it in the pattern")
+                faults.append(
+                    "`layers_pattern` has no effect when `target_modules` is a string: put it in the pattern"
+                )
         if self.layers_pattern and not self.layers_to_transform and self.layers_to_transform != 0:
             faults.append("`layers_pattern` says where layer numbers stand and needs `layers_to_transform`")
         if faults:

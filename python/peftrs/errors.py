@@ -1,4 +1,6 @@
-"""The exceptions that peftrs raises: one tree under `PeftrsError`, each also a builtin class where that says it already."""
+"""The exceptions that peftrs raises: one tree under `PeftrsError`, each also a builtin class where that says
+it already.
+"""
 
 import warnings
 from typing import Literal
@@ -35,7 +37,10 @@ class AdapterError(PeftrsError, ValueError):
 
 
 class NoMatchingPeftModuleError(TargetError):
-    """Nothing in the model is what an adapter's config names. Whoever adds such an adapter on purpose catches this."""
+    """Nothing in the model is what an adapter's config names.
+
+    Whoever adds such an adapter on purpose catches this.
+    """
 
 
 class UnfitError(ConfigError, TypeError):
@@ -57,13 +62,17 @@ PeftWarning = PeftrsWarning
 
 
 def set_strict(strict: bool) -> None:
-    """Sets whether doubtful input (unmatched targets, missing or unexpected tensors) is an error, the default, or a warning."""
+    """Sets whether doubtful input (unmatched targets, missing or unexpected tensors) is an error, the
+    default, or a warning.
+    """
     global _strict
     _strict = strict
 
 
 Strict = bool | Literal["warn"] | None
-"""Whether doubtful input is an error: True, not but warned of: False or "warn", or as the process has it: None."""
+"""Whether doubtful input is an error: True, not but warned of: False or "warn", or as the process has it:
+None.
+"""
 
 
 def is_strict(strict: Strict = None) -> bool:

@@ -1,4 +1,6 @@
-"""From what a user names to a local folder: a path as it is, a Hugging Face repository through its library."""
+"""From what a user names to a local folder: a path as it is, a Hugging Face repository through its
+library.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from typing import Any
 from peftrs.errors import CheckpointError
 
 HUB_OPTIONS = frozenset(
-    {"cache_dir", "force_download", "local_files_only", "proxies", "repo_type", "revision", "token", "use_auth_token"}
+    {
+        "cache_dir",
+        "force_download",
+        "local_files_only",
+        "proxies",
+        "repo_type",
+        "revision",
+        "token",
+        "use_auth_token",
+    }
 )
 """Keyword arguments that choose what is downloaded; all others belong to configs and loaders."""
 
@@ -21,10 +32,13 @@ def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, An
     return hub, {key: value for key, value in options.items() if key not in HUB_OPTIONS}
 
 
-def local_folder(name: str | os.PathLike[str], files: Iterable[str], subfolder: str | None = None, **options: Any) -> str:
+def local_folder(
+    name: str | os.PathLike[str], files: Iterable[str], subfolder: str | None = None, **options: Any
+) -> str:
     """The folder that holds `files`: a local one as it is, else the repository's, downloaded.
 
-    A local folder is never completed from the hub. Raises `CheckpointError` when the hub has no such repository or file.
+    A local folder is never completed from the hub. Raises `CheckpointError` when the hub has no such
+    repository or file.
     """
     path = os.fspath(name)
     if os.path.isdir(path) or os.path.isabs(path) or path.startswith("."):
@@ -32,18 +46,24 @@ def local_folder(name: str | os.PathLike[str], files: Iterable[str], subfolder: 
     try:
         from huggingface_hub import hf_hub_download
     except ImportError:
-        raise CheckpointError(f"{path}: no such folder; a repository of this name needs `pip install huggingface_hub`") from None
+        raise CheckpointError(
+            f"{path}: no such folder; a repository of this name needs `pip install huggingface_hub`"
+        ) from None
     if "use_auth_token" in options:
         options["token"] = options.pop("use_auth_token")
     try:
         found = [hf_hub_download(path, file, subfolder=subfolder, **options) for file in files]
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: neither a local folder nor a repository that can be read ({error})") from error
+        raise CheckpointError(
+            f"{path}: neither a local folder nor a repository that can be read ({error})"
+        ) from error
     return os.path.dirname(str(found[0]))
 
 
 def cached_file(name: str | os.PathLike[str], file: str) -> str | None:
-    """The path of a file in a local folder or in the hub's cache, without asking the network; None if it is in neither."""
+    """The path of a file in a local folder or in the hub's cache, without asking the network; None if it is
+    in neither.
+    """
     path = os.path.join(os.fspath(name), file)
     if os.path.exists(path):
         return path
@@ -73,7 +93,8 @@ class Pushable:
     ) -> Any:
         """Saves into a repository, which is made if there is none; returns what the hub says of the commit.
 
-        `options` are `save_pretrained`'s. Raises `CheckpointError` without huggingface_hub, and that library's own errors.
+        `options` are `save_pretrained`'s. Raises `CheckpointError` without huggingface_hub, and that
+        library's own errors.
         """
         try:
             from huggingface_hub import HfApi

@@ -1,4 +1,7 @@
-"""Which file holds which method. A method's module is imported when it is first asked for, and registers itself."""
+"""Which file holds which method.
+
+A method's module is imported when it is first asked for, and registers itself.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +74,9 @@ COMING = {
     "MonteCLoRA": ("MontecloraConfig", "MontecloraTrainerMixin"),
     "VeLoRA": ("VeloraConfig",),
 }
-"""What PEFT has and this version lacks, by `peft_type` or a name for people: the names that stand for it meanwhile."""
+"""What PEFT has and this version lacks, by `peft_type` or a name for people: the names that stand for it
+meanwhile.
+"""
 
 _methods: dict[str, Method] = {}
 
@@ -89,7 +94,9 @@ def method(peft_type: str) -> Method:
     key = str(getattr(peft_type, "value", peft_type)).upper()
     modules = MODULES | VARIANTS
     if key not in modules:
-        raise ConfigError(f"peft_type {peft_type!r} is not a method of this version of peftrs; it has {', '.join(MODULES)}")
+        raise ConfigError(
+            f"peft_type {peft_type!r} is not a method of this version of peftrs; it has {', '.join(MODULES)}"
+        )
     if key not in _methods:
         import_module(f"peftrs.methods.{modules[key]}")
     return _methods[key]

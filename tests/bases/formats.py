@@ -16,7 +16,9 @@ def eight_bit(dense: nn.Linear) -> nn.Module:
     """bitsandbytes' LLM.int8()."""
     import bitsandbytes
 
-    layer = bitsandbytes.nn.Linear8bitLt(dense.in_features, dense.out_features, dense.bias is not None, has_fp16_weights=False)
+    layer = bitsandbytes.nn.Linear8bitLt(
+        dense.in_features, dense.out_features, dense.bias is not None, has_fp16_weights=False
+    )
     layer.load_state_dict(dense.state_dict())
     return layer.to("cpu")
 
@@ -125,7 +127,9 @@ def aqlm(dense: nn.Linear) -> nn.Module:
     """AQLM with random codes."""
     from aqlm import QuantizedLinear
 
-    layer = QuantizedLinear(dense.in_features, dense.out_features, 8, 1, 1, 16, dense.bias is not None, dtype=torch.float32)
+    layer = QuantizedLinear(
+        dense.in_features, dense.out_features, 8, 1, 1, 16, dense.bias is not None, dtype=torch.float32
+    )
     with torch.no_grad():
         layer.codes.copy_(torch.randint(-(2**15), 2**15, layer.codes.shape))
         layer.codebooks.normal_(std=0.1)
@@ -151,7 +155,10 @@ FORMATS: dict[str, Quantize] = {
     "bnb-fp4": four_bit("fp4", False),
     "hqq-4": hqq(4),
     "hqq-8": hqq(8),
-    **{f"torchao-{name}": torchao(name) for name in ("int8", "int8-groups", "int8-dynamic", "int4", "int4-dynamic", "float8")},
+    **{
+        f"torchao-{name}": torchao(name)
+        for name in ("int8", "int8-groups", "int8-dynamic", "int4", "int4-dynamic", "float8")
+    },
 }
 
 LIBRARY = {"bnb": "bitsandbytes", "hqq": "hqq", "torchao": "torchao"}

@@ -2,18 +2,21 @@
 
     python -m tests.bases.matrix [--only nf4] [--methods lora dora] [--json FILE]
 
-A cell is ✓ where the result is right, – where it was refused in words, ✗ where it is wrong or something broke; `ours/PEFT`. Right
-is measured against a float32 model of the dequantized weights with the same adapter:
+A cell is ✓ where the result is right, – where it was refused in words, ✗ where it is wrong or something
+broke; `ours/PEFT`. Right is measured against a float32 model of the dequantized weights with the same
+adapter:
 
-- forward: the outputs are those of that model, as near as the format's rounding of activations lets them come (15 % of their size
-  where it rounds to 8 bits, 2 to 3 % elsewhere);
-- train step: the gradients of all that is trained are those of that model with the library's own outputs in the place of its
-  layers' (the gradient is then the weight's: a straight-through estimate where the library rounds activations), to 0.1 % of their
-  size, 1 % over AWQ's float16;
-- merge: the merged model is nearer to the adapter's outputs than the base alone is; ½ where it goes into 16 bits only;
+- forward: the outputs are those of that model, as near as the format's rounding of activations lets them come
+  (15 % of their size where it rounds to 8 bits, 2 to 3 % elsewhere);
+- train step: the gradients of all that is trained are those of that model with the library's own outputs in
+  the place of its layers' (the gradient is then the weight's: a straight-through estimate where the library
+  rounds activations), to 0.1 % of their size, 1 % over AWQ's float16;
+- merge: the merged model is nearer to the adapter's outputs than the base alone is; ½ where it goes into 16
+  bits only;
 - unmerge: every stored bit is as before;
 - save/load: the adapter over a new base gives the same outputs;
-- checkpointing: the same gradients with activations recomputed, after `prepare_model_for_kbit_training` alone;
+- checkpointing: the same gradients with activations recomputed, after `prepare_model_for_kbit_training`
+  alone;
 - compile: a compiled training step gives the same loss; in one graph, or with breaks (✓ᵇ).
 """
 
@@ -44,7 +47,8 @@ ROWS = TOKENS.unique()[:3].tolist()
 PASS, HALF, BREAKS, REFUSED, WRONG = "✓", "½", "✓ᵇ", "–", "✗"
 STEPS = ("forward", "train step", "merge", "unmerge", "save/load", "checkpointing", "compile")
 BASES = {
-    "float32": None, **{name: FORMATS[name] for name in FORMATS if name not in ("bnb-nf4", "hqq-8", "torchao-int8-groups")},
+    "float32": None, **{name: FORMATS[name] for name in FORMATS if name not in ("bnb-nf4", "hqq-8",
+    "torchao-int8-groups")},
     **{name: quantize for name, (package, quantize) in ELSEWHERE.items() if find_spec(package)},
 }  # fmt: skip
 METHODS: dict[str, Callable[[Any], Any]] = {
@@ -53,11 +57,17 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "QA-LoRA": lambda lib: lib.LoraConfig(
         r=4, target_modules=["q_proj", "v_proj", "down_proj"], use_qalora=True, qalora_group_size=8
     ),
-    "IA³": lambda lib: lib.IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "IA³": lambda lib: lib.IA3Config(
+        target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
     "OFT": lambda lib: lib.OFTConfig(oft_block_size=8, target_modules=["q_proj", "v_proj", "down_proj"]),
-    "Trainable tokens": lambda lib: lib.TrainableTokensConfig(token_indices=ROWS, target_modules=["embed_tokens"]),
+    "Trainable tokens": lambda lib: lib.TrainableTokensConfig(
+        token_indices=ROWS, target_modules=["embed_tokens"]
+    ),
     "Prompt tuning": lambda lib: lib.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    "P-tuning": lambda lib: lib.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16),
+    "P-tuning": lambda lib: lib.PromptEncoderConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=16
+    ),
     "Prefix tuning": lambda lib: lib.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
     "Multitask prompts": lambda lib: lib.MultitaskPromptTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=4, num_tasks=2, num_ranks=2
@@ -66,7 +76,9 @@ METHODS: dict[str, Callable[[Any], Any]] = {
         task_type="CAUSAL_LM", cpt_token_ids=[3, 4, 5, 6], cpt_mask=[1] * 4, cpt_tokens_type_mask=[1, 2, 3, 4]
     ),
     "Cartridge": lambda lib: lib.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
-    "Adaption prompt": lambda lib: lib.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2),
+    "Adaption prompt": lambda lib: lib.AdaptionPromptConfig(
+        task_type="CAUSAL_LM", adapter_len=4, adapter_layers=2
+    ),
 }
 INPUTS: dict[str, dict[str, Tensor]] = {"Multitask prompts": {"task_ids": torch.tensor([0, 1])}}
 """What a method's calls are given besides."""
@@ -92,12 +104,16 @@ def base(name: str) -> Any:
     if name.startswith("torchao"):
         from transformers import TorchAoConfig
 
-        model.hf_quantizer = SimpleNamespace(quantization_config=TorchAoConfig(torchao_settings(name.partition("-")[2])))
+        model.hf_quantizer = SimpleNamespace(
+            quantization_config=TorchAoConfig(torchao_settings(name.partition("-")[2]))
+        )
     return model
 
 
 class Own(nn.Linear):
-    """A layer of the dequantized weight whose output is replaced by the library's own: dense in its gradients alone."""
+    """A layer of the dequantized weight whose output is replaced by the library's own: dense in its gradients
+    alone.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         y = super().forward(x)
@@ -107,7 +123,9 @@ class Own(nn.Linear):
 
 
 def dense(model: Any, *, own: bool = False) -> Any:
-    """The same model with the dequantized weights in float32; `own` leaves the quantized layers' outputs what they are."""
+    """The same model with the dequantized weights in float32; `own` leaves the quantized layers' outputs what
+    they are.
+    """
     other = llama()
     for path, layer in model.model.named_modules():
         found = resolve(layer)
@@ -161,7 +179,11 @@ def stored(model: Any) -> list[Any]:
     for module in model.modules():
         if resolve(module) is not None and not hasattr(module, "base_layer"):
             for name, value in module.state_dict().items():
-                parts = [getattr(value, part) for part in ("qdata", "scale") if isinstance(getattr(value, part, None), Tensor)]
+                parts = [
+                    getattr(value, part)
+                    for part in ("qdata", "scale")
+                    if isinstance(getattr(value, part, None), Tensor)
+                ]
                 found += [(name, one.detach().clone()) for one in parts or [value] if isinstance(one, Tensor)]
     return found
 
@@ -171,9 +193,13 @@ class Row:
 
     def __init__(self, lib: Any, name: str, method: str) -> None:
         self.lib, self.name, self.method, self.inputs = lib, name, method, INPUTS.get(method, {})
-        # Formats that round activations as well are as far from their weights as that; so is bitsandbytes' int8 in eval.
-        self.limit = 0.15 if "dynamic" in name or name == "bnb-int8" else 0.03 if name in ("gptq", "awq") else 0.02
-        # With the library's own outputs beneath, what is left is the rounding of float32, or of float16, in which AWQ computes.
+        # Formats that round activations as well are as far from their weights as that; so is bitsandbytes'
+        # int8 in eval.
+        self.limit = (
+            0.15 if "dynamic" in name or name == "bnb-int8" else 0.03 if name in ("gptq", "awq") else 0.02
+        )
+        # With the library's own outputs beneath, what is left is the rounding of float32, or of float16, in
+        # which AWQ computes.
         self.exact = 1e-2 if name == "awq" else 1e-3
 
     def model(self) -> Any:
@@ -201,7 +227,9 @@ class Row:
                 found[step] = (REFUSED, f"{type(error).__name__}: {error}"[:300])
             except Exception as error:
                 # Without a method of that name PEFT merges nothing.
-                mark = REFUSED if getattr(error, "name", None) in ("merge_adapter", "unmerge_adapter") else WRONG
+                mark = (
+                    REFUSED if getattr(error, "name", None) in ("merge_adapter", "unmerge_adapter") else WRONG
+                )
                 found[step] = (mark, f"{type(error).__name__}: {error}"[:200])
         return found
 
@@ -277,13 +305,17 @@ class Row:
 
 
 def rows(bases: list[str], methods: list[str], libs: dict[str, Any], record: Path | None) -> dict[str, Any]:
-    """All cells, by base, method, library and step; each row goes into the record, beside what is there, when it is done."""
+    """All cells, by base, method, library and step; each row goes into the record, beside what is there, when
+    it is done.
+    """
     found: dict[str, Any] = json.loads(record.read_text()) if record is not None and record.exists() else {}
     for name in bases:
         for method in methods:
             # PEFT ignores `use_qalora` but for GPTQ.
             asked = {key: lib for key, lib in libs.items() if key == "peftrs" or method != "QA-LoRA"}
-            found.setdefault(name, {})[method] = cells = {key: Row(lib, name, method).run() for key, lib in asked.items()}
+            found.setdefault(name, {})[method] = cells = {
+                key: Row(lib, name, method).run() for key, lib in asked.items()
+            }
             marks = " ".join("/".join(cells[key][step][0] for key in asked).ljust(6) for step in STEPS)
             sys.stdout.write(f"{name:22}{method:18}{marks}\n")
             sys.stdout.flush()
@@ -293,7 +325,9 @@ def rows(bases: list[str], methods: list[str], libs: dict[str, Any], record: Pat
 
 
 def table(found: dict[str, Any], lib: str) -> str:
-    """One library's cells as a Markdown table, a method a row and a base a column: the marks in the order of the steps."""
+    """One library's cells as a Markdown table, a method a row and a base a column: the marks in the order of
+    the steps.
+    """
     lines = [f"| | {' | '.join(found)} |", "|---" * (len(found) + 1) + "|"]
     for method in METHODS:
         rows = [methods.get(method, {}).get(lib, {}) for methods in found.values()]
@@ -325,7 +359,9 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="bases to run")
     parser.add_argument("--methods", nargs="*", help="methods to run")
     parser.add_argument("--ours", action="store_true", help="leave PEFT out")
-    parser.add_argument("--json", type=Path, help="where to write every cell with its reason, beside what is there")
+    parser.add_argument(
+        "--json", type=Path, help="where to write every cell with its reason, beside what is there"
+    )
     parser.add_argument("--markdown", type=Path, help="where to write the table")
     given = parser.parse_args()
     torch.set_num_threads(1)
@@ -338,7 +374,8 @@ def main() -> None:
         libs["peft"] = peft
     found = rows(given.only or list(BASES), given.methods or list(METHODS), libs, given.json)
     if given.markdown:
-        parts = [f"# Every method over every base\n\nThe marks stand for {', '.join(STEPS)}; see `tests/bases/matrix.py`."]
+        marks = f"The marks stand for {', '.join(STEPS)}; see `tests/bases/matrix.py`."
+        parts = [f"# Every method over every base\n\n{marks}"]
         for lib in libs:
             parts += [f"## {lib}", table(found, lib), reasons(found, lib)]
         given.markdown.write_text("\n\n".join(parts) + "\n")

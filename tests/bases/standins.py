@@ -1,7 +1,9 @@
-"""Stand-ins for layers of libraries that need a GPU or another accelerator: the interface that `peftrs.bases` reads, and no more.
+"""Stand-ins for layers of libraries that need a GPU or another accelerator: the interface that `peftrs.bases`
+reads, and no more.
 
-Each says where the real class is published and which of its names it stands for. `python -m tests.bases.standins` downloads those
-packages, reads the classes from their sources' syntax trees, and writes `interfaces.json`, to which a test holds the stand-ins.
+Each says where the real class is published and which of its names it stands for. `python -m
+tests.bases.standins` downloads those packages, reads the classes from their sources' syntax trees, and writes
+`interfaces.json`, to which a test holds the stand-ins.
 """
 
 import ast
@@ -40,12 +42,31 @@ class Published:
 
 GPTQMODEL = "gptqmodel/nn_modules/qlinear"
 ROOT = ((f"{GPTQMODEL}/__init__.py", "BaseQuantLinear"),)
-GPTQ = (*ROOT, (f"{GPTQMODEL}/__init__.py", "GPTQQuantLinear"), (f"{GPTQMODEL}/__init__.py", "GroupedQuantLinear"))
-AWQ = (*ROOT, (f"{GPTQMODEL}/__init__.py", "AWQuantLinear"), (f"{GPTQMODEL}/__init__.py", "GroupedQuantLinear"))
-QUANT_LINEAR = ("bits", "in_features", "out_features", "bias", "qweight", "scales", "SUPPORTS_TRAINING", "SUPPORTS_METHODS")
+GPTQ = (
+    *ROOT,
+    (f"{GPTQMODEL}/__init__.py", "GPTQQuantLinear"),
+    (f"{GPTQMODEL}/__init__.py", "GroupedQuantLinear"),
+)
+AWQ = (
+    *ROOT,
+    (f"{GPTQMODEL}/__init__.py", "AWQuantLinear"),
+    (f"{GPTQMODEL}/__init__.py", "GroupedQuantLinear"),
+)
+QUANT_LINEAR = (
+    "bits",
+    "in_features",
+    "out_features",
+    "bias",
+    "qweight",
+    "scales",
+    "SUPPORTS_TRAINING",
+    "SUPPORTS_METHODS",
+)
 INC = "neural_compressor/torch/algorithms/fp8_quant/_quant_common/helper_modules.py"
 TE = "transformer_engine/pytorch/module"
-EETQ = "https://github.com/NetEase-FuXi/EETQ/archive/156e42507a459d8f028e68ec232acc0feb7428f8.tar.gz"  # on no index
+EETQ = (  # on no index
+    "https://github.com/NetEase-FuXi/EETQ/archive/156e42507a459d8f028e68ec232acc0feb7428f8.tar.gz"
+)
 
 PUBLISHED = {
     "gptq": Published("gptqmodel", f"{GPTQMODEL}/marlin.py", "MarlinLinear", QUANT_LINEAR, GPTQ),
@@ -57,12 +78,15 @@ PUBLISHED = {
     ),
     "aqlm": Published(
         "aqlm", "aqlm/inference.py", "QuantizedLinear",
-        ("in_features", "out_features", "codes", "codebooks", "scales", "bias", "num_codebooks", "nbits_per_codebook"),
+        ("in_features", "out_features", "codes", "codebooks", "scales", "bias", "num_codebooks",
+        "nbits_per_codebook"),
     ),
     "inc": Published(
         "neural_compressor", INC, "PatchedLinear",
-        ("weight", "scale_weight", "matmul_fp8", "dequant_weights", "qdq_weights", "use_qdq", "fake_quant", "hp_dtype"),
-        ((INC, "PatchedLinearBase"), ("neural_compressor/torch/algorithms/fp8_quant/patched_module_base.py", "PatchedModuleBase")),
+        ("weight", "scale_weight", "matmul_fp8", "dequant_weights", "qdq_weights", "use_qdq", "fake_quant",
+        "hp_dtype"),
+        ((INC, "PatchedLinearBase"), ("neural_compressor/torch/algorithms/fp8_quant/patched_module_base.py",
+        "PatchedModuleBase")),
         "forward_quant",
     ),
     "te": Published(
@@ -74,32 +98,47 @@ PUBLISHED = {
     ),
     "te-mlp": Published("transformer_engine", f"{TE}/layernorm_mlp.py", "LayerNormMLP", ("fc2_weight",)),
     "eetq": Published(
-        EETQ, "python/eetq/modules/qlinear.py", "EETQLinear", ("in_features", "out_features", "weight", "weight_scales", "bias"),
+        EETQ, "python/eetq/modules/qlinear.py", "EETQLinear", ("in_features", "out_features", "weight",
+        "weight_scales", "bias"),
     ),
 }  # fmt: skip
 
 
 def attributes(source: str, kind: str) -> set[str]:
-    """The attributes of a class: what its body assigns and defines, and what its methods set on `self`, read or register."""
+    """The attributes of a class: what its body assigns and defines, and what its methods set on `self`, read
+    or register.
+    """
     found: set[str] = set()
-    for node in ast.walk(next(one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.ClassDef) and one.name == kind)):
+    for node in ast.walk(
+        next(one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.ClassDef) and one.name == kind)
+    ):
         match node:
             case ast.Attribute(value=ast.Name(id="self"), attr=name):
                 found.add(name)
             case ast.Name(id=name, ctx=ast.Store()):
                 found.add(name)
-            case ast.Call(func=ast.Attribute(attr=call), args=[ast.Constant(value=str(name)), *_]) if call.startswith("register_"):
+            case ast.Call(func=ast.Attribute(attr=call), args=[ast.Constant(value=str(name)), *_]) if (
+                call.startswith("register_")
+            ):
                 found.add(name)
     return found
 
 
 def needed(source: str, kind: str, method: str) -> list[str] | None:
-    """The arguments of a method, after `self`, that have no default; None if the class defines no such method."""
-    there = next(one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.ClassDef) and one.name == kind)
+    """The arguments of a method, after `self`, that have no default; None if the class defines no such
+    method.
+    """
+    there = next(
+        one for one in ast.walk(ast.parse(source)) if isinstance(one, ast.ClassDef) and one.name == kind
+    )
     for node in there.body:
         if isinstance(node, ast.FunctionDef) and node.name == method:
             given = [one.arg for one in (*node.args.posonlyargs, *node.args.args)][1:]
-            lone = [one.arg for one, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True) if value is None]
+            lone = [
+                one.arg
+                for one, value in zip(node.args.kwonlyargs, node.args.kw_defaults, strict=True)
+                if value is None
+            ]
             return given[: len(given) - len(node.args.defaults)] + lone
     return None
 
@@ -123,7 +162,9 @@ class _Coded(nn.Module):
         return ((getattr(self, self.stored) - 8) * getattr(self, self.scaled)).mT
 
     def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.true().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+        return nn.functional.linear(
+            x, self.true().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        )
 
 
 class BaseQuantLinear(_Coded):
@@ -182,7 +223,9 @@ class PatchedLinear(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.hp_dtype = torch.float32
-        self.weight = nn.Parameter(torch.randn(OUT, WIDTH).to(torch.float8_e4m3fn).t().contiguous(), requires_grad=False)
+        self.weight = nn.Parameter(
+            torch.randn(OUT, WIDTH).to(torch.float8_e4m3fn).t().contiguous(), requires_grad=False
+        )
         self.bias = nn.Parameter(torch.randn(OUT), requires_grad=False)
         self.scale_weight = torch.tensor(0.05)
         self.matmul_fp8 = torch.matmul
@@ -239,13 +282,17 @@ class LayerNormMLP(nn.Module):
 
 
 STANDINS: dict[str, type[nn.Module]] = {
-    "gptq": BaseQuantLinear, "gptq-torch": TorchLinear, "awq": AwqLinear, "autoawq": WQLinear_GEMM, "aqlm": QuantizedLinear,
-    "eetq": EETQLinear, "inc": PatchedLinear, "te": Linear, "te-norm": LayerNormLinear, "te-mlp": LayerNormMLP,
+    "gptq": BaseQuantLinear, "gptq-torch": TorchLinear, "awq": AwqLinear, "autoawq": WQLinear_GEMM,
+    "aqlm": QuantizedLinear,
+    "eetq": EETQLinear, "inc": PatchedLinear, "te": Linear, "te-norm": LayerNormLinear,
+    "te-mlp": LayerNormMLP,
 }  # fmt: skip
 
 MODULES = {
-    "gptq": "gptqmodel", "gptq-torch": "gptqmodel", "awq": "gptqmodel", "autoawq": "awq", "aqlm": "aqlm", "eetq": "eetq",
-    "inc": "neural_compressor", "te": "transformer_engine", "te-norm": "transformer_engine", "te-mlp": "transformer_engine",
+    "gptq": "gptqmodel", "gptq-torch": "gptqmodel", "awq": "gptqmodel", "autoawq": "awq", "aqlm": "aqlm",
+    "eetq": "eetq",
+    "inc": "neural_compressor", "te": "transformer_engine", "te-norm": "transformer_engine",
+    "te-mlp": "transformer_engine",
 }  # fmt: skip
 
 
@@ -262,7 +309,17 @@ def published(package: str, folder: Path) -> tuple[str, dict[str, str]]:
     if "://" in package:
         urllib.request.urlretrieve(package, folder / package.rpartition("/")[2])
     else:
-        download = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), package]
+        download = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--dest",
+            str(folder),
+            package,
+        ]
         subprocess.run(download, check=True)
     archive = next(folder.iterdir())
     sources: dict[str, str] = {}
@@ -292,7 +349,11 @@ def main() -> None:
             "class": f"{where.file}: {where.kind}",
             "names": sorted(there & set(where.names)),
             "missing": sorted(set(where.names) - there),
-            "called with": next(names for file, kind in files if (names := needed(sources[file], kind, where.forward)) is not None),
+            "called with": next(
+                names
+                for file, kind in files
+                if (names := needed(sources[file], kind, where.forward)) is not None
+            ),
         }
     RECORD.write_text(json.dumps(found, indent=1) + "\n")
 

@@ -1,4 +1,6 @@
-"""GPTQ and AWQ with gptqmodel itself, and AQLM with its own package, where they are installed: their kernels for CPUs."""
+"""GPTQ and AWQ with gptqmodel itself, and AQLM with its own package, where they are installed: their kernels
+for CPUs.
+"""
 
 import warnings
 from typing import Any
@@ -57,7 +59,9 @@ def test_the_library_itself(name: str, dora: bool) -> None:
     other.square().sum().backward()
     near = 1e-4 if name == "aqlm" else 2e-2
     torch.testing.assert_close(y.float(), other, rtol=near, atol=near * float(other.detach().abs().max()))
-    torch.testing.assert_close(first.float(), x.grad.float(), rtol=near, atol=near * float(x.grad.abs().max()))
+    torch.testing.assert_close(
+        first.float(), x.grad.float(), rtol=near, atol=near * float(x.grad.abs().max())
+    )
     with pytest.raises(MergeError, match="calibration alone"):
         model.merge_adapter()
     merged = model.merge_and_unload(dtype=torch.bfloat16)

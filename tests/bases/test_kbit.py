@@ -63,7 +63,9 @@ def test_preparing_is_as_in_peft(folder: Path, kind: str | None) -> None:
 
 @pytest.mark.parametrize("reentrant", [True, False, None])
 @pytest.mark.parametrize("kind", KINDS)
-def test_checkpointing_gives_the_same_gradients_without_further_calls(folder: Path, kind: str, reentrant: bool | None) -> None:
+def test_checkpointing_gives_the_same_gradients_without_further_calls(
+    folder: Path, kind: str, reentrant: bool | None
+) -> None:
     found = []
     for checkpointing in (False, True):
         model = quantized(folder, kind)
@@ -106,9 +108,12 @@ def test_a_model_that_cannot_checkpoint_is_refused() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_merged_model_is_one_of_16_bits(folder: Path, kind: str, tmp_path: Path) -> None:
     model = quantized(folder, kind)
-    peft = get_peft_model(model, config(target_modules=["q_proj", "down_proj"], init_lora_weights=False)).train()
+    peft = get_peft_model(
+        model, config(target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+    ).train()
     with torch.no_grad():
-        # Not in eval mode, in which bitsandbytes packs layers that are not adapted for some CPUs, and rounds their scales.
+        # Not in eval mode, in which bitsandbytes packs layers that are not adapted for some CPUs, and rounds
+        # their scales.
         expected = peft(input_ids=TOKENS).logits
     merged: Any = peft.merge_and_unload(dtype=torch.float32)
     linear = [one for one in merged.modules() if isinstance(one, nn.Linear) or "Linear" in type(one).__name__]
@@ -147,7 +152,12 @@ def test_a_model_merged_in_a_dtype_runs_in_it(
         logits = merged(input_ids=TOKENS).logits
     assert logits.dtype is torch.bfloat16
     assert float((logits.float() - expected).norm() / expected.norm()) < 0.03
-    asked = {"attention_mask": torch.ones_like(TOKENS), "max_new_tokens": 3, "do_sample": False, "pad_token_id": 0}
+    asked = {
+        "attention_mask": torch.ones_like(TOKENS),
+        "max_new_tokens": 3,
+        "do_sample": False,
+        "pad_token_id": 0,
+    }
     written = merged.generate(TOKENS, **asked)
     merged.save_pretrained(tmp_path)
     again: Any = AutoModelForCausalLM.from_pretrained(tmp_path, torch_dtype="auto")

@@ -1,4 +1,6 @@
-"""LoftQ: a base rounded to what quantizing makes of it, and factors that make up for that; from weights, or from a checkpoint."""
+"""LoftQ: a base rounded to what quantizing makes of it, and factors that make up for that; from weights, or
+from a checkpoint.
+"""
 
 import sys
 from pathlib import Path
@@ -43,7 +45,12 @@ def config(bits: int = 4, rounds: int = 1, **options: Any) -> LoraConfig:
     """A LoRA that starts by LoftQ, with a scaling other than 1."""
     settings = LoftQConfig(loftq_bits=bits, loftq_iter=rounds)
     return LoraConfig(
-        r=RANK, lora_alpha=12, target_modules=["below", "above"], init_lora_weights="loftq", loftq_config=settings, **options
+        r=RANK,
+        lora_alpha=12,
+        target_modules=["below", "above"],
+        init_lora_weights="loftq",
+        loftq_config=settings,
+        **options,
     )
 
 
@@ -144,7 +151,9 @@ def test_replacing_from_the_checkpoint(name: str, tmp_path: Path) -> None:
     peft: Any = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=12, target_modules=["below", "above"]))
     layers = [peft.base_model.model.below, peft.base_model.model.above]
     seen = []
-    replace_lora_weights_loftq(peft, tmp_path, callback=lambda _, layer: (seen.append(layer), layer == "below")[1])
+    replace_lora_weights_loftq(
+        peft, tmp_path, callback=lambda _, layer: (seen.append(layer), layer == "below")[1]
+    )
     assert seen == ["below", "above"]
     assert not bool(change(layers[1]).any())
     replace_lora_weights_loftq(peft, tmp_path)
@@ -162,7 +171,10 @@ def test_replacing_names_all_that_is_missing(tmp_path: Path) -> None:
     quantize = FORMATS["bnb-nf4"]
     model.below, model.above = quantize(model.below), quantize(model.above)
     peft = get_peft_model(model, LoraConfig(r=RANK, target_modules=["below", "above"]))
-    with pytest.raises(CheckpointError, match=r"below.weight has the shape \(3, 3\), not \(96, 64\); above.weight is not there"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"below.weight has the shape \(3, 3\), not \(96, 64\); above.weight is not there",
+    ):
         replace_lora_weights_loftq(peft, tmp_path)
     with pytest.raises(CheckpointError, match="model_path="):
         replace_lora_weights_loftq(peft)

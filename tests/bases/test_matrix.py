@@ -14,5 +14,7 @@ from tests.bases.matrix import BASES, METHODS, WRONG, rows
 def test_no_cell_is_wrong(name: str, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     (methods,) = rows([name], list(METHODS), {"peftrs": peftrs}, None).values()
-    cells = {(method, step): cell for method, libs in methods.items() for step, cell in libs["peftrs"].items()}
+    cells = {
+        (method, step): cell for method, libs in methods.items() for step, cell in libs["peftrs"].items()
+    }
     assert {key: reason for key, (mark, reason) in cells.items() if mark == WRONG} == {}

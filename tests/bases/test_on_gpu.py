@@ -75,7 +75,9 @@ def moved(name: str) -> nn.Module:
 
 @pytest.mark.parametrize("name", sorted({*FORMATS, *ELSEWHERE, *HERE}))
 def test_forward_and_gradients_are_those_of_the_weights(name: str) -> None:
-    model: Any = get_peft_model(nn.Sequential(moved(name)), LoraConfig(r=8, target_modules=["0"], init_lora_weights=False))
+    model: Any = get_peft_model(
+        nn.Sequential(moved(name)), LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
+    )
     layer = model.base_model.model[0]
     base = resolve(layer.base_layer)
     assert base is layer.base
@@ -97,7 +99,9 @@ def test_forward_and_gradients_are_those_of_the_weights(name: str) -> None:
 
 def test_merging_on_a_gpu_and_moving_back() -> None:
     pytest.importorskip("bitsandbytes")
-    model: Any = get_peft_model(nn.Sequential(moved("bnb-nf4")), LoraConfig(r=8, target_modules=["0"], init_lora_weights=False))
+    model: Any = get_peft_model(
+        nn.Sequential(moved("bnb-nf4")), LoraConfig(r=8, target_modules=["0"], init_lora_weights=False)
+    )
     layer = model.base_model.model[0]
     before = layer.base_layer.weight.detach().clone()
     with pytest.warns(UserWarning, match="of the update is left"):

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from peftrs import ConfigError, IA3Config, LoraConfig, MergeError, OFTConfig, PeftModel, PeftrsWarning, get_peft_model
+from peftrs import (
+    ConfigError,
+    IA3Config,
+    LoraConfig,
+    MergeError,
+    OFTConfig,
+    PeftModel,
+    PeftrsWarning,
+    get_peft_model,
+)
 from peftrs.bases.kinds import Affine
 from peftrs.bases.resolve import resolve
 from peftrs.core import merge as merging
@@ -57,12 +66,18 @@ def state(module: nn.Module) -> bytes:
 
 
 def _plain(value: Any) -> Any:
-    held = [getattr(value, name) for name in ("qdata", "scale", "zero_point") if isinstance(getattr(value, name, None), Tensor)]
+    held = [
+        getattr(value, name)
+        for name in ("qdata", "scale", "zero_point")
+        if isinstance(getattr(value, name, None), Tensor)
+    ]
     return [one.float().tolist() for one in held or [value]] if isinstance(value, Tensor) else value
 
 
 def roughly(name: str) -> float:
-    """How far the library's own forward may be from its dequantized weights: it rounds the inputs too in some formats."""
+    """How far the library's own forward may be from its dequantized weights: it rounds the inputs too in some
+    formats.
+    """
     return 0.1 if "dynamic" in name else 1e-4
 
 
@@ -92,7 +107,9 @@ def test_forward_and_gradients_are_those_of_the_weights(name: str, method: str) 
     torch.testing.assert_close(first, x.grad, rtol=roughly(name), atol=2 * roughly(name) * scale)
     for key, parameter in trained.items():
         scale = float(parameter.grad.abs().max())
-        torch.testing.assert_close(gradients[key], parameter.grad, rtol=roughly(name), atol=2 * roughly(name) * scale, msg=key)
+        torch.testing.assert_close(
+            gradients[key], parameter.grad, rtol=roughly(name), atol=2 * roughly(name) * scale, msg=key
+        )
 
 
 def _dense(layer: AdaptedLayer, x: Tensor) -> Tensor:
@@ -115,11 +132,16 @@ def test_unmerging_restores_what_was_stored(name: str, method: str) -> None:
         model.merge_adapter()
     for layer in (below, above):
         ledger = layer.ledger
-        asked, stored, then = _folded(layer), *(layer.base.dense(one).weight for one in (layer.base_layer, ledger.layer))
+        asked, stored, then = (
+            _folded(layer),
+            *(layer.base.dense(one).weight for one in (layer.base_layer, ledger.layer)),
+        )
         # The new layer is nearer to what the merge asked for than the old one is, by what the report says.
         error = float((stored - asked).norm() / (asked - then).norm())
         assert error < 1
-        assert error == pytest.approx((ledger.rounding.missed / ledger.rounding.asked) ** 0.5, rel=1e-3, abs=1e-6)
+        assert error == pytest.approx(
+            (ledger.rounding.missed / ledger.rounding.asked) ** 0.5, rel=1e-3, abs=1e-6
+        )
         assert 0.5 < ledger.rounding.kept < 1.5
         assert ledger.bytes > 0
     with torch.no_grad():
@@ -166,7 +188,8 @@ def test_eval_does_not_pack_4_bit_weights(name: str) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = Two(FORMATS[name])
     dense = [
-        bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state) for layer in (model.below, model.above)
+        bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        for layer in (model.below, model.above)
     ]
     x = torch.randn(40, WIDTH)
     model.eval()
@@ -205,8 +228,14 @@ def test_gradients_pass_through_layers_that_are_not_adapted(name: str) -> None:
         peft(x)
     peft(x).sum().backward()
     layer = peft.base_model.model.below
-    weight = model.above.weight.dequantize() if name.startswith("torchao") else resolve(model.above).dense(model.above).weight
-    expected = (layer.scaling["default"] * weight.sum(0)[:, None] * (x @ layer.lora_A["default"].weight.mT).sum(0)).detach()
+    weight = (
+        model.above.weight.dequantize()
+        if name.startswith("torchao")
+        else resolve(model.above).dense(model.above).weight
+    )
+    expected = (
+        layer.scaling["default"] * weight.sum(0)[:, None] * (x @ layer.lora_A["default"].weight.mT).sum(0)
+    ).detach()
     torch.testing.assert_close(layer.lora_B["default"].weight.grad, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -234,6 +263,9 @@ def test_importing_bases_imports_no_library() -> None:
     import subprocess
     import sys
 
-    code = "import sys, peftrs.bases.resolve, peftrs.core.manage; print({'bitsandbytes', 'hqq', 'torchao'} & set(sys.modules))"
+    code = (
+        "import sys, peftrs.bases.resolve, peftrs.core.manage; print({'bitsandbytes', 'hqq', 'torchao'} &"
+        " set(sys.modules))"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -53,8 +53,14 @@ def test_stand_ins_have_published_names_only(name: str) -> None:
     assert record["missing"] == []
     assert record["names"] == sorted(PUBLISHED[name].names)
     standin = STANDINS[name]()
-    own = {*standin._parameters, *standin._buffers, *(key for key in vars(standin) if not key.startswith("_"))}
-    shown = {key for kind in type(standin).__mro__ if kind.__module__.endswith(".stand_in") for key in vars(kind)}
+    own = {
+        *standin._parameters,
+        *standin._buffers,
+        *(key for key in vars(standin) if not key.startswith("_")),
+    }
+    shown = {
+        key for kind in type(standin).__mro__ if kind.__module__.endswith(".stand_in") for key in vars(kind)
+    }
     helpers = {"training", "forward", "true", "stored", "scaled", "dense", "call_super_init"}
     split = {f"{part}_{kind}" for part in ("query", "key") for kind in ("weight", "bias")}
     first = {"fc1_weight", "weight"} if name in ("te-mlp", "te-norm") else set()
@@ -86,11 +92,19 @@ def test_nothing_is_read_that_the_published_class_lacks(name: str) -> None:
     read.clear()
     base = resolve(layer)
     base.prepare(layer)
-    base.format(layer), base.shape(layer), base.parameters(layer), base.differentiable(layer), base.obstacle(layer)
+    (
+        base.format(layer),
+        base.shape(layer),
+        base.parameters(layer),
+        base.differentiable(layer),
+        base.obstacle(layer),
+    )
     if name in AFFINE:
         base.dense(layer), base.dtype(layer)
     theirs = set(dir(nn.Module())) | {"__dict__", "__class__", "_buffers", "_parameters", "_modules"}
-    split = {f"{part}_{kind}" for part in ("query", "key") for kind in ("weight", "bias")}  # of the published `weight_names`
+    split = {
+        f"{part}_{kind}" for part in ("query", "key") for kind in ("weight", "bias")
+    }  # of the published `weight_names`
     found = {asked for asked in read - theirs - split if hasattr(layer, asked)}
     assert found
     assert found <= set(record["names"]) | {"bias"}
@@ -126,15 +140,20 @@ def test_forward_gradients_and_merging_in_16_bits(name: str, method: str) -> Non
     x.grad = None
     model.zero_grad()
     affine = fold(layer.chain(layer.active_adapters), base.dense(layer.base_layer))
-    other = functional.linear(x.float(), affine.weight.float(), None if affine.bias is None else affine.bias.float())
+    other = functional.linear(
+        x.float(), affine.weight.float(), None if affine.bias is None else affine.bias.float()
+    )
     other.square().sum().backward()
     near = 2e-2 if half or name == "inc" else 1e-4
-    # An input that is rounded in the layer, but not for the adapter beside it, lies apart from the weights' own.
+    # An input that is rounded in the layer, but not for the adapter beside it, lies apart from the weights'
+    # own.
     loose = 0.1 if name == "inc" and method == "oft" else near
     torch.testing.assert_close(y.float(), other, rtol=loose, atol=loose * float(other.detach().abs().max()))
     torch.testing.assert_close(first, x.grad, rtol=loose, atol=loose * float(x.grad.abs().max()))
     for gradient, parameter in zip(gradients, trained, strict=True):
-        torch.testing.assert_close(gradient, parameter.grad, rtol=loose, atol=loose * float(parameter.grad.abs().max()))
+        torch.testing.assert_close(
+            gradient, parameter.grad, rtol=loose, atol=loose * float(parameter.grad.abs().max())
+        )
     with pytest.raises(MergeError, match=r"calibration alone; hint: merge_and_unload\(dtype"):
         model.merge_adapter()
     inner = model.merge_and_unload(dtype=torch.bfloat16)

@@ -1,4 +1,6 @@
-"""Weights dequantized by rows into a tensor that is reused: the bits of the whole, and nobody left with another's."""
+"""Weights dequantized by rows into a tensor that is reused: the bits of the whole, and nobody left with
+another's.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def test_a_larger_weight_takes_a_larger_place_and_a_smaller_one_a_part_of_it() -
     pieces = {size: torch.randn(size, WIDTH) for size in (40, 60, 20)}
     places = {}
     for size, piece in pieces.items():
-        found = workspace.filled(lambda start, stop, into, piece=piece: into.copy_(piece[start:stop]), piece.shape, torch.float32)
+        found = workspace.filled(
+            lambda start, stop, into, piece=piece: into.copy_(piece[start:stop]), piece.shape, torch.float32
+        )
         assert torch.equal(found, piece)
         places[size] = found.untyped_storage().data_ptr()
     assert places[40] != places[60] == places[20]
@@ -69,7 +73,11 @@ def test_each_thread_has_its_own() -> None:
     piece, places = torch.randn(40, WIDTH), []
 
     def run() -> None:
-        places.append(workspace.filled(lambda start, stop, into: into.copy_(piece[start:stop]), piece.shape, torch.float32))
+        places.append(
+            workspace.filled(
+                lambda start, stop, into: into.copy_(piece[start:stop]), piece.shape, torch.float32
+            )
+        )
 
     threads = [threading.Thread(target=run) for _ in range(2)]
     for thread in threads:
@@ -81,7 +89,9 @@ def test_each_thread_has_its_own() -> None:
 
 def test_a_weight_of_one_block_has_no_place_of_its_own() -> None:
     piece = torch.randn(10, WIDTH)
-    found = workspace.filled(lambda start, stop, into: into.copy_(piece[start:stop]), piece.shape, torch.float32)
+    found = workspace.filled(
+        lambda start, stop, into: into.copy_(piece[start:stop]), piece.shape, torch.float32
+    )
     assert torch.equal(found, piece)
     assert not workspace._held.tensors
 
@@ -101,7 +111,9 @@ def test_layers_that_share_it_train_as_if_each_had_one(name: str, monkeypatch: p
     outcomes = []
     for block in (10 * WIDTH, 2**30):
         monkeypatch.setattr(workspace, "BLOCK", block)
-        modules = [layer(peftrs, torch.float32, WIDTH, OUT, base=quantized(name, seed), r=4) for seed in range(2)]
+        modules = [
+            layer(peftrs, torch.float32, WIDTH, OUT, base=quantized(name, seed), r=4) for seed in range(2)
+        ]
         x = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(2)).requires_grad_()
         (modules[0](x) * modules[1](x)).sum().backward()
         grads = [one.grad for module in modules for one in module.parameters() if one.grad is not None]

@@ -1,4 +1,6 @@
-"""`peftrs-merge` writes what merging in memory gives, for every configuration whose adapter a file can hold."""
+"""`peftrs-merge` writes what merging in memory gives, for every configuration whose adapter a file can
+hold.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def units_apart(one: Tensor, other: Tensor) -> int:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
 def test_what_is_written_is_what_memory_holds(case: Case, dtype: torch.dtype, tmp_path: Path) -> None:
     expected = in_memory(case, dtype, tmp_path)
-    code = _native.merge_main([str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / "out"), "--quiet"])
+    code = _native.merge_main(
+        [str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / "out"), "--quiet"]
+    )
     assert code == 0
     written = load_file(tmp_path / "out" / "model.safetensors")
     # A tied head is in the file only if the merge cut the tie.
@@ -73,7 +77,9 @@ PAIRED = {case.id: case for case in CASES if case.id in PAIRS}
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize(("first", "second"), list(itertools.product(PAIRED, PAIRED)))
-def test_two_adapters_apply_in_the_order_of_the_fold(first: str, second: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_two_adapters_apply_in_the_order_of_the_fold(
+    first: str, second: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     for name, case in (("a", PAIRED[first]), ("b", PAIRED[second])):
         base = case.model()[0].to(dtype)
         adapted: Any = peftrs.get_peft_model(base, getattr(peftrs, case.config)(**case.arguments))
@@ -90,4 +96,6 @@ def test_two_adapters_apply_in_the_order_of_the_fold(first: str, second: str, dt
     # Where terms cancel, float32 sums of another order round to more than a neighbour.
     close = {torch.float32: 1e-7, torch.bfloat16: 2**-8}[dtype]
     for name, tensor in written.items():
-        torch.testing.assert_close(tensor.double(), expected[name].double(), rtol=close, atol=close / 100, msg=name)
+        torch.testing.assert_close(
+            tensor.double(), expected[name].double(), rtol=close, atol=close / 100, msg=name
+        )

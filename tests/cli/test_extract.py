@@ -23,9 +23,15 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("options", [[], ["--rank", "3"], ["--energy", "1.0"], ["--target", "q_proj", "--target", "down_proj"]])
-def test_what_is_extracted_is_what_was_merged(options: list[str], folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capfd, "extract", folder / "base", folder / "merged", "-o", folder / "out", *options, "--json")
+@pytest.mark.parametrize(
+    "options", [[], ["--rank", "3"], ["--energy", "1.0"], ["--target", "q_proj", "--target", "down_proj"]]
+)
+def test_what_is_extracted_is_what_was_merged(
+    options: list[str], folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(
+        capfd, "extract", folder / "base", folder / "merged", "-o", folder / "out", *options, "--json"
+    )
     assert (code, err) == (0, f"extracted into {folder / 'out'}\n")
     report = json.loads(out)
     assert report["energy"] == pytest.approx(1)
@@ -36,7 +42,16 @@ def test_what_is_extracted_is_what_was_merged(options: list[str], folder: Path, 
 
 def test_the_table_says_how_much_is_kept(folder: Path, capfd: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(
-        capfd, "extract", folder / "base", folder / "merged", "-o", folder / "out", "--rank", "1", "--target", r".*q_proj"
+        capfd,
+        "extract",
+        folder / "base",
+        folder / "merged",
+        "-o",
+        folder / "out",
+        "--rank",
+        "1",
+        "--target",
+        r".*q_proj",
     )
     assert code == 0
     assert out.splitlines()[0].split() == ["layer", "rank", "|change|", "part", "kept"]
@@ -51,5 +66,7 @@ def test_refusals_are_one_line_and_a_hint(folder: Path, capfd: pytest.CaptureFix
     assert err.startswith("error: ")
     assert "differs" in err
     assert not (folder / "out").exists()
-    code, _, err = run(capfd, "extract", folder / "base", folder / "merged", "-o", folder / "out", "--rank", "0")
+    code, _, err = run(
+        capfd, "extract", folder / "base", folder / "merged", "-o", folder / "out", "--rank", "0"
+    )
     assert code == 2

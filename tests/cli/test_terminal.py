@@ -27,7 +27,9 @@ def folder(tmp_path: Path) -> Path:
     model = nn.Sequential(nn.Linear(2048, 2048), nn.Linear(2048, 2048), nn.Linear(2048, 2048))
     (tmp_path / "base").mkdir()
     save_file(model.state_dict(), tmp_path / "base" / "model.safetensors")
-    peftrs.get_peft_model(model, peftrs.LoraConfig(r=2, target_modules=["0"])).save_pretrained(tmp_path / "adapter")
+    peftrs.get_peft_model(model, peftrs.LoraConfig(r=2, target_modules=["0"])).save_pretrained(
+        tmp_path / "adapter"
+    )
     return tmp_path
 
 
@@ -68,7 +70,9 @@ def test_quiet_is_silent_there_too(folder: Path) -> None:
     assert (folder / "out" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"]
+)
 def test_a_signal_ends_it_and_nothing_is_left(number: int, code: int, folder: Path) -> None:
     size = 1 << 30
     header = json.dumps({"big": {"dtype": "U8", "shape": [size], "data_offsets": [0, size]}}).encode()
@@ -76,7 +80,9 @@ def test_a_signal_ends_it_and_nothing_is_left(number: int, code: int, folder: Pa
         file.write(len(header).to_bytes(8, "little") + header)
         file.truncate(8 + len(header) + size)
     (folder / "base" / "model.safetensors").rename(folder / "base" / "first.safetensors")
-    places = dict.fromkeys([f"{index}.{part}" for index in range(3) for part in ("weight", "bias")], "first.safetensors")
+    places = dict.fromkeys(
+        [f"{index}.{part}" for index in range(3) for part in ("weight", "bias")], "first.safetensors"
+    )
     index = {"weight_map": {**places, "big": "more.safetensors"}}
     (folder / "base" / "model.safetensors.index.json").write_text(json.dumps(index))
     process = start(folder)

@@ -20,11 +20,18 @@ from peftrs.core.layer import AdaptedLayer
 from peftrs.core.tree import wrappers
 from tests.model import tiny
 
-SIZES: dict[str, int] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES: dict[str, int] = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 
 
 def gpt2() -> Any:
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)
+    )
 
 
 def t5() -> Any:
@@ -33,7 +40,9 @@ def t5() -> Any:
 
 
 def vit() -> Any:
-    return transformers.ViTForImageClassification(transformers.ViTConfig(**SIZES, image_size=16, patch_size=8))
+    return transformers.ViTForImageClassification(
+        transformers.ViTConfig(**SIZES, image_size=16, patch_size=8)
+    )
 
 
 def mixtral() -> Any:
@@ -45,7 +54,10 @@ def mixtral() -> Any:
 CASES = {
     "llama-names": (tiny.llama, {"target_modules": ["q_proj", "down_proj"]}),
     "llama-pattern": (tiny.llama, {"target_modules": r".*layers\.1\..*_proj", "exclude_modules": ["k_proj"]}),
-    "llama-layers": (tiny.llama, {"target_modules": ["v_proj"], "layers_to_transform": [1], "rank_pattern": {"v_proj": 3}}),
+    "llama-layers": (
+        tiny.llama,
+        {"target_modules": ["v_proj"], "layers_to_transform": [1], "rank_pattern": {"v_proj": 3}},
+    ),
     "llama-all": (tiny.llama, {"target_modules": "all-linear"}),
     "llama-embedding": (tiny.llama, {"target_modules": ["embed_tokens", "lm_head"]}),
     "bert-all": (tiny.bert, {"target_modules": "all-linear", "task_type": "SEQ_CLS"}),
@@ -57,7 +69,10 @@ CASES = {
     "vit": (vit, {"target_modules": r".*\.(projection|query|q_proj)"}),
 }
 if int(transformers.__version__.partition(".")[0]) >= 5:
-    CASES["mixtral"] = (mixtral, {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]})
+    CASES["mixtral"] = (
+        mixtral,
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj"]},
+    )
 
 RENAMED = {"vit", "mixtral"}
 """Models whose layers transformers 5 names otherwise than their files do."""
@@ -92,14 +107,20 @@ def test_what_targets_says_is_what_injection_does(
     found = report(capfd, "targets", tmp_path / "base", "--config", tmp_path, *more)["config"]
     adapted = get_peft_model(model, config)
     layers = [layer for _, layer in wrappers(adapted.base_model.model) if isinstance(layer, AdaptedLayer)]
-    names = {name.replace(".base_layer", "") for name, layer in wrappers(adapted.base_model.model) if layer in layers}
+    names = {
+        name.replace(".base_layer", "")
+        for name, layer in wrappers(adapted.base_model.model)
+        if layer in layers
+    }
     owners = {name.rpartition(".")[0] for name in found["parameters"]}
     assert names == set(found["targets"]) | owners
     trained = sum(one.numel() for name, one in adapted.named_parameters() if "lora_" in name)
     assert found["added"] == trained
 
 
-def test_a_model_that_transformers_does_not_know_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_transformers_does_not_know_is_refused(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     tiny.llama().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "nobody", "architectures": ["Nobody"]}')
     code, out, err = run(capfd, "targets", tmp_path, "--by-class")
@@ -110,12 +131,19 @@ def test_a_model_that_transformers_does_not_know_is_refused(tmp_path: Path, capf
 
 @torch.no_grad()
 def test_norms_are_torchs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "embed_tokens"], rank_pattern={"layers.1.self_attn.q_proj": 6})
+    config = LoraConfig(
+        r=4,
+        lora_alpha=8,
+        target_modules=["q_proj", "embed_tokens"],
+        rank_pattern={"layers.1.self_attn.q_proj": 6},
+    )
     model = get_peft_model(tiny.llama(), config)
     tiny.shake(model)
     model.save_pretrained(tmp_path)
     rows = {row["module"]: row for row in report(capfd, "inspect", tmp_path, "--norms")["norms"]["updates"]}
-    layers = {name: layer for name, layer in wrappers(model.base_model.model) if isinstance(layer, AdaptedLayer)}
+    layers = {
+        name: layer for name, layer in wrappers(model.base_model.model) if isinstance(layer, AdaptedLayer)
+    }
     assert set(rows) == set(layers)
     for name, row in rows.items():
         dense = layers[name].get_delta_weight("default").double()
@@ -124,7 +152,9 @@ def test_norms_are_torchs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> 
         effective = torch.exp(-(shares * shares.log()).sum())
         expected = [float(dense.norm()), float(values[0]), float(effective)]
         # The dense update is torch's, in float32.
-        assert [row["update"], row["largest_singular_value"], row["effective_rank"]] == pytest.approx(expected, rel=1e-5)
+        assert [row["update"], row["largest_singular_value"], row["effective_rank"]] == pytest.approx(
+            expected, rel=1e-5
+        )
 
 
 @torch.no_grad()
@@ -137,7 +167,10 @@ def test_the_cosine_of_two_updates_is_torchs(tmp_path: Path, capfd: pytest.Captu
         models.append(model)
     found = report(capfd, "diff", tmp_path / "1", tmp_path / "2")
     for row in found["rows"]:
-        one, other = [model.base_model.model.get_submodule(row["name"]).get_delta_weight("default").double() for model in models]
+        one, other = [
+            model.base_model.model.get_submodule(row["name"]).get_delta_weight("default").double()
+            for model in models
+        ]
         cosine = torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0)
         assert [row["left"], row["right"], row["distance"]] == pytest.approx(
             [float(one.norm()), float(other.norm()), float((one - other).norm())], rel=1e-5
@@ -148,7 +181,9 @@ def test_the_cosine_of_two_updates_is_torchs(tmp_path: Path, capfd: pytest.Captu
 
 
 def test_every_method_can_be_inspected(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    get_peft_model(tiny.llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[])).save_pretrained(tmp_path)
+    get_peft_model(
+        tiny.llama(), IA3Config(target_modules=["k_proj"], feedforward_modules=[])
+    ).save_pretrained(tmp_path)
     found = report(capfd, "inspect", tmp_path, "--norms")
     assert (found["method"], found["modules"], found["leaves"][0]["name"]) == ("IA3", 2, "k_proj")
     assert len(found["norms"]["tensors"]) == 2
@@ -162,7 +197,9 @@ def test_the_console_script_needs_no_torch(tmp_path: Path) -> None:
     assert done.stdout.startswith(f"{tmp_path}: adapter, LORA\n")
     tiny.llama().save_pretrained(tmp_path / "base")
     (tmp_path / "all").mkdir()
-    (tmp_path / "all" / "adapter_config.json").write_text('{"peft_type": "LORA", "target_modules": "all-linear"}')
+    (tmp_path / "all" / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "target_modules": "all-linear"}'
+    )
     arguments = ["targets", tmp_path / "base", "--config", tmp_path / "all"]
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")

@@ -1,4 +1,6 @@
-"""`peftrs verify` on what other libraries make of the same adapter: right where they are right, and named where they are not."""
+"""`peftrs verify` on what other libraries make of the same adapter: right where they are right, and named
+where they are not.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,17 @@ def verify(capfd: pytest.CaptureFixture[str], folder: Path, merged: str = "merge
 
 def gpt2() -> Model:
     torch.manual_seed(0)
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4))
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)
+    )
 
 
 CASES: dict[str, tuple[Callable[[], Model], dict[str, Any]]] = {
     "llama": (tiny.llama, {"target_modules": "all-linear"}),
-    "llama-tied": (lambda: tiny.llama(tied=True), {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 2}),
+    "llama-tied": (
+        lambda: tiny.llama(tied=True),
+        {"target_modules": ["q_proj", "down_proj"], "lora_alpha": 2},
+    ),
     "llama-rslora": (
         tiny.llama,
         {"target_modules": ["v_proj"], "use_rslora": True, "rank_pattern": {"1.self_attn.v_proj": 3}},
@@ -48,10 +55,19 @@ CASES: dict[str, tuple[Callable[[], Model], dict[str, Any]]] = {
     "llama-dora": (tiny.llama, {"target_modules": ["v_proj"], "use_dora": True}),
     "llama-embedding": (tiny.llama, {"target_modules": ["embed_tokens"]}),
     "llama-head": (tiny.llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
-    "llama-tokens": (lambda: tiny.llama(tied=True), {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]}),
+    "llama-tokens": (
+        lambda: tiny.llama(tied=True),
+        {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5]},
+    ),
     "bert": (tiny.bert, {"target_modules": ["query", "dense"]}),
-    "bert-ia3": (tiny.bert, {"method": peft.IA3Config, "target_modules": ["key", "dense"], "feedforward_modules": ["dense"]}),
-    "bert-oft": (tiny.bert, {"method": peft.OFTConfig, "target_modules": ["query", "key"], "oft_block_size": 8}),
+    "bert-ia3": (
+        tiny.bert,
+        {"method": peft.IA3Config, "target_modules": ["key", "dense"], "feedforward_modules": ["dense"]},
+    ),
+    "bert-oft": (
+        tiny.bert,
+        {"method": peft.OFTConfig, "target_modules": ["query", "key"], "oft_block_size": 8},
+    ),
     "gpt2": (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": True}),
 }
 
@@ -60,7 +76,9 @@ if int(transformers.__version__.partition(".")[0]) >= 5:
     CASES["mixtral"] = (mixtral, {"target_modules": ["q_proj"], "target_parameters": experts})
 
 
-def merged_by_peft(folder: Path, case: str, dtype: torch.dtype, adapter_dtype: torch.dtype = torch.float32) -> Model:
+def merged_by_peft(
+    folder: Path, case: str, dtype: torch.dtype, adapter_dtype: torch.dtype = torch.float32
+) -> Model:
     """Saves a base, an adapter that PEFT made for it, and PEFT's merge of the two."""
     make, options = CASES[case]
     method = options.get("method", peft.LoraConfig)
@@ -79,7 +97,9 @@ def merged_by_peft(folder: Path, case: str, dtype: torch.dtype, adapter_dtype: t
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-def test_what_peft_merged_is_right(case: str, dtype: torch.dtype, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_peft_merged_is_right(
+    case: str, dtype: torch.dtype, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     merged_by_peft(tmp_path, case, dtype)
     report = verify(capfd, tmp_path)
     assert report["faults"] == []
@@ -104,7 +124,9 @@ def test_the_bare_model_inside_is_told_apart(tmp_path: Path, capfd: pytest.Captu
     assert verify(capfd, tmp_path, "inside")["faults"] == ["1 tensors are missing: lm_head.weight"]
 
 
-def test_a_merge_that_never_happened_and_one_too_many(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_merge_that_never_happened_and_one_too_many(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     merged_by_peft(tmp_path, "llama", torch.bfloat16)
     (fault,) = verify(capfd, tmp_path, "base")["faults"]
     assert fault.startswith("not merged at all")

@@ -1,4 +1,6 @@
-"""Libraries that import `peft` run on peftrs: each test is a process of its own, since they ask once, when imported."""
+"""Libraries that import `peft` run on peftrs: each test is a process of its own, since they ask once, when
+imported.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,10 @@ torch.set_num_threads(1)
 def tiny():
     from transformers import BertConfig, BertForSequenceClassification
     torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2, vocab_size=32,
-        num_attention_heads=2, max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+    return BertForSequenceClassification(BertConfig(hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+    vocab_size=32,
+        num_attention_heads=2, max_position_embeddings=32, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0))
 tokens = torch.arange(12).view(2, 6)
 def run(model):
     with torch.no_grad():
@@ -51,13 +55,16 @@ def test_names_and_version_are_ours(tmp_path: Path) -> None:
         import peft
         from peft.tuners.tuners_utils import BaseTunerLayer
         from peft.tuners.lora.layer import LoraLayer
-        assert peft.PeftModel is peftrs.PeftModel and peft.__version__ == importlib.metadata.version("peft") == "0.21.2"
+        assert peft.PeftModel is peftrs.PeftModel
+        assert peft.__version__ == importlib.metadata.version("peft") == "0.21.2"
         assert peft.functional.set_adapter and peft.tuners.lora.LoraConfig is peftrs.LoraConfig
-        assert importlib.util.find_spec("peft").origin == "peftrs" and importlib.util.find_spec("peft.nonsense") is None
+        assert importlib.util.find_spec("peft").origin == "peftrs"
+        assert importlib.util.find_spec("peft.nonsense") is None
         from transformers.utils import is_peft_available
         from accelerate.utils import is_peft_model
         assert is_peft_available()
-        model = peftrs.get_peft_model(tiny(), peftrs.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"))
+        model = peftrs.get_peft_model(tiny(), peftrs.LoraConfig(target_modules=["query"],
+        task_type="SEQ_CLS"))
         assert is_peft_model(model)
         layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
         assert isinstance(layer, BaseTunerLayer) and isinstance(layer, LoraLayer)
@@ -75,17 +82,20 @@ def test_combining_adapters_has_pefts_names_and_its_linear(tmp_path: Path) -> No
         """
         import warnings
         from peft import LoraConfig, get_peft_model
-        from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, prune, task_arithmetic, ties
+        from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, prune, task_arithmetic,
+        ties
         tensors, weights = [torch.ones(2), -3 * torch.ones(2)], torch.tensor([0.5, 1.0])
         assert torch.equal(task_arithmetic(tensors, weights), torch.full((2,), -2.5))
-        assert torch.equal(magnitude_prune(tensors, weights, 0.5).abs().sort().values, torch.tensor([0.0, 2.5]))
+        assert torch.equal(magnitude_prune(tensors, weights, 0.5).abs().sort().values, torch.tensor([0.0,
+        2.5]))
         model = get_peft_model(tiny(), LoraConfig(target_modules=["query"], init_lora_weights=False), "a")
         model.add_adapter("b", LoraConfig(target_modules=["query"], init_lora_weights=False))
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             for name in ("one", "two"):
                 model.add_weighted_adapter(["a", "b"], [0.25, 0.25], name, combination_type="linear")
-        assert [str(one.message).startswith("combination_type='linear' adds up factors") for one in told] == [True]
+        words = "combination_type='linear' adds up factors"
+        assert [str(one.message).startswith(words) for one in told] == [True]
         layer = model.base_model.model.bert.encoder.layer[0].attention.self.query
         for slot in (layer.lora_A, layer.lora_B):
             assert torch.allclose(slot["one"].weight, 0.5 * (slot["a"].weight + slot["b"].weight))
@@ -103,8 +113,10 @@ def test_trainer_trains_saves_and_resumes(tmp_path: Path) -> None:
         from transformers import Trainer, TrainingArguments
         rows = [{"input_ids": torch.randint(0, 32, (6,)), "labels": i % 2} for i in range(32)]
         def trainer(steps, **extra):
-            model = peftrs.get_peft_model(tiny(), peftrs.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"))
-            arguments = TrainingArguments("out", max_steps=steps, per_device_train_batch_size=8, save_steps=4, report_to=[],
+            model = peftrs.get_peft_model(tiny(), peftrs.LoraConfig(r=4, target_modules=["query", "value"],
+            task_type="SEQ_CLS"))
+            arguments = TrainingArguments("out", max_steps=steps, per_device_train_batch_size=8, save_steps=4,
+            report_to=[],
                 logging_steps=1, learning_rate=1e-2, use_cpu=True, disable_tqdm=True,
                 label_names=["labels"], **extra)
             return Trainer(model, arguments, train_dataset=rows, eval_dataset=rows)
@@ -131,13 +143,15 @@ def test_models_add_save_and_load_adapters_themselves(tmp_path: Path) -> None:
         tiny().save_pretrained("base")
         model = BertForSequenceClassification.from_pretrained("base")
         plain = run(model)
-        model.add_adapter(peftrs.LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"]), "one")
+        model.add_adapter(peftrs.LoraConfig(r=4, target_modules=["query", "value"],
+        modules_to_save=["classifier"]), "one")
         assert torch.allclose(run(model), plain, atol=1e-6) and model.active_adapters() == ["one"]
         stir(model)
         changed = run(model)
         assert not torch.allclose(changed, plain, atol=1e-6)
         model.save_pretrained("adapter")
-        assert os.path.exists("adapter/adapter_model.safetensors") and os.path.exists("adapter/adapter_config.json")
+        assert os.path.exists("adapter/adapter_model.safetensors")
+        assert os.path.exists("adapter/adapter_config.json")
         other = BertForSequenceClassification.from_pretrained("base")
         other.load_adapter("adapter", "two")
         other.set_adapter("two")
@@ -145,7 +159,8 @@ def test_models_add_save_and_load_adapters_themselves(tmp_path: Path) -> None:
         straight = BertForSequenceClassification.from_pretrained("adapter")
         assert torch.allclose(run(straight), changed, atol=1e-6)
         other.delete_adapter("two")
-        # transformers 4.51 deletes from the adapted layers alone: `modules_to_save`, here the classifier, stays.
+        # transformers 4.51 deletes from the adapted layers alone: `modules_to_save`, here the classifier,
+        # stays.
         import transformers
         if int(transformers.__version__.split(".")[0]) >= 5:
             assert torch.allclose(run(other), plain, atol=1e-6)
@@ -176,7 +191,10 @@ def test_models_turn_adapters_off_and_on(tmp_path: Path) -> None:
 
 def test_installing_too_late_is_refused() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "import peft, peftrs.compat; peftrs.compat.install()"], capture_output=True, text=True, check=False
+        [sys.executable, "-c", "import peft, peftrs.compat; peftrs.compat.install()"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode != 0
     assert "PeftrsError" in done.stderr

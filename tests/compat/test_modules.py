@@ -24,8 +24,10 @@ from peftrs.errors import PeftrsError
 from tests.model.tiny import llama
 
 INNER = {
-    "adalora.gptq", "adamss.asa_callback", "adamss.utils", "adaption_prompt.utils", "boft.fbd", "c3a.utils", "cartridge.utils",
-    "osf.utils", "poly.router", "shadow.diffusion_models", "shadow.layers", "shira.mask_functions", "waveft.constants",
+    "adalora.gptq", "adamss.asa_callback", "adamss.utils", "adaption_prompt.utils", "boft.fbd", "c3a.utils",
+    "cartridge.utils",
+    "osf.utils", "poly.router", "shadow.diffusion_models", "shadow.layers", "shira.mask_functions",
+    "waveft.constants",
     "waveft.wavelet", "waveft.waverec2d", "xlora.classifier",
 }  # fmt: skip
 """Files that hold nothing but parts of one method's arithmetic."""
@@ -33,7 +35,9 @@ INNER = {
 
 def modules(package: ModuleType) -> Iterator[str]:
     yield "peft"
-    yield from (found.name for found in pkgutil.walk_packages(package.__path__, "peft.", onerror=lambda _: None))
+    yield from (
+        found.name for found in pkgutil.walk_packages(package.__path__, "peft.", onerror=lambda _: None)
+    )
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -65,7 +69,9 @@ def imported(library: str) -> Iterator[tuple[str, str, str]]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("library", ["transformers", "accelerate", "diffusers", "trl", "sentence_transformers"])
+@pytest.mark.parametrize(
+    "library", ["transformers", "accelerate", "diffusers", "trl", "sentence_transformers"]
+)
 def test_every_name_that_a_library_imports_is_there(library: str) -> None:
     found = set(imported(library))
     if importlib.util.find_spec(library) is None:
@@ -73,7 +79,8 @@ def test_every_name_that_a_library_imports_is_there(library: str) -> None:
     missing = [
         (module, name, file)
         for module, name, file in sorted(found)
-        if module not in MODULES or (f"{module}.{name}" not in MODULES and getattr(Alias(module), name, None) is None)
+        if module not in MODULES
+        or (f"{module}.{name}" not in MODULES and getattr(Alias(module), name, None) is None)
     ]
     assert missing == []
 
@@ -84,7 +91,9 @@ def test_layer_classes_carry_pefts_names() -> None:
             theirs = importlib.import_module(f"peft.tuners.{folder}.layer")
         except ModuleNotFoundError:
             continue
-        layer = next((name for name in vars(theirs) if name.lower() == f"{folder.replace('_', '')}layer"), None)
+        layer = next(
+            (name for name in vars(theirs) if name.lower() == f"{folder.replace('_', '')}layer"), None
+        )
         if layer is not None:
             assert layer_class(folder, layer) is not None, (folder, layer)
 
@@ -100,7 +109,11 @@ def test_numbers_fall_apart_as_in_peft() -> None:
 def test_the_units_of_fsdp_are_the_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     model = peftrs.get_peft_model(llama(), peftrs.LoraConfig(target_modules=["q_proj"]))
     policy = fsdp_auto_wrap_policy(model)
-    units = [name for name, module in model.named_modules() if policy(module=module, recurse=False, nonwrapped_numel=1)]
+    units = [
+        name
+        for name, module in model.named_modules()
+        if policy(module=module, recurse=False, nonwrapped_numel=1)
+    ]
     assert units == [f"base_model.model.model.layers.{layer}" for layer in range(2)]
     monkeypatch.setenv("FSDP_TRANSFORMER_CLS_TO_WRAP", "LlamaMLP,Nothing")
     with pytest.raises(peftrs.ConfigError, match="'Nothing'"):
@@ -116,7 +129,9 @@ class Net(nn.Module):
 
 
 def test_layers_are_what_pefts_classes_say() -> None:
-    lora = peftrs.get_peft_model(Net(), peftrs.LoraConfig(target_modules=["embed", "lin", "conv"], r=4, lora_alpha=6))
+    lora = peftrs.get_peft_model(
+        Net(), peftrs.LoraConfig(target_modules=["embed", "lin", "conv"], r=4, lora_alpha=6)
+    )
     net = lora.base_model.model
     for name, kind in (("embed", "Embedding"), ("lin", "Linear"), ("conv", "Conv2d")):
         layer = getattr(net, name)
@@ -135,7 +150,12 @@ def test_layers_are_what_pefts_classes_say() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_layers_show_what_code_reads_off_them() -> None:
-    settings = {"target_modules": ["lin", "conv", "embed"], "r": 4, "lora_alpha": 6, "init_lora_weights": False}
+    settings = {
+        "target_modules": ["lin", "conv", "embed"],
+        "r": 4,
+        "lora_alpha": 6,
+        "init_lora_weights": False,
+    }
     ours = peftrs.get_peft_model(Net(), peftrs.LoraConfig(**settings), "one").base_model.model
     theirs = peft.get_peft_model(Net(), peft.LoraConfig(**settings), "one").base_model.model
     for name in ("lin", "conv", "embed"):
@@ -156,7 +176,10 @@ def test_layers_show_what_code_reads_off_them() -> None:
     x = torch.randn(2, 8)
     ours.eval()
     with torch.no_grad():
-        change = ours.lin.lora_B["one"](ours.lin.lora_A["one"](ours.lin.lora_dropout["one"](x))) * ours.lin.scaling["one"]
+        change = (
+            ours.lin.lora_B["one"](ours.lin.lora_A["one"](ours.lin.lora_dropout["one"](x)))
+            * ours.lin.scaling["one"]
+        )
         assert torch.allclose(ours.lin(x), ours.lin.base_layer(x) + change, atol=1e-6)
 
 

@@ -1,4 +1,6 @@
-"""An environment with everything that is installed here but PEFT: what a user has who installed peftrs in its place."""
+"""An environment with everything that is installed here but PEFT: what a user has who installed peftrs in its
+place.
+"""
 
 from __future__ import annotations
 
@@ -31,17 +33,32 @@ def without_peft(folder: Path) -> Path:
     return folder / "bin" / "python"
 
 
-def run(interpreter: Path, *arguments: str, folder: Path, timeout: int = 900) -> subprocess.CompletedProcess[str]:
+def run(
+    interpreter: Path, *arguments: str, folder: Path, timeout: int = 900
+) -> subprocess.CompletedProcess[str]:
     """Runs the interpreter with nothing of this one's paths but the checkout, for the tests' own modules."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "PYTEST", "VIRTUAL_ENV"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PYTHON", "PYTEST", "VIRTUAL_ENV"))
+    }
     environment |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.run(
-        [str(interpreter), *arguments], cwd=folder, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+        [str(interpreter), *arguments],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
     )
 
 
 def installed(library: str, oldest: str) -> str:
-    """The library's version. Skips where it is not installed, or is older than what is asked of it is written for."""
+    """The library's version.
+
+    Skips where it is not installed, or is older than what is asked of it is written for.
+    """
     try:
         held = version(library)
     except PackageNotFoundError:

@@ -12,11 +12,19 @@ import pytest
 
 from tests.ecosystem.environment import CHECKOUT, installed, run
 
-LIBRARIES = {"transformers": "5", "accelerate": "1.6", "diffusers": "0.33", "trl": "1", "sentence-transformers": "6"}
+LIBRARIES = {
+    "transformers": "5",
+    "accelerate": "1.6",
+    "diffusers": "0.33",
+    "trl": "1",
+    "sentence-transformers": "6",
+}
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_example(library: str, interpreter: Path, tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
+def test_example(
+    library: str, interpreter: Path, tmp_path: Path, record_property: Callable[[str, Any], None]
+) -> None:
     record_property("ecosystem", f"{library} {installed(library, LIBRARIES[library])}")
     script = CHECKOUT / "examples" / f"with_{library.replace('-', '_')}.py"
     began = time.monotonic()

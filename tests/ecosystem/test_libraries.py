@@ -1,6 +1,7 @@
 """Libraries that import `peft` run on peftrs alone, in an environment in which PEFT is not installed.
 
-The checks of one library run in one process, under `python -m peftrs.compat -m pytest`: they are ordinary tests, in `checks/`.
+The checks of one library run in one process, under `python -m peftrs.compat -m pytest`: they are ordinary
+tests, in `checks/`.
 """
 
 from __future__ import annotations
@@ -15,19 +16,32 @@ import pytest
 
 from tests.ecosystem.environment import CHECKOUT, installed, run
 
-LIBRARIES = {"transformers": "4.51", "accelerate": "1.6", "diffusers": "0.33", "trl": "1", "sentence-transformers": "6"}
+LIBRARIES = {
+    "transformers": "4.51",
+    "accelerate": "1.6",
+    "diffusers": "0.33",
+    "trl": "1",
+    "sentence-transformers": "6",
+}
 """The oldest version that a library's checks are written for."""
 
 
 def test_peft_is_not_there(interpreter: Path, tmp_path: Path) -> None:
     done = run(interpreter, "-c", "import peftrs, torch; import peft", folder=tmp_path)
     assert done.stderr.splitlines()[-1] == "ModuleNotFoundError: No module named 'peft'"
-    done = run(interpreter, "-c", "from importlib.metadata import version; import peftrs; version('peft')", folder=tmp_path)
+    done = run(
+        interpreter,
+        "-c",
+        "from importlib.metadata import version; import peftrs; version('peft')",
+        folder=tmp_path,
+    )
     assert "PackageNotFoundError: No package metadata was found for peft" in done.stderr
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_library(library: str, interpreter: Path, tmp_path: Path, record_property: Callable[[str, Any], None]) -> None:
+def test_library(
+    library: str, interpreter: Path, tmp_path: Path, record_property: Callable[[str, Any], None]
+) -> None:
     held = installed(library, LIBRARIES[library])
     report = tmp_path / "report.xml"
     done = checks(interpreter, library, report)
@@ -41,7 +55,20 @@ def test_library(library: str, interpreter: Path, tmp_path: Path, record_propert
 
 
 def checks(interpreter: Path, library: str, report: Path) -> subprocess.CompletedProcess[str]:
-    program = ["-m", "pytest", f"tests/ecosystem/checks/with_{library.replace('-', '_')}.py", f"--junitxml={report}"]
+    program = [
+        "-m",
+        "pytest",
+        f"tests/ecosystem/checks/with_{library.replace('-', '_')}.py",
+        f"--junitxml={report}",
+    ]
     # Whose warnings they are decides: those of peftrs are errors, the libraries' own are theirs.
-    options = ["-q", "-p", "no:cacheprovider", "-o", "filterwarnings=ignore", "-W", "error::peftrs.PeftrsWarning"]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "filterwarnings=ignore",
+        "-W",
+        "error::peftrs.PeftrsWarning",
+    ]
     return run(interpreter, "-P", "-m", "peftrs.compat", *program, *options, folder=CHECKOUT)

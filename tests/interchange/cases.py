@@ -1,4 +1,6 @@
-"""The configurations whose files and outputs must agree with PEFT's, on small models that hold every kind of layer."""
+"""The configurations whose files and outputs must agree with PEFT's, on small models that hold every kind of
+layer.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,8 @@ def toy() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
 def llama(*, tied: bool = False) -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2, num_key_value_heads=1, vocab_size=32,
+        hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=2,
+        num_key_value_heads=1, vocab_size=32,
         max_position_embeddings=32, tie_word_embeddings=tied,
     )  # fmt: skip
     tokens = torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -70,7 +73,8 @@ def llama(*, tied: bool = False) -> tuple[nn.Module, Callable[[nn.Module], Tenso
 def bert() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     torch.manual_seed(0)
     config = BertConfig(
-        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32, max_position_embeddings=32,
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=32,
+        max_position_embeddings=32,
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
     )  # fmt: skip
     tokens = torch.randint(0, 32, (2, 7), generator=torch.Generator().manual_seed(1))
@@ -111,8 +115,15 @@ def ia3(label: str, **arguments: Any) -> Case:
 
 
 def oft(label: str, **arguments: Any) -> Case:
-    extra = {key: arguments.pop(key) for key in ("tolerance", "trains", "unmerged", "merges") if key in arguments}
-    return Case(f"oft-{label}", "OFTConfig", {"oft_block_size": 4, "target_modules": ["lin0", "lin1"], **arguments}, **extra)
+    extra = {
+        key: arguments.pop(key) for key in ("tolerance", "trains", "unmerged", "merges") if key in arguments
+    }
+    return Case(
+        f"oft-{label}",
+        "OFTConfig",
+        {"oft_block_size": 4, "target_modules": ["lin0", "lin1"], **arguments},
+        **extra,
+    )
 
 
 CASES = [
@@ -150,18 +161,23 @@ CASES = [
     lora("token-rows", trainable_token_indices={"emb": [3, 1, 7]}),
     lora("regex", target_modules=r"lin\d"),
     # PEFT leaves the output projection's adapter out of attention's forward, but merges it.
-    lora("exclude", target_modules="all-linear", exclude_modules=["head", "hf"], unmerged=False, trains=False),
+    lora("exclude", target_modules="all-linear", exclude_modules=["head", "hf"], unmerged=False,
+    trains=False),
     lora("llama-default", target_modules=None, model=llama),
     lora("llama-all-linear", target_modules="all-linear", model=llama),
     lora("llama-layers", target_modules=["q_proj", "v_proj"], layers_to_transform=[0, 2], model=llama),
-    lora("llama-layers-pattern", target_modules=["down_proj"], layers_to_transform=1, layers_pattern="layers", model=llama),
-    lora("llama-replicated", target_modules=["q_proj", "down_proj"], layer_replication=[[0, 2], [1, 3]], model=llama, merges=False),
+    lora("llama-layers-pattern", target_modules=["down_proj"], layers_to_transform=1, layers_pattern="layers",
+    model=llama),
+    lora("llama-replicated", target_modules=["q_proj", "down_proj"], layer_replication=[[0, 2], [1, 3]],
+    model=llama, merges=False),
     lora("llama-token-rows", target_modules=["q_proj"], trainable_token_indices=[0, 5], model=llama),
-    lora("llama-tied-token-rows", target_modules=["q_proj"], trainable_token_indices=[0, 5], model=lambda: llama(tied=True)),
+    lora("llama-tied-token-rows", target_modules=["q_proj"], trainable_token_indices=[0, 5],
+    model=lambda: llama(tied=True)),
     # PEFT merges the change into the weight that both layers share twice.
     lora("llama-tied-embedding", target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True,
          model=lambda: llama(tied=True), merges=False, same_targets=False),
-    lora("llama-tied-saved", target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True,
+    lora("llama-tied-saved", target_modules=["q_proj"], modules_to_save=["embed_tokens"],
+    ensure_weight_tying=True,
          model=lambda: llama(tied=True)),
     lora("bert-classifier", target_modules=["query", "value"], task_type="SEQ_CLS", model=bert),
     ia3("outputs", target_modules=["lin0", "lin1"], feedforward_modules=[]),

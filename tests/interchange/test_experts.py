@@ -28,11 +28,16 @@ from peftrs.compat.weight_conversion import (
 from tests.model.tiny import shake
 
 pytestmark = [
-    pytest.mark.skipif(int(transformers.__version__.partition(".")[0]) < 5, reason="experts are layers before transformers 5"),
-    pytest.mark.filterwarnings("ignore::UserWarning:peft", "ignore::FutureWarning", "ignore::RuntimeWarning:peft"),
+    pytest.mark.skipif(
+        int(transformers.__version__.partition(".")[0]) < 5, reason="experts are layers before transformers 5"
+    ),
+    pytest.mark.filterwarnings(
+        "ignore::UserWarning:peft", "ignore::FutureWarning", "ignore::RuntimeWarning:peft"
+    ),
 ]
 SIZES: dict[str, Any] = {
-    "vocab_size": 32, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "vocab_size": 32, "hidden_size": 8, "intermediate_size": 12, "num_hidden_layers": 2,
+    "num_attention_heads": 2,
     "num_key_value_heads": 1, "num_experts_per_tok": 2,
 }  # fmt: skip
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -80,7 +85,13 @@ def older(name: str, folder: Path, *, rank: int = 2, **options: Any) -> dict[str
             module = f"base_model.model.model.layers.{number}.{path}"
             tensors[f"{module}.lora_A.weight"] = torch.randn(rank, wide, generator=generator)
             tensors[f"{module}.lora_B.weight"] = torch.randn(out, rank, generator=generator)
-    config = {"peft_type": "LORA", "r": rank, "lora_alpha": 3, "target_modules": ["q_proj", "gate", *layers], **options}
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": 3,
+        "target_modules": ["q_proj", "gate", *layers],
+        **options,
+    }
     folder.mkdir(parents=True)
     (folder / "adapter_config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "adapter_model.safetensors")
@@ -93,7 +104,9 @@ def test_an_older_adapter_gives_what_its_layers_gave(name: str, rslora: bool, tm
     make, block, layers = MODELS[name]
     tensors = older(name, tmp_path / "older", use_rslora=rslora)
     ours = peftrs.PeftModel.from_pretrained(make(), tmp_path / "older")
-    assert sorted([*ours.load_reports["default"].used, *ours.load_reports["default"].remapped]) == sorted(tensors)
+    assert sorted([*ours.load_reports["default"].used, *ours.load_reports["default"].remapped]) == sorted(
+        tensors
+    )
     base, scaling = make(), 3 / 2**0.5 if rslora else 3 / 2
     with torch.no_grad():
         for number in range(2):
@@ -183,9 +196,13 @@ def test_half_of_a_parameter_is_refused() -> None:
 def test_an_incomplete_file_is_told_by_its_own_names(tmp_path: Path) -> None:
     tensors = older("qwen", tmp_path / "older")
     lost = "base_model.model.model.layers.1.mlp.experts.2.up_proj.lora_B.weight"
-    save_file({name: one for name, one in tensors.items() if name != lost}, tmp_path / "older" / "adapter_model.safetensors")
+    save_file(
+        {name: one for name, one in tensors.items() if name != lost},
+        tmp_path / "older" / "adapter_model.safetensors",
+    )
     with pytest.raises(
-        peftrs.CheckpointError, match=r"missing: .*layers\.1\.mlp\.experts\.base_layer\.lora_B.*unexpected: .*experts\.0"
+        peftrs.CheckpointError,
+        match=r"missing: .*layers\.1\.mlp\.experts\.base_layer\.lora_B.*unexpected: .*experts\.0",
     ):
         peftrs.PeftModel.from_pretrained(qwen(), tmp_path / "older")
 
@@ -207,19 +224,28 @@ torch.save(logits(again), sys.argv[2] + "/again.pt")
 
 @models
 @pytest.mark.parametrize("some", [False, True], ids=["all", "gate-and-up"])
-def test_transformers_loads_it_too_and_saves_what_it_made_of_it(name: str, some: bool, tmp_path: Path) -> None:
+def test_transformers_loads_it_too_and_saves_what_it_made_of_it(
+    name: str, some: bool, tmp_path: Path
+) -> None:
     make, _, layers = MODELS[name]
-    tensors = older(name, tmp_path / "older", **({"target_modules": ["q_proj", "gate", *layers[:2]]} if some else {}))
+    tensors = older(
+        name, tmp_path / "older", **({"target_modules": ["q_proj", "gate", *layers[:2]]} if some else {})
+    )
     if some:
         kept = {name: one for name, one in tensors.items() if f".{layers[2]}." not in name}
         save_file(kept, tmp_path / "older" / "adapter_model.safetensors")
     expected = logits(peftrs.PeftModel.from_pretrained(make(), tmp_path / "older"))
     program = [sys.executable, "-W", "ignore", "-c", PROGRAM, name, str(tmp_path / "older")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(CHECKOUT), os.environ.get("PYTHONPATH", "")]),
+    }
     done = subprocess.run(program, capture_output=True, text=True, timeout=300, check=False, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     close(torch.load(tmp_path / "older" / "logits.pt"), expected)
-    assert torch.equal(torch.load(tmp_path / "older" / "again.pt"), torch.load(tmp_path / "older" / "logits.pt"))
+    assert torch.equal(
+        torch.load(tmp_path / "older" / "again.pt"), torch.load(tmp_path / "older" / "logits.pt")
+    )
 
 
 @models
@@ -229,11 +255,13 @@ def test_the_conversions_by_themselves_give_what_theirs_give(name: str, tmp_path
     config = peftrs.PeftConfig.from_pretrained(tmp_path / "older")
     convert_peft_config_for_transformers(config, make(), None)
     assert set(config.target_parameters) == {"gate_up_proj", "down_proj", "gate.weight"}
-    ours = convert_peft_adapter_state_dict_for_transformers(peftrs.get_peft_model(make(), config), config, tensors)
-    other = peft.PeftConfig.from_pretrained(tmp_path / "older")
-    theirs = import_module("peft.utils.transformers_weight_conversion").convert_peft_adapter_state_dict_for_transformers(
-        peft.get_peft_model(make(), other), other, tensors
+    ours = convert_peft_adapter_state_dict_for_transformers(
+        peftrs.get_peft_model(make(), config), config, tensors
     )
+    other = peft.PeftConfig.from_pretrained(tmp_path / "older")
+    theirs = import_module(
+        "peft.utils.transformers_weight_conversion"
+    ).convert_peft_adapter_state_dict_for_transformers(peft.get_peft_model(make(), other), other, tensors)
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     plain = peftrs.get_peft_model(make(), LoraConfig(target_modules=["q_proj"]))

@@ -17,9 +17,20 @@ NAMES = ["b", "__base__", "a", "b"]
 TOKENS = torch.randint(0, 32, (4, 7), generator=torch.Generator().manual_seed(2))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 SETTINGS: dict[str, Any] = {
-    "linear": (llama, {"target_modules": ["q_proj", "v_proj"]}, {"target_modules": ["q_proj", "up_proj"], "r": 3}),
-    "embedding": (llama, {"target_modules": ["embed_tokens", "o_proj"]}, {"target_modules": ["q_proj"], "use_rslora": True}),
-    "token-rows": (llama, *({"target_modules": ["q_proj"], "trainable_token_indices": its} for its in ([3, 5], [5, 7]))),
+    "linear": (
+        llama,
+        {"target_modules": ["q_proj", "v_proj"]},
+        {"target_modules": ["q_proj", "up_proj"], "r": 3},
+    ),
+    "embedding": (
+        llama,
+        {"target_modules": ["embed_tokens", "o_proj"]},
+        {"target_modules": ["q_proj"], "use_rslora": True},
+    ),
+    "token-rows": (
+        llama,
+        *({"target_modules": ["q_proj"], "trainable_token_indices": its} for its in ([3, 5], [5, 7])),
+    ),
     "classifier": (bert, *({"target_modules": [name], "task_type": "SEQ_CLS"} for name in ("query", "key"))),
 }
 

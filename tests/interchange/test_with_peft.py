@@ -1,4 +1,6 @@
-"""Files and outputs agree with PEFT 0.21.2, both ways, for every configuration; so do losses from the same start."""
+"""Files and outputs agree with PEFT 0.21.2, both ways, for every configuration; so do losses from the same
+start.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ import peftrs
 from tests.interchange.cases import CASES, Case
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::RuntimeWarning", "ignore::FutureWarning"
+)
 """PEFT warns of what these configurations ask for on purpose."""
 
 
@@ -48,9 +52,16 @@ def load(library: Any, case: Case, folder: Path) -> tuple[nn.Module, Any]:
 
 
 def same_files(case: Case, ours: Path, theirs: Path) -> None:
-    mine, other = load_file(ours / "adapter_model.safetensors"), load_file(theirs / "adapter_model.safetensors")
-    assert {name: tensor.shape for name, tensor in mine.items()} == {name: tensor.shape for name, tensor in other.items()}
-    mine_config, other_config = (json.loads((folder / "adapter_config.json").read_text()) for folder in (ours, theirs))
+    mine, other = (
+        load_file(ours / "adapter_model.safetensors"),
+        load_file(theirs / "adapter_model.safetensors"),
+    )
+    assert {name: tensor.shape for name, tensor in mine.items()} == {
+        name: tensor.shape for name, tensor in other.items()
+    }
+    mine_config, other_config = (
+        json.loads((folder / "adapter_config.json").read_text()) for folder in (ours, theirs)
+    )
     for config in (mine_config, other_config):
         for name in ("target_modules", "exclude_modules", "feedforward_modules", "modules_to_save"):
             if isinstance(config.get(name), list):

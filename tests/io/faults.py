@@ -1,4 +1,6 @@
-"""Ways in which an adapter's folder can be wrong, each with the file that the error must name and what it must say."""
+"""Ways in which an adapter's folder can be wrong, each with the file that the error must name and what it
+must say.
+"""
 
 from __future__ import annotations
 
@@ -105,16 +107,41 @@ CASES: list[tuple[str, Change, str, str]] = [
     ("header too long", raw(lambda data: struct.pack("<Q", 1 << 60) + data[8:]), WEIGHTS, "header"),
     ("header is not JSON", header(lambda text: text.replace("{", "[", 1)), WEIGHTS, "header|JSON"),
     ("a page of HTML", bytes_only(b"<!DOCTYPE html><html>Sign in</html>"), WEIGHTS, "HTML|page"),
-    ("a pointer", bytes_only(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"), WEIGHTS, "LFS|pointer"),
-    ("a name twice", header(lambda text: text.replace("layers.1.lora_A", "layers.0.lora_A")), WEIGHTS, "twice|duplicate"),
+    (
+        "a pointer",
+        bytes_only(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
+        WEIGHTS,
+        "LFS|pointer",
+    ),
+    (
+        "a name twice",
+        header(lambda text: text.replace("layers.1.lora_A", "layers.0.lora_A")),
+        WEIGHTS,
+        "twice|duplicate",
+    ),
     ("an unknown dtype", header(lambda text: text.replace('"F32"', '"F33"', 1)), WEIGHTS, "F33"),
     ("overlapping", header(lambda text: re.sub(r"\[\d+,", "[0,", text)), WEIGHTS, "overlap|offset|bytes"),
-    ("an unknown dtype of eight bits", one('"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]', b"1"), WEIGHTS, "F8_E4M3"),
+    (
+        "an unknown dtype of eight bits",
+        one('"dtype":"F8_E4M3","shape":[1],"data_offsets":[0,1]', b"1"),
+        WEIGHTS,
+        "F8_E4M3",
+    ),
     ("a hole", one('"dtype":"F32","shape":[1],"data_offsets":[4,8]', bytes(8)), WEIGHTS, "hole"),
-    ("backwards", one('"dtype":"F32","shape":[1],"data_offsets":[4,0]', bytes(4)), WEIGHTS, "before their start"),
+    (
+        "backwards",
+        one('"dtype":"F32","shape":[1],"data_offsets":[4,0]', bytes(4)),
+        WEIGHTS,
+        "before their start",
+    ),
     ("a negative offset", one('"dtype":"F32","shape":[1],"data_offsets":[-4,0]', bytes(4)), WEIGHTS, "-4"),
     ("a broken offset", one('"dtype":"F32","shape":[1],"data_offsets":[0,4.5]', bytes(4)), WEIGHTS, "4.5"),
-    ("other bytes than its shape", one('"dtype":"F32","shape":[2],"data_offsets":[0,4]', bytes(4)), WEIGHTS, "takes 8 bytes"),
+    (
+        "other bytes than its shape",
+        one('"dtype":"F32","shape":[2],"data_offsets":[0,4]', bytes(4)),
+        WEIGHTS,
+        "takes 8 bytes",
+    ),
     (
         "larger than can be",
         one('"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]'),
@@ -128,8 +155,18 @@ CASES: list[tuple[str, Change, str, str]] = [
         "larger than can",
     ),
     ("not UTF-8", one('"dtype":"F32","shape":[1],"data_offsets":[0,4]', bytes(4), b"\xff"), WEIGHTS, "UTF-8"),
-    ("a name twice, spelled otherwise", header(lambda text: text.replace("layers.1", "layer\\u0073.0")), WEIGHTS, "twice"),
-    ("metadata twice", header(lambda text: '{"__metadata__":{},' + text[1:]), WEIGHTS, "`__metadata__` occurs twice"),
+    (
+        "a name twice, spelled otherwise",
+        header(lambda text: text.replace("layers.1", "layer\\u0073.0")),
+        WEIGHTS,
+        "twice",
+    ),
+    (
+        "metadata twice",
+        header(lambda text: '{"__metadata__":{},' + text[1:]),
+        WEIGHTS,
+        "`__metadata__` occurs twice",
+    ),
     ("a pipe", in_its_place(os.mkfifo), WEIGHTS, "not a regular file"),
     ("a folder for a file", in_its_place(Path.mkdir), WEIGHTS, "is a folder"),
     ("a device", in_its_place(lambda path: path.symlink_to("/dev/zero")), WEIGHTS, "link|regular"),
@@ -137,16 +174,31 @@ CASES: list[tuple[str, Change, str, str]] = [
     ("integers", tensors(lambda held: held.update({A: held[A].to(torch.int32)})), WEIGHTS, "int32"),
     ("bytes for weights", tensors(lambda held: held.update({A: held[A].to(torch.int8)})), WEIGHTS, "I8"),
     ("no dimensions", tensors(lambda held: held.update({A: torch.tensor(1.0)})), WEIGHTS, r"has shape \[\]"),
-    ("no elements", tensors(lambda held: held.update({A: torch.zeros(0, 8)})), WEIGHTS, "without elements|no elements"),
+    (
+        "no elements",
+        tensors(lambda held: held.update({A: torch.zeros(0, 8)})),
+        WEIGHTS,
+        "without elements|no elements",
+    ),
     # What is in it (T4).
-    ("a tensor is missing", tensors(lambda held: held.pop(A)), WEIGHTS, r"1 missing: '.*layers\.0\.lora_A\.weight'"),
+    (
+        "a tensor is missing",
+        tensors(lambda held: held.pop(A)),
+        WEIGHTS,
+        r"1 missing: '.*layers\.0\.lora_A\.weight'",
+    ),
     (
         "a tensor too many",
         tensors(lambda held: held.update({f"{LAYER}.lora_C.weight": torch.zeros(2)})),
         WEIGHTS,
         r"1 unexpected: '.*lora_C\.weight' \(nearest in the model: '.*lora_.\.weight'\)",
     ),
-    ("another layer", tensors(lambda held: rename(held, A, A.replace(".0.", ".9."))), WEIGHTS, "1 missing: .*; 1 unexpected: "),
+    (
+        "another layer",
+        tensors(lambda held: rename(held, A, A.replace(".0.", ".9."))),
+        WEIGHTS,
+        "1 missing: .*; 1 unexpected: ",
+    ),
     (
         "another shape",
         tensors(lambda held: held.update({A: torch.zeros(4, 9)})),
@@ -169,7 +221,12 @@ CASES: list[tuple[str, Change, str, str]] = [
     ("no config", lambda folder: (folder / CONFIG).unlink(), CONFIG, "no|missing|not there"),
     ("a config that is not JSON", config_text("{'r': 8}"), CONFIG, "JSON|line 1"),
     ("a config that is a list", config_text("[]"), CONFIG, "object"),
-    ("a deep config", config_text('{"peft_type":"LORA","a":' + "[" * 400 + "]" * 400 + "}"), CONFIG, "deep|recursion|128"),
+    (
+        "a deep config",
+        config_text('{"peft_type":"LORA","a":' + "[" * 400 + "]" * 400 + "}"),
+        CONFIG,
+        "deep|recursion|128",
+    ),
     ("a config without a type", config_text("{}"), CONFIG, "peft_type"),
     ("an unknown type", config(peft_type="MAGIC"), CONFIG, "MAGIC"),
     ("a rank that is text", config(r="4"), CONFIG, r"\br\b"),
@@ -177,9 +234,19 @@ CASES: list[tuple[str, Change, str, str]] = [
     ("a rank of zero", config(r=0), CONFIG, r"\br\b|rank"),
     ("an enormous rank", config(r=10**12), "adapter", r"\br\b|rank|shape"),
     ("another rank", config(r=5), WEIGHTS, r"has shape \[4, 8\], the model needs \[5, 8\]"),
-    ("a strength that is no number", config_text('{"peft_type":"LORA","lora_alpha":NaN}'), CONFIG, "JSON|lora_alpha|NaN"),
+    (
+        "a strength that is no number",
+        config_text('{"peft_type":"LORA","lora_alpha":NaN}'),
+        CONFIG,
+        "JSON|lora_alpha|NaN",
+    ),
     ("a pattern that is none", config(target_modules="lay(ers"), CONFIG, r"lay\(ers"),
-    ("a pattern without end", config(target_modules="(a|a)*(b|b)*(.|.)*" * 12 + "!"), CONFIG, "match|pattern|cost|budget|found"),
+    (
+        "a pattern without end",
+        config(target_modules="(a|a)*(b|b)*(.|.)*" * 12 + "!"),
+        CONFIG,
+        "match|pattern|cost|budget|found",
+    ),
     ("no such layer", config(target_modules=["2"]), CONFIG, "not found in the base model"),
     (
         "an infinite strength",
@@ -190,16 +257,28 @@ CASES: list[tuple[str, Change, str, str]] = [
     ("a rank in a pattern that is text", config(rank_pattern={"0": "4"}), CONFIG, "rank_pattern"),
     ("a fraction for a rank", config(r=4.5), CONFIG, r"\br\b"),
     ("more layers than can be", config(layer_replication=[[0, 10**9]]), CONFIG, "layer_replication"),
-    ("countless layers", config(layers_to_transform=list(range(200_000))), CONFIG, "layers_to_transform|100000|100,000"),
+    (
+        "countless layers",
+        config(layers_to_transform=list(range(200_000))),
+        CONFIG,
+        "layers_to_transform|100000|100,000",
+    ),
     ("a layer below zero", config(layers_to_transform=[-1]), CONFIG, "layers_to_transform"),
     ("tokens below zero", config(trainable_token_indices=[-1]), CONFIG, "trainable_token_indices"),
     (
         "countless virtual tokens",
-        config_text('{"peft_type":"PROMPT_TUNING","task_type":"CAUSAL_LM","num_virtual_tokens":1000000000000}'),
+        config_text(
+            '{"peft_type":"PROMPT_TUNING","task_type":"CAUSAL_LM","num_virtual_tokens":1000000000000}'
+        ),
         CONFIG,
         "num_virtual_tokens",
     ),
-    ("a config without end", config_text('{"peft_type":"LORA","a":"' + "a" * (17 << 20) + '"}'), CONFIG, "at most|bytes"),
+    (
+        "a config without end",
+        config_text('{"peft_type":"LORA","a":"' + "a" * (17 << 20) + '"}'),
+        CONFIG,
+        "at most|bytes",
+    ),
     *(
         (f"a pattern that is none in {field}", config(**{field: value} | more), CONFIG, rf"{field}.*lay\(ers")
         for field, value, more in [

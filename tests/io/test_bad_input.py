@@ -1,4 +1,6 @@
-"""Every way in which an adapter's folder can be wrong: one error that names the file and the reason, and nothing changed."""
+"""Every way in which an adapter's folder can be wrong: one error that names the file and the reason, and
+nothing changed.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize(("change", "file", "reason"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+@pytest.mark.parametrize(
+    ("change", "file", "reason"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
+)
 def test_one_error_says_which_file_and_why(folder: Path, change: Change, file: str, reason: str) -> None:
     change(folder)
     model = stack()
@@ -64,7 +68,9 @@ def test_the_same_faults_leave_a_model_with_adapters_as_it_was(folder: Path) -> 
 
 def test_lenient_loading_warns_with_the_same_words(folder: Path) -> None:
     tensors(lambda held: rename(held, A, A.replace(".0.", ".9.")))(folder)
-    with pytest.warns(PeftrsWarning, match=r"1 missing: .*layers\.0\.lora_A.*; 1 unexpected: .*layers\.9\.lora_A"):
+    with pytest.warns(
+        PeftrsWarning, match=r"1 missing: .*layers\.0\.lora_A.*; 1 unexpected: .*layers\.9\.lora_A"
+    ):
         model = PeftModel.from_pretrained(stack(), folder, strict=False)
     held = dict(model.named_parameters())
     started = held["base_model.model.layers.0.lora_A.default.weight"]
@@ -81,12 +87,17 @@ def test_weights_of_the_model_are_refused_leniently_too(folder: Path) -> None:
 
 
 def test_countless_tensors_are_refused_before_any_is_looked_at(folder: Path) -> None:
-    rows = (f'"{place}":{{"dtype":"F16","shape":[1],"data_offsets":[{2 * place},{2 * place + 2}]}}' for place in range(100_005))
+    rows = (
+        f'"{place}":{{"dtype":"F16","shape":[1],"data_offsets":[{2 * place},{2 * place + 2}]}}'
+        for place in range(100_005)
+    )
     text = ("{" + ",".join(rows) + "}").encode()
     (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + bytes(2 * 100_005))
     model = stack()
     tracemalloc.start()
-    with pytest.raises(PeftrsError, match=rf"{WEIGHTS}: holds 100005 tensors, adapter 'default' has 4 on this model"):
+    with pytest.raises(
+        PeftrsError, match=rf"{WEIGHTS}: holds 100005 tensors, adapter 'default' has 4 on this model"
+    ):
         PeftModel.from_pretrained(model, folder, strict=False)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -120,7 +131,9 @@ def test_adapter_names_are_one_plain_component(folder: Path, name: str) -> None:
         PeftModel.from_pretrained(stack(), folder, adapter_name=name)
 
 
-def test_nothing_that_a_config_names_is_imported_or_opened(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_that_a_config_names_is_imported_or_opened(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "planted.py").write_text("raise SystemExit('a config made us import this')")
     monkeypatch.syspath_prepend(tmp_path)
     secret = tmp_path / "secret"

@@ -32,7 +32,9 @@ def parts(text: str) -> tuple[dict[str, object], str]:
 
 
 def made(existing: str | None = None, base: str = "org/model", pipeline: str | None = None) -> str:
-    return card(existing, base=base, methods=["LORA"], tags=["lora", f"base_model:adapter:{base}"], pipeline=pipeline)
+    return card(
+        existing, base=base, methods=["LORA"], tags=["lora", f"base_model:adapter:{base}"], pipeline=pipeline
+    )
 
 
 def test_a_new_card_says_what_the_adapter_is_for() -> None:

@@ -1,4 +1,6 @@
-"""Repositories come out of the hub's cache without the network, at the revision and from the subfolder asked for."""
+"""Repositories come out of the hub's cache without the network, at the revision and from the subfolder asked
+for.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ COMMITS = {"main": "a" * 40, "v2": "b" * 40}
 
 @pytest.fixture
 def cached(tmp_path: Path) -> tuple[str, dict[tuple[str, str | None], Any]]:
-    """A cache with two revisions of a repository, each with an adapter in its root and one in a subfolder; and what each gives."""
+    """A cache with two revisions of a repository, each with an adapter in its root and one in a subfolder;
+    and what each gives.
+    """
     root, outputs = tmp_path / "cache" / f"models--{NAME.replace('/', '--')}", {}
     for seed, (revision, commit) in enumerate(COMMITS.items()):
         (root / "refs").mkdir(parents=True, exist_ok=True)
@@ -52,7 +56,9 @@ def test_the_adapter_is_the_one_asked_for(cached: Any, revision: str, subfolder:
 
 def test_without_a_revision_it_is_the_main_one(cached: Any) -> None:
     cache, outputs = cached
-    assert torch.equal(logits(peftrs.PeftModel.from_pretrained(llama(), NAME, cache_dir=cache)), outputs["main", None])
+    assert torch.equal(
+        logits(peftrs.PeftModel.from_pretrained(llama(), NAME, cache_dir=cache)), outputs["main", None]
+    )
 
 
 def test_what_the_cache_lacks_is_said(cached: Any) -> None:
@@ -93,13 +99,19 @@ def test_models_and_configs_are_pushed(monkeypatch: pytest.MonkeyPatch) -> None:
     hub = Hub()
     monkeypatch.setattr("huggingface_hub.HfApi", hub)
     model = peftrs.get_peft_model(llama(), LoraConfig())
-    assert model.push_to_hub("mine", private=True, token="secret", revision="new", commit_message="Why") == "the commit"
+    assert (
+        model.push_to_hub("mine", private=True, token="secret", revision="new", commit_message="Why")
+        == "the commit"
+    )
     assert hub.files == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
     assert hub.told == [
         ("client", {"token": "secret"}),
         ("mine", {"private": True, "exist_ok": True}),
         ("someone/mine", {"branch": "new", "exist_ok": True}),
-        ("someone/mine", {"commit_message": "Why", "commit_description": None, "revision": "new", "create_pr": False}),
+        (
+            "someone/mine",
+            {"commit_message": "Why", "commit_description": None, "revision": "new", "create_pr": False},
+        ),
     ]
     hub.told.clear()
     LoraConfig().push_to_hub("mine")

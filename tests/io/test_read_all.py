@@ -1,4 +1,6 @@
-"""Many tensors read at once: the file's bits, whether they are finite, and no memory but what was lent for it."""
+"""Many tensors read at once: the file's bits, whether they are finite, and no memory but what was lent for
+it.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def test_the_bits_of_the_file_come_under_their_names(folder: Path) -> None:
 def test_other_sources_tell_the_same(folder: Path) -> None:
     source = FileSource(str(folder))
     held = MemorySource({PREFIX + name: source.read(name) for name in source.described()}, "memory")
-    for other, rename in ((held, lambda name: PREFIX + name), (Renamed(held, {"^": "x."}), lambda name: f"{PREFIX}x.{name}")):
+    for other, rename in (
+        (held, lambda name: PREFIX + name),
+        (Renamed(held, {"^": "x."}), lambda name: f"{PREFIX}x.{name}"),
+    ):
         assert other.described()[rename("big")] == (torch.float32, (BIG,))
         read, odd = other.read_all([rename("nan"), rename("big")])
         assert odd == [rename("nan")]

@@ -39,15 +39,39 @@ def renamed(old: str, new: str) -> Callable[[Tensors], Tensors]:
 
 
 FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
-    "one renamed": (renamed(FIRST, FIRST.replace("q_proj", "q_porj")), r"q_porj.*nearest in the model: '.*layers.0.*q_proj"),
-    "one more": (lambda tensors: tensors | {"base_model.model.more.lora_A.weight": torch.ones(2)}, "1 unexpected: '.*more"),
-    "one missing": (lambda tensors: {name: one for name, one in tensors.items() if name != FIRST}, f"1 missing: '{FIRST}'"),
-    "another shape": (lambda tensors: tensors | {FIRST: torch.ones(3, 32)}, r"shape \[3, 32\], the model needs \[4, 32\]"),
-    "no numbers": (lambda tensors: tensors | {FIRST: torch.full((4, 32), torch.nan)}, f"NaN or infinite values: '{FIRST}'"),
-    "infinite": (lambda tensors: tensors | {FIRST: torch.full((4, 32), -torch.inf)}, "NaN or infinite values"),
-    "a prefix more": (renamed("model.layers", "language_model.model.layers"), r"key_mapping={'\^language_model\\.': ''}"),
+    "one renamed": (
+        renamed(FIRST, FIRST.replace("q_proj", "q_porj")),
+        r"q_porj.*nearest in the model: '.*layers.0.*q_proj",
+    ),
+    "one more": (
+        lambda tensors: tensors | {"base_model.model.more.lora_A.weight": torch.ones(2)},
+        "1 unexpected: '.*more",
+    ),
+    "one missing": (
+        lambda tensors: {name: one for name, one in tensors.items() if name != FIRST},
+        f"1 missing: '{FIRST}'",
+    ),
+    "another shape": (
+        lambda tensors: tensors | {FIRST: torch.ones(3, 32)},
+        r"shape \[3, 32\], the model needs \[4, 32\]",
+    ),
+    "no numbers": (
+        lambda tensors: tensors | {FIRST: torch.full((4, 32), torch.nan)},
+        f"NaN or infinite values: '{FIRST}'",
+    ),
+    "infinite": (
+        lambda tensors: tensors | {FIRST: torch.full((4, 32), -torch.inf)},
+        "NaN or infinite values",
+    ),
+    "a prefix more": (
+        renamed("model.layers", "language_model.model.layers"),
+        r"key_mapping={'\^language_model\\.': ''}",
+    ),
     "a prefix less": (renamed("model.model.layers", "model.layers"), r"key_mapping={'\^': 'model.'}"),
-    "another model's": (lambda tensors: {f"x.{at}.lora_A.weight": one for at, one in enumerate(tensors.values())}, "none of them"),
+    "another model's": (
+        lambda tensors: {f"x.{at}.lora_A.weight": one for at, one in enumerate(tensors.values())},
+        "none of them",
+    ),
 }
 LENIENT = ["one renamed", "one more", "one missing", "no numbers", "infinite"]
 
@@ -115,7 +139,10 @@ def test_other_names_are_told_with_their_own(folder: Path) -> None:
     assert torch.equal(logits(model), expected)
     report = model.load_reports["default"]
     assert report.remapped == {name: name.replace("old.layers", "model.layers") for name in tensors}
-    state = {name.removeprefix("base_model.model."): one for name, one in load_file(folder / "adapter_model.safetensors").items()}
+    state = {
+        name.removeprefix("base_model.model."): one
+        for name, one in load_file(folder / "adapter_model.safetensors").items()
+    }
     state = {name.replace("old.", "model."): one for name, one in state.items()}
     found: Any = peftrs.set_peft_model_state_dict(model, state)
     assert set(found.remapped) == set(state)

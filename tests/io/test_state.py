@@ -18,7 +18,9 @@ NAMES = ("0", "1", "a", "weight", "lora", "default", "modules_to_save", "layers"
 
 def many(*names: str) -> Any:
     """A model with one adapter of each name, each with other values."""
-    model = peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0", "1"], modules_to_save=["head"]), names[0])
+    model = peftrs.get_peft_model(
+        stack(), LoraConfig(target_modules=["0", "1"], modules_to_save=["head"]), names[0]
+    )
     for name in names[1:]:
         model.add_adapter(name, LoraConfig(target_modules=["0", "1"], modules_to_save=["head"]))
     for seed, name in enumerate(names):
@@ -90,7 +92,9 @@ def test_a_bare_model_takes_names_with_and_without_their_prefix(prefix: str) -> 
         peftrs.inject_adapter_in_model(LoraConfig(target_modules=["0"], init_lora_weights=False), model)
     saved = peftrs.get_peft_model_state_dict(first)
     assert set(saved) == {"layers.0.lora_A.weight", "layers.0.lora_B.weight"}
-    result = peftrs.set_peft_model_state_dict(second, {prefix + name: tensor for name, tensor in saved.items()})
+    result = peftrs.set_peft_model_state_dict(
+        second, {prefix + name: tensor for name, tensor in saved.items()}
+    )
     assert result == ([], [])
     assert torch.equal(first(torch.ones(1, 8)), second(torch.ones(1, 8)))
 
@@ -109,11 +113,15 @@ def test_another_shape_is_refused_or_left_out_as_told() -> None:
     saved = peftrs.get_peft_model_state_dict(model, adapter_name="a")
     before = saved["base_model.model.layers.0.lora_A.weight"].clone()
     saved["base_model.model.layers.0.lora_A.weight"] = torch.zeros(3, 8)
-    with pytest.raises(CheckpointError, match=r"layers\.0\.lora_A\.weight' has shape \[3, 8\], the model needs \[8, 8\]"):
+    with pytest.raises(
+        CheckpointError, match=r"layers\.0\.lora_A\.weight' has shape \[3, 8\], the model needs \[8, 8\]"
+    ):
         peftrs.set_peft_model_state_dict(model, saved, "a")
     with pytest.warns(PeftrsWarning, match=r"left out for their shape: .*\[3, 8\]"):
         peftrs.set_peft_model_state_dict(model, saved, "a", ignore_mismatched_sizes=True)
-    after = peftrs.get_peft_model_state_dict(model, adapter_name="a")["base_model.model.layers.0.lora_A.weight"]
+    after = peftrs.get_peft_model_state_dict(model, adapter_name="a")[
+        "base_model.model.layers.0.lora_A.weight"
+    ]
     assert torch.equal(before, after)
 
 
@@ -143,8 +151,13 @@ def test_embeddings_are_saved_when_they_are_adapted_or_asked_for() -> None:
     asked = set(peftrs.get_peft_model_state_dict(plain, save_embedding_layers=True))
     assert {"base_model.model.model.embed_tokens.weight", "base_model.model.lm_head.weight"} <= asked
     targeted = peftrs.get_peft_model(llama(), LoraConfig(target_modules=["embed_tokens"]))
-    assert "base_model.model.model.embed_tokens.base_layer.weight" in peftrs.get_peft_model_state_dict(targeted)
-    assert not any("base_layer" in name for name in peftrs.get_peft_model_state_dict(targeted, save_embedding_layers=False))
+    assert "base_model.model.model.embed_tokens.base_layer.weight" in peftrs.get_peft_model_state_dict(
+        targeted
+    )
+    assert not any(
+        "base_layer" in name
+        for name in peftrs.get_peft_model_state_dict(targeted, save_embedding_layers=False)
+    )
 
 
 @pytest.mark.parametrize("target", ["q_proj", "embed_tokens", "lm_head"])
@@ -165,17 +178,22 @@ def test_a_resized_vocabulary_is_saved_with_the_adapter(target: str, tmp_path: P
 
 
 def test_tied_layers_stand_in_files_as_peft_writes_them() -> None:
-    rows = peftrs.get_peft_model(llama(tied=True), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 5]))
+    rows = peftrs.get_peft_model(
+        llama(tied=True), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 5])
+    )
     assert [name for name in peftrs.get_peft_model_state_dict(rows) if "token" in name] == [
         "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
     ]
     config = LoraConfig(target_modules=["q_proj"], modules_to_save=["embed_tokens"], ensure_weight_tying=True)
     whole = peftrs.get_peft_model_state_dict(peftrs.get_peft_model(llama(tied=True), config))
-    assert torch.equal(whole["base_model.model.model.embed_tokens.weight"], whole["base_model.model.lm_head.weight"])
+    assert torch.equal(
+        whole["base_model.model.model.embed_tokens.weight"], whole["base_model.model.lm_head.weight"]
+    )
     config = LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True)
     both = peftrs.get_peft_model_state_dict(peftrs.get_peft_model(llama(tied=True), config))
     assert torch.equal(
-        both["base_model.model.lm_head.lora_B.weight"], both["base_model.model.model.embed_tokens.lora_embedding_A"].mT
+        both["base_model.model.lm_head.lora_B.weight"],
+        both["base_model.model.model.embed_tokens.lora_embedding_A"].mT,
     )
 
 
@@ -183,7 +201,9 @@ def test_a_task_head_is_an_adapters_own(tmp_path: Path) -> None:
     model = peftrs.get_peft_model(bert(), LoraConfig(task_type="SEQ_CLS"))
     shake(model)
     model.save_pretrained(tmp_path)
-    assert {"base_model.model.classifier.weight", "base_model.model.classifier.bias"} <= set(peftrs.load_peft_weights(tmp_path))
+    assert {"base_model.model.classifier.weight", "base_model.model.classifier.bias"} <= set(
+        peftrs.load_peft_weights(tmp_path)
+    )
     again = peftrs.PeftModel.from_pretrained(bert(), tmp_path)
     assert isinstance(again, peftrs.PeftModelForSequenceClassification)
     assert torch.equal(logits(again), logits(model))
@@ -204,7 +224,9 @@ def test_key_mapping_renames_before_anything_is_compared(tmp_path: Path) -> None
         peftrs.PeftModel.from_pretrained(stack(), tmp_path)
     loaded = peftrs.PeftModel.from_pretrained(stack(), tmp_path, key_mapping={r"^blocks\.": "layers."})
     old, new = (peftrs.get_peft_model_state_dict(each) for each in (model, loaded))
-    assert torch.equal(old["base_model.model.blocks.0.lora_A.weight"], new["base_model.model.layers.0.lora_A.weight"])
+    assert torch.equal(
+        old["base_model.model.blocks.0.lora_A.weight"], new["base_model.model.layers.0.lora_A.weight"]
+    )
 
 
 def test_tensors_alone_go_where_they_are_asked_for_and_those_of_a_model_to_its_layers(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""What the laws range over: methods, kinds of layers, dtypes, and models of one adapted layer made from them."""
+"""What the laws range over: methods, kinds of layers, dtypes, and models of one adapted layer made from
+them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from peftrs.methods.lora import LoraConfig
 from peftrs.methods.oft import OFTConfig
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-"""How far two views of one adapted layer may lie apart, as ‖difference‖ / ‖output‖: four units of rounding of a narrow dtype."""
+"""How far two views of one adapted layer may lie apart, as ‖difference‖ / ‖output‖: four units of rounding of
+a narrow dtype.
+"""
 
 dtypes = strategies.sampled_from(list(TOLERANCE))
 seeds = strategies.integers(0, 2**32 - 1)
@@ -117,16 +121,25 @@ SCALED = (*LINEAR, "conv2d", "conv2d-pointwise", "conv2d-grouped", "conv3d")
 WAYS = {
     "lora": Way(LoraConfig, LORA, ALL),
     "lora-rs": Way(
-        LoraConfig, {**LORA, "use_rslora": True, "init_lora_weights": "gaussian"}, ("linear", "embedding", "conv2d", "experts")
+        LoraConfig,
+        {**LORA, "use_rslora": True, "init_lora_weights": "gaussian"},
+        ("linear", "embedding", "conv2d", "experts"),
     ),
     "lora-random": Way(
-        LoraConfig, {**LORA, "init_lora_weights": False}, ("linear", "embedding", "conv1d", "experts"), neutral=False
+        LoraConfig,
+        {**LORA, "init_lora_weights": False},
+        ("linear", "embedding", "conv1d", "experts"),
+        neutral=False,
     ),
-    "lora-bias": Way(LoraConfig, {**LORA, "lora_bias": True}, ("linear", "transposed", "conv1d", "conv2d", "conv3d")),
+    "lora-bias": Way(
+        LoraConfig, {**LORA, "lora_bias": True}, ("linear", "transposed", "conv1d", "conv2d", "conv3d")
+    ),
     "pissa": Way(LoraConfig, {**LORA, "init_lora_weights": "pissa"}, LINEAR),
     "pissa-niter": Way(LoraConfig, {**LORA, "init_lora_weights": "pissa_niter_2"}, ("linear",)),
     "olora": Way(LoraConfig, {**LORA, "init_lora_weights": "olora"}, LINEAR),
-    "orthogonal": Way(LoraConfig, {**LORA, "init_lora_weights": "orthogonal"}, (*LINEAR, "attention", "parameter")),
+    "orthogonal": Way(
+        LoraConfig, {**LORA, "init_lora_weights": "orthogonal"}, (*LINEAR, "attention", "parameter")
+    ),
     "dora": Way(LoraConfig, {**LORA, "use_dora": True}, (*LINEAR, "embedding", *CONVOLUTIONS)),
     "ia3-outputs": Way(IA3Config, {"feedforward_modules": []}, SCALED),
     "ia3-inputs": Way(IA3Config, {"feedforward_modules": ["layer"]}, SCALED),
@@ -164,7 +177,12 @@ def plain(kind: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 
 
 def adapted(
-    ways: Sequence[str], kind: str, dtype: torch.dtype = torch.float32, *, stirred: bool = True, **options: Any
+    ways: Sequence[str],
+    kind: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    stirred: bool = True,
+    **options: Any,
 ) -> nn.Module:
     """A model with one adapter a way, named "a", "b" and so on; the first is active."""
     model = plain(kind, dtype)
@@ -202,8 +220,12 @@ def distance(one: Tensor, other: Tensor) -> float:
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
-    """The bit patterns of all weights that are not an adapter's, by the names they had before they were adapted."""
-    own = {id(parameter) for adapter in fitted(model) for slot in adapter.places for parameter in [adapter[slot]]}
+    """The bit patterns of all weights that are not an adapter's, by the names they had before they were
+    adapted.
+    """
+    own = {
+        id(parameter) for adapter in fitted(model) for slot in adapter.places for parameter in [adapter[slot]]
+    }
     integers = {2: torch.int16, 4: torch.int32}
     return {
         name.replace("base_layer.", ""): parameter.detach().clone().view(integers[parameter.element_size()])
@@ -213,4 +235,6 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    return one.keys() == other.keys() and all(
+        torch.equal(tensor, other[name]) for name, tensor in one.items()
+    )

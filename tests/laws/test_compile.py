@@ -16,7 +16,11 @@ def fresh_compiler() -> None:
 def gradients(model: nn.Module, output: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     output.square().sum().backward()
-    return {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 def check(model: nn.Module, kind: str) -> None:
@@ -36,7 +40,10 @@ PLAINEST = ("lora", "lora-bias", "pissa", "dora", "ia3-outputs", "ia3-inputs", "
 
 
 def traced(cases: list[tuple[str, ...]]) -> pytest.MarkDecorator:
-    tiers = [pytest.param(case, marks=() if case[0] in PLAINEST else pytest.mark.long, id=ids(case)) for case in cases]
+    tiers = [
+        pytest.param(case, marks=() if case[0] in PLAINEST else pytest.mark.long, id=ids(case))
+        for case in cases
+    ]
     return pytest.mark.parametrize("case", tiers)
 
 
@@ -46,7 +53,8 @@ def test_one_adapter_traces_without_a_break(case: tuple[str, str]) -> None:
     check(adapted([way], kind).train(), kind)
 
 
-# Each way beside another one, so that each acts both on the layer and on an adapter, from outside and from inside.
+# Each way beside another one, so that each acts both on the layer and on an adapter, from outside and from
+# inside.
 PAIRS = [(way, WAYS_FOR[kind][WAYS_FOR[kind].index(way) - 1], kind) for way, kind in CASES]
 
 

@@ -1,4 +1,6 @@
-"""Models with adapters are plain torch models: they copy, pickle and save after training, and name their tensors once."""
+"""Models with adapters are plain torch models: they copy, pickle and save after training, and name their
+tensors once.
+"""
 
 import copy
 import io
@@ -77,7 +79,11 @@ def test_a_step_trains_every_tensor_of_the_active_adapter_and_nothing_else(case:
     model = adapted([way, way], kind)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     trained = {
-        id(tensor) for adapter in fitted(model) if adapter.name == "a" for _, tensor in adapter.parameters() if tensor.numel()
+        id(tensor)
+        for adapter in fitted(model)
+        if adapter.name == "a"
+        for _, tensor in adapter.parameters()
+        if tensor.numel()
     }
     step(model, KINDS[kind].inputs(torch.float32))
     for name, parameter in model.named_parameters():

@@ -32,7 +32,9 @@ def test_the_identity_gives_the_norm_of_the_dense_weight(kind: str, seed: int, s
 @settings(max_examples=10)
 @given(seed=seeds, smallness=st.integers(0, 7))
 def test_rows_that_cancel_keep_a_norm_near_zero(seed: int, smallness: int) -> None:
-    """`‖W‖² + …` loses half the digits where `s·B·A` nearly takes `W` away; what is left must not be lost or negative."""
+    """`‖W‖² + …` loses half the digits where `s·B·A` nearly takes `W` away; what is left must not be lost or
+    negative.
+    """
     torch.manual_seed(seed)
     model = adapted(["dora"], "linear")
     adapter = next(fitted(model))

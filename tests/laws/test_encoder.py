@@ -1,4 +1,6 @@
-"""torch's encoder runs fused in eval without gradients, reading weights past their modules: adapters act all the same."""
+"""torch's encoder runs fused in eval without gradients, reading weights past their modules: adapters act all
+the same.
+"""
 
 import pytest
 import torch

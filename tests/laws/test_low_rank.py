@@ -1,4 +1,6 @@
-"""The low-rank update of a weight: rounded once, the same whatever the threads, and taken out again to the bit."""
+"""The low-rank update of a weight: rounded once, the same whatever the threads, and taken out again to the
+bit.
+"""
 
 import pytest
 import torch
@@ -27,7 +29,9 @@ def exact(weight: Tensor, update: Update) -> Tensor:
 
 
 def rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """float64 values rounded to the nearest of the dtype, without the detour over float32 that torch takes."""
+    """float64 values rounded to the nearest of the dtype, without the detour over float32 that torch
+    takes.
+    """
     kind = torch.finfo(dtype)
     _, exponent = torch.frexp(values)
     least = torch.frexp(torch.tensor(kind.smallest_normal)).exponent
@@ -51,8 +55,12 @@ def added(weight: Tensor, update: Update) -> Tensor:
 
 
 @settings(max_examples=60)
-@given(rows=sizes, columns=sizes, rank=st.integers(1, 40), dtype=dtypes, spread=st.integers(-3, 2), seed=seeds)
-def test_rust_is_within_one_unit_of_torch(rows: int, columns: int, rank: int, dtype: torch.dtype, spread: int, seed: int) -> None:
+@given(
+    rows=sizes, columns=sizes, rank=st.integers(1, 40), dtype=dtypes, spread=st.integers(-3, 2), seed=seeds
+)
+def test_rust_is_within_one_unit_of_torch(
+    rows: int, columns: int, rank: int, dtype: torch.dtype, spread: int, seed: int
+) -> None:
     torch.manual_seed(seed)
     weight, update = drawn(rows, columns, rank, dtype, spread)
     wide = NATIVE[dtype]
@@ -63,7 +71,8 @@ def test_rust_is_within_one_unit_of_torch(rows: int, columns: int, rank: int, dt
     assert finite
     assert correction is None
     assert weight._version > version
-    # Where the terms cancel, the order in which they were added shows: each addition may round by one unit of the wide dtype.
+    # Where the terms cancel, the order in which they were added shows: each addition may round by one unit of
+    # the wide dtype.
     slack = unit(expected, dtype) + 2 * (rank + 1) * torch.finfo(wide).eps * summed
     assert bool(((weight.double() - expected.double()).abs() <= slack).all())
 
@@ -71,7 +80,9 @@ def test_rust_is_within_one_unit_of_torch(rows: int, columns: int, rank: int, dt
 @pytest.mark.parametrize("size", [0.001, 0.03, 0.3], ids=lambda size: f"update {size} of the weight")
 @pytest.mark.parametrize("factors", NAMES, ids=str)
 @pytest.mark.parametrize("dtype", NATIVE, ids=str)
-def test_weights_are_the_exact_sums_rounded_once(dtype: torch.dtype, factors: torch.dtype, size: float) -> None:
+def test_weights_are_the_exact_sums_rounded_once(
+    dtype: torch.dtype, factors: torch.dtype, size: float
+) -> None:
     torch.manual_seed(0)
     weight = (torch.randn(600, 1000) * 0.02).to(dtype)
     update = Update(torch.randn(600, 16).to(factors) / 4, torch.randn(16, 1000).to(factors), 0.02 * size)
@@ -81,7 +92,9 @@ def test_weights_are_the_exact_sums_rounded_once(dtype: torch.dtype, factors: to
 
 @settings(max_examples=30)
 @given(rows=sizes, columns=st.integers(1, 70), rank=st.integers(1, 8), dtype=dtypes, seed=seeds)
-def test_strides_and_stacking_do_not_show(rows: int, columns: int, rank: int, dtype: torch.dtype, seed: int) -> None:
+def test_strides_and_stacking_do_not_show(
+    rows: int, columns: int, rank: int, dtype: torch.dtype, seed: int
+) -> None:
     torch.manual_seed(seed)
     weights, updates = zip(*(drawn(rows, columns, rank, dtype) for _ in range(2)), strict=True)
     ups, downs = ([getattr(update, name) for update in updates] for name in ("up", "down"))
@@ -114,10 +127,14 @@ def test_the_bits_do_not_depend_on_the_number_of_threads(dtype: torch.dtype) -> 
 
 @settings(max_examples=60)
 @given(rows=sizes, columns=sizes, rank=st.integers(1, 9), dtype=dtypes, spread=st.integers(-6, 2), seed=seeds)
-def test_a_correction_restores_every_bit(rows: int, columns: int, rank: int, dtype: torch.dtype, spread: int, seed: int) -> None:
+def test_a_correction_restores_every_bit(
+    rows: int, columns: int, rank: int, dtype: torch.dtype, spread: int, seed: int
+) -> None:
     torch.manual_seed(seed)
     weight, update = drawn(rows, columns, rank, dtype, spread)
-    special = torch.tensor([-0.0, 0.0, torch.finfo(dtype).smallest_normal / 4, 3e4, torch.inf, -torch.inf, torch.nan])
+    special = torch.tensor(
+        [-0.0, 0.0, torch.finfo(dtype).smallest_normal / 4, 3e4, torch.inf, -torch.inf, torch.nan]
+    )
     weight.view(-1)[: len(special)] = special[: weight.numel()].to(dtype)
     before = weight.clone()
     finite, correction = add_low_rank_(weight, update, keep=True)
@@ -181,10 +198,19 @@ def test_a_merge_leaves_the_work_to_the_kernels_threads() -> None:
 
 @settings(max_examples=60)
 @given(rows=sizes, columns=sizes, dtype=st.sampled_from(list(NAMES)), seed=seeds)
-def test_the_reach_is_found_whatever_the_strides(rows: int, columns: int, dtype: torch.dtype, seed: int) -> None:
+def test_the_reach_is_found_whatever_the_strides(
+    rows: int, columns: int, dtype: torch.dtype, seed: int
+) -> None:
     torch.manual_seed(seed)
     whole = torch.randn(2, rows + 2, 3 * columns).to(dtype)
-    for matrix in (whole[0], whole[1, 1:-1, :columns], whole[1, :, ::3], whole[0].mT, whole[1, ::2, 1::3].mT, whole):
+    for matrix in (
+        whole[0],
+        whole[1, 1:-1, :columns],
+        whole[1, :, ::3],
+        whole[0].mT,
+        whole[1, ::2, 1::3].mT,
+        whole,
+    ):
         update = Update(matrix, torch.full((matrix.shape[-1], 2), -2.0), 0.5)
         assert update.reach == matrix.shape[-1] * float(matrix.abs().max())
 

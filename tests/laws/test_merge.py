@@ -52,7 +52,9 @@ def several(draw: st.DrawFn, count: int) -> tuple[str, list[str]]:
 @cases
 @settings(max_examples=4)
 @given(dtype=dtypes, wide=st.booleans(), seed=seeds)
-def test_merged_gives_what_unmerged_gave(case: tuple[str, str], dtype: torch.dtype, wide: bool, seed: int) -> None:
+def test_merged_gives_what_unmerged_gave(
+    case: tuple[str, str], dtype: torch.dtype, wide: bool, seed: int
+) -> None:
     torch.manual_seed(seed)
     way, kind = case
     model = adapted([way], kind, dtype, autocast_adapter_dtype=wide)
@@ -87,14 +89,18 @@ def check_order(kind: str, ways: list[str], dtype: torch.dtype) -> None:
 
 @settings(max_examples=80)
 @given(drawn=several(2), dtype=dtypes, seed=seeds)
-def test_two_adapters_merge_as_they_act_in_either_order(drawn: tuple[str, list[str]], dtype: torch.dtype, seed: int) -> None:
+def test_two_adapters_merge_as_they_act_in_either_order(
+    drawn: tuple[str, list[str]], dtype: torch.dtype, seed: int
+) -> None:
     torch.manual_seed(seed)
     check_order(*drawn, dtype)
 
 
 @settings(max_examples=20)
 @given(drawn=several(3), dtype=dtypes, seed=seeds)
-def test_three_adapters_merge_as_they_act_in_any_order(drawn: tuple[str, list[str]], dtype: torch.dtype, seed: int) -> None:
+def test_three_adapters_merge_as_they_act_in_any_order(
+    drawn: tuple[str, list[str]], dtype: torch.dtype, seed: int
+) -> None:
     torch.manual_seed(seed)
     check_order(*drawn, dtype)
 
@@ -113,14 +119,18 @@ def test_the_first_of_two_rotations_meets_the_input_first_or_an_embeddings_rows(
     expected = rows @ first @ second if kind == "embedding" else rows @ second.mT @ first.mT
     manage.set_adapter(model, ["a", "b"])
     folded = sole_layer(model).folded().weight
-    assert distance(folded.mT if kind == "embedding" else folded.flatten(1), expected) < TOLERANCE[torch.float32]
+    assert (
+        distance(folded.mT if kind == "embedding" else folded.flatten(1), expected) < TOLERANCE[torch.float32]
+    )
     assert distance(rows @ first @ second, rows @ second @ first) > 0.01
 
 
 @pytest.mark.long
 @settings(max_examples=3000)
 @given(drawn=several(2) | several(3), dtype=dtypes, seed=seeds)
-def test_any_adapters_merge_as_they_act_in_any_order(drawn: tuple[str, list[str]], dtype: torch.dtype, seed: int) -> None:
+def test_any_adapters_merge_as_they_act_in_any_order(
+    drawn: tuple[str, list[str]], dtype: torch.dtype, seed: int
+) -> None:
     torch.manual_seed(seed)
     check_order(*drawn, dtype)
 
@@ -173,9 +183,12 @@ def test_unmerging_restores_the_bits(
     way, kind = case
     model = plain(kind, dtype)
     with torch.no_grad():
-        # Bits that arithmetic would not bring back: a negative zero, a subnormal number, one that swallows any change.
+        # Bits that arithmetic would not bring back: a negative zero, a subnormal number, one that swallows
+        # any change.
         for parameter in model.parameters():
-            parameter.view(-1)[:3] = torch.tensor([-0.0, torch.finfo(dtype).smallest_normal / 4, 3e4]).to(dtype)
+            parameter.view(-1)[:3] = torch.tensor([-0.0, torch.finfo(dtype).smallest_normal / 4, 3e4]).to(
+                dtype
+            )
     before = bits(model)
     add(model, config(way, kind), "a")
     stir(model)
@@ -189,7 +202,11 @@ def test_unmerging_restores_the_bits(
 def large(dtype: torch.dtype = torch.bfloat16, layers: int = 2) -> nn.Module:
     """Layers beside whose weights the factors are small, so that a correction is kept."""
     model = nn.Sequential(*(nn.Linear(40, 40) for _ in range(layers))).to(dtype).eval()
-    add(model, LoraConfig(target_modules=[str(index) for index in range(layers)], r=2, init_lora_weights=False), "a")
+    add(
+        model,
+        LoraConfig(target_modules=[str(index) for index in range(layers)], r=2, init_lora_weights=False),
+        "a",
+    )
     stir(model)
     return model
 
@@ -200,9 +217,14 @@ def ledgers(model: nn.Module) -> list[merging.Ledger]:
 
 @pytest.mark.parametrize("meanwhile", MEANWHILE)
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("kind", ["linear", "transposed", "conv2d", "embedding", "experts", "experts-transposed", "attention"])
+@pytest.mark.parametrize(
+    "kind", ["linear", "transposed", "conv2d", "embedding", "experts", "experts-transposed", "attention"]
+)
 def test_corrections_restore_the_bits(
-    kind: str, meanwhile: Callable[[nn.Module], nn.Module], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    meanwhile: Callable[[nn.Module], nn.Module],
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Also where the factors are as large as the layer, as they are here.
     monkeypatch.setattr(merging, "MOST", 100.0)
@@ -234,7 +256,9 @@ def test_a_thousand_merges_leave_every_bit(dtype: torch.dtype) -> None:
 
 def test_casting_a_merged_model_casts_what_it_was() -> None:
     model = large(torch.float32)
-    expected = {name: tensor.view(torch.float32).half().view(torch.int16) for name, tensor in bits(model).items()}
+    expected = {
+        name: tensor.view(torch.float32).half().view(torch.int16) for name, tensor in bits(model).items()
+    }
     manage.merge(model)
     model.half()
     manage.unmerge(list(adapted_layers(model)))
@@ -329,7 +353,9 @@ def test_a_merge_that_overflows_is_refused_and_takes_everything_back(value: floa
 
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("settings", [{}, {"lora_bias": True}], ids=["low rank", "with a bias"])
-def test_an_overflow_of_one_layer_is_refused_before_any_is_changed(keep: bool, settings: dict[str, bool]) -> None:
+def test_an_overflow_of_one_layer_is_refused_before_any_is_changed(
+    keep: bool, settings: dict[str, bool]
+) -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)).to(torch.float16)
     add(model, LoraConfig(target_modules=["0", "1"], r=1, init_lora_weights=False, **settings), "a")
     before = bits(model)

@@ -1,4 +1,6 @@
-"""A mixed batch gives every row what its adapter alone gives it, whatever the method and the kind of layer."""
+"""A mixed batch gives every row what its adapter alone gives it, whatever the method and the kind of
+layer.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def one_by_one(model: nn.Module, x: Tensor, names: list[str]) -> Tensor:
         manage.set_adapter(model, name)
         return model(row)
 
-    return torch.cat([single(name, row) for name, row in zip(names, x.split(len(x) // len(names)), strict=True)])
+    return torch.cat(
+        [single(name, row) for name, row in zip(names, x.split(len(x) // len(names)), strict=True)]
+    )
 
 
 def names_for(x: Tensor) -> list[str]:
@@ -69,7 +73,9 @@ def test_narrow_layers_keep_their_dtype(dtype: torch.dtype) -> None:
 def test_the_frozen_layer_runs_once_for_all_rows() -> None:
     model, x = adapted(["lora", "lora-rs", "pissa"], "linear"), rows_of("linear")
     calls: list[int] = []
-    model.get_submodule("layer.base_layer").register_forward_hook(lambda _, inputs, __: calls.append(len(inputs[0])))
+    model.get_submodule("layer.base_layer").register_forward_hook(
+        lambda _, inputs, __: calls.append(len(inputs[0]))
+    )
     with torch.no_grad(), manage.mixed(model, ["a", "b", "c", NONE, "b", "a"]):
         model(x)
     assert calls == [6]
@@ -82,7 +88,10 @@ def test_a_row_may_be_there_several_times() -> None:
             mixed = model(flat)
         with torch.no_grad():
             assert distance(mixed, one_by_one(model, flat, ["b", NONE, "a"])) < 2e-6
-    with pytest.raises(AdapterError, match="its input has 6 rows, which are not those of 4"), manage.mixed(model, ["a"] * 4):
+    with (
+        pytest.raises(AdapterError, match="its input has 6 rows, which are not those of 4"),
+        manage.mixed(model, ["a"] * 4),
+    ):
         model(x)
 
 
@@ -101,9 +110,13 @@ def test_weights_that_are_read_as_a_whole_are_refused(kind: str) -> None:
 @pytest.fixture
 def model() -> Iterator[peftrs.PeftModel]:
     """A decoder with adapters of different ranks, methods and layers."""
-    config = peftrs.LoraConfig(target_modules=["q_proj", "down_proj", "embed_tokens"], r=2, task_type="CAUSAL_LM")
+    config = peftrs.LoraConfig(
+        target_modules=["q_proj", "down_proj", "embed_tokens"], r=2, task_type="CAUSAL_LM"
+    )
     model = peftrs.get_peft_model(llama(), config, "small")
-    model.add_adapter("large", peftrs.LoraConfig(target_modules=["q_proj", "v_proj"], r=5, use_rslora=True, lora_bias=True))
+    model.add_adapter(
+        "large", peftrs.LoraConfig(target_modules=["q_proj", "v_proj"], r=5, use_rslora=True, lora_bias=True)
+    )
     model.add_adapter("turned", peftrs.OFTConfig(target_modules=["q_proj", "o_proj"], oft_block_size=4))
     for name in ("small", "large", "turned"):
         model.set_adapter(name)
@@ -143,7 +156,9 @@ def test_a_model_gives_every_row_what_its_adapter_gives(model: peftrs.PeftModel)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"use_cache": False}], ids=str)
 def test_texts_are_generated_row_by_row(model: peftrs.PeftModel, options: dict[str, object]) -> None:
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "pad_token_id": 0} | options
-    mixed = model.generate(input_ids=TEXTS, attention_mask=torch.ones_like(TEXTS), adapter_names=NAMES, **options)
+    mixed = model.generate(
+        input_ids=TEXTS, attention_mask=torch.ones_like(TEXTS), adapter_names=NAMES, **options
+    )
     for place, name in enumerate(NAMES):
         tokens = TEXTS[place : place + 1]
         expected = alone(model, name, "generate", tokens, attention_mask=torch.ones_like(tokens), **options)
@@ -154,8 +169,18 @@ def test_an_encoder_and_its_decoder_tell_beams_apart() -> None:
     from transformers import T5Config, T5ForConditionalGeneration
 
     torch.manual_seed(0)
-    sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "vocab_size": 64, "decoder_start_token_id": 0}
-    model = peftrs.get_peft_model(T5ForConditionalGeneration(T5Config(**sizes)), peftrs.LoraConfig(target_modules=["q", "v"]), "a")
+    sizes = {
+        "d_model": 16,
+        "d_kv": 8,
+        "d_ff": 24,
+        "num_layers": 2,
+        "num_heads": 2,
+        "vocab_size": 64,
+        "decoder_start_token_id": 0,
+    }
+    model = peftrs.get_peft_model(
+        T5ForConditionalGeneration(T5Config(**sizes)), peftrs.LoraConfig(target_modules=["q", "v"]), "a"
+    )
     model.add_adapter("b", peftrs.LoraConfig(target_modules=["q", "wi"], r=3))
     for name in "ab":
         model.set_adapter(name)
@@ -164,12 +189,18 @@ def test_an_encoder_and_its_decoder_tell_beams_apart() -> None:
     options = {"max_new_tokens": 5, "min_new_tokens": 5, "num_beams": 2}
     mixed = model.generate(input_ids=TEXTS, adapter_names=["a", NONE, "b", "b"], **options)
     for place, name in enumerate(["a", NONE, "b", "b"]):
-        assert torch.equal(mixed[place : place + 1], alone(model, name, "generate", TEXTS[place : place + 1], **options))
+        assert torch.equal(
+            mixed[place : place + 1], alone(model, name, "generate", TEXTS[place : place + 1], **options)
+        )
 
 
 def test_modules_trained_whole_go_with_their_rows() -> None:
-    model = peftrs.get_peft_model(bert(), peftrs.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"), "a")
-    model.add_adapter("b", peftrs.LoraConfig(target_modules=["value"], trainable_token_indices=[1, 5], task_type="SEQ_CLS"))
+    model = peftrs.get_peft_model(
+        bert(), peftrs.LoraConfig(target_modules=["query"], task_type="SEQ_CLS"), "a"
+    )
+    model.add_adapter(
+        "b", peftrs.LoraConfig(target_modules=["value"], trainable_token_indices=[1, 5], task_type="SEQ_CLS")
+    )
     for name in "ab":
         model.set_adapter(name)
         shake(model)
@@ -190,8 +221,14 @@ def test_rows_without_adapters_are_those_of_the_base_when_all_are_off(model: pef
 @pytest.mark.parametrize(
     ("names", "fault"),
     [
-        (["small", "none", NONE, "other"], r"non-existing adapter\(s\): 'none', 'other'. The model has \['small', "),
-        (["small", "large"], "Length of `adapter_names` should be the same as the number of inputs, but got 2 and 4"),
+        (
+            ["small", "none", NONE, "other"],
+            r"non-existing adapter\(s\): 'none', 'other'. The model has \['small', ",
+        ),
+        (
+            ["small", "large"],
+            "Length of `adapter_names` should be the same as the number of inputs, but got 2 and 4",
+        ),
         ("small", "has to be a list"),
         ([], "has to be a list"),
     ],
@@ -222,6 +259,8 @@ def test_what_has_no_rows_is_refused_and_leaves_the_model_as_it_was(model: peftr
 
 def test_experts_that_are_given_tokens_are_refused() -> None:
     experts = nn.ModuleDict({"experts": nn.ModuleList([nn.Linear(4, 4)])})
-    model = peftrs.inject_adapter_in_model(peftrs.LoraConfig(target_modules=["experts.0"]), experts, "a").eval()
+    model = peftrs.inject_adapter_in_model(
+        peftrs.LoraConfig(target_modules=["experts.0"]), experts, "a"
+    ).eval()
     with pytest.raises(AdapterError, match=r"experts\.0: an expert"), manage.mixed(model, ["a"]):
         pass

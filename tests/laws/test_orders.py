@@ -1,4 +1,6 @@
-"""What an adapter's file is called by depends on the adapter alone: not on which others are there, nor on which came first."""
+"""What an adapter's file is called by depends on the adapter alone: not on which others are there, nor on
+which came first.
+"""
 
 from __future__ import annotations
 
@@ -95,7 +97,11 @@ def out(model: Any, adapter: str | None = None) -> Tensor:
 
 @cache
 def names_in_peft(parameters: tuple[str, ...], modules: tuple[str, ...] = ()) -> set[str]:
-    return set(peft.get_peft_model_state_dict(peft.get_peft_model(net(), peft.LoraConfig(**config(parameters, modules)))))
+    return set(
+        peft.get_peft_model_state_dict(
+            peft.get_peft_model(net(), peft.LoraConfig(**config(parameters, modules)))
+        )
+    )
 
 
 def assert_alone(model: Any, adapter: str, folder: Path) -> None:
@@ -143,7 +149,11 @@ def test_adapters_that_come_and_go_are_saved_as_what_each_is(
 
 @pytest.mark.parametrize("order", [*permutations(range(3))], ids=str)
 def test_names_in_memory_do_not_tell_who_came_first(order: tuple[int, ...]) -> None:
-    every = {"a": config(["stacks.back"]), "b": config(["stacks.gate", "stacks.up"], ["mix"]), "c": config(["stacks.up"])}
+    every = {
+        "a": config(["stacks.back"]),
+        "b": config(["stacks.gate", "stacks.up"], ["mix"]),
+        "c": config(["stacks.up"]),
+    }
     one: Any = None
     for name, asked in every.items():
         one = add(one, name, asked)
@@ -161,7 +171,9 @@ def test_names_in_memory_do_not_tell_who_came_first(order: tuple[int, ...]) -> N
 
 @pytest.mark.parametrize("wanted", [*permutations(PARAMETERS)], ids="-".join)
 @pytest.mark.parametrize("others", [*combinations(PARAMETERS, 1), *combinations(PARAMETERS, 2)], ids="-".join)
-def test_files_of_peft_mean_the_same_beside_others(wanted: tuple[str, ...], others: tuple[str, ...], tmp_path: Path) -> None:
+def test_files_of_peft_mean_the_same_beside_others(
+    wanted: tuple[str, ...], others: tuple[str, ...], tmp_path: Path
+) -> None:
     theirs = peft.get_peft_model(net(), peft.LoraConfig(**config(wanted, ["mix"], init_lora_weights=False)))
     theirs.save_pretrained(tmp_path)
     ours = add(None, "a", config(others))
@@ -208,7 +220,10 @@ def test_biases_are_named_without_the_wrappers_of_others(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("first", ["a", "b"])
 def test_embeddings_are_named_without_the_wrappers_of_others(first: str, tmp_path: Path) -> None:
-    every = {"a": LoraConfig(r=2, target_modules=["q_proj"]), "b": LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"])}
+    every = {
+        "a": LoraConfig(r=2, target_modules=["q_proj"]),
+        "b": LoraConfig(r=2, target_modules=["embed_tokens", "lm_head"]),
+    }
     model: Any = None
     for name in (first, "b" if first == "a" else "a"):
         if model is None:
@@ -226,7 +241,9 @@ def test_swapping_finds_the_parameters_beside_other_adapters(tmp_path: Path) -> 
     asked = config(["stacks.up", "stacks.back"])
     other = together(asked)
     other.save_pretrained(tmp_path)
-    model = add(add(add(None, "x", config(["stacks.gate"])), "a", asked), "y", config(["stacks.back"], ["stacks.mix"]))
+    model = add(
+        add(add(None, "x", config(["stacks.gate"])), "a", asked), "y", config(["stacks.back"], ["stacks.mix"])
+    )
     before = {name: out(model, name) for name in "xy"}
     shaken = copy.deepcopy(model)
     shaken.set_adapter("a")
@@ -254,14 +271,18 @@ def test_merging_and_unmerging_go_with_wrappers_that_came_beneath() -> None:
         model.unmerge_adapter()
         assert torch.equal(out(model), expected)
     model.set_adapter("a")
-    assert {name: value[2] for name, value in fingerprint(model).items()} == {name: value[2] for name, value in bits.items()}
+    assert {name: value[2] for name, value in fingerprint(model).items()} == {
+        name: value[2] for name, value in bits.items()
+    }
 
 
 def test_a_wrapper_that_would_go_beneath_a_merged_one_is_refused_and_nothing_is_changed() -> None:
     model = together(config(["stacks.back"]))
     model.merge_adapter()
     before = fingerprint(model)
-    with pytest.raises(AdapterError, match=r"'stacks\.up', 'stacks\.gate': cannot be adapted while 'a' is .*unmerge_adapter"):
+    with pytest.raises(
+        AdapterError, match=r"'stacks\.up', 'stacks\.gate': cannot be adapted while 'a' is .*unmerge_adapter"
+    ):
         model.add_adapter("b", LoraConfig(**config(PARAMETERS)))
     assert fingerprint(model) == before
     assert list(model.peft_config) == ["a"]
@@ -274,7 +295,9 @@ def test_a_wrapper_beneath_another_is_taken_out_again_where_loading_fails(tmp_pa
     both.save_pretrained(tmp_path)
     model = together(config(["stacks.gate"]))
     before, members = fingerprint(model), list(model.base_model.model.stacks.activation.members)
-    (tmp_path / "b" / "adapter_model.safetensors").write_bytes((tmp_path / "a" / "adapter_model.safetensors").read_bytes())
+    (tmp_path / "b" / "adapter_model.safetensors").write_bytes(
+        (tmp_path / "a" / "adapter_model.safetensors").read_bytes()
+    )
     with pytest.raises(peftrs.CheckpointError):
         model.load_adapter(tmp_path / "b", "b")
     assert fingerprint(model) == before

@@ -1,4 +1,6 @@
-"""Weights that modules share: a merge changes what the adapters changed and nothing else, and unmerging shares them again."""
+"""Weights that modules share: a merge changes what the adapters changed and nothing else, and unmerging
+shares them again.
+"""
 
 import copy
 
@@ -42,7 +44,9 @@ class Replicated(nn.Module):
         self.second._parameters = dict(self.first._parameters)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.second(torch.tanh(self.first(nn.functional.one_hot(tokens, 6).to(inner(self.first).weight.dtype))))
+        return self.second(
+            torch.tanh(self.first(nn.functional.one_hot(tokens, 6).to(inner(self.first).weight.dtype)))
+        )
 
     def shares(self) -> bool:
         one, other = inner(self.first), inner(self.second)

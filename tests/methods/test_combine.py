@@ -8,11 +8,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peftrs.methods.combine import Term, approximated, clamped, leading, padded, scaled, stacked, thin, truncated
+from peftrs.methods.combine import (
+    Term,
+    approximated,
+    clamped,
+    leading,
+    padded,
+    scaled,
+    stacked,
+    thin,
+    truncated,
+)
 
 
 def term(rows: int, rank: int, columns: int, *stack: int) -> Term:
-    return torch.randn(*stack, rows, rank, dtype=torch.float64), torch.randn(*stack, rank, columns, dtype=torch.float64)
+    return torch.randn(*stack, rows, rank, dtype=torch.float64), torch.randn(
+        *stack, rank, columns, dtype=torch.float64
+    )
 
 
 def dense(term: Term) -> Tensor:
@@ -22,8 +34,16 @@ def dense(term: Term) -> Tensor:
 sizes = st.integers(1, 12)
 
 
-@given(rows=sizes, columns=sizes, ranks=st.lists(st.integers(1, 5), min_size=1, max_size=3), rank=sizes, seed=st.integers(0, 9))
-def test_truncation_is_the_best_approximation(rows: int, columns: int, ranks: list[int], rank: int, seed: int) -> None:
+@given(
+    rows=sizes,
+    columns=sizes,
+    ranks=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+    rank=sizes,
+    seed=st.integers(0, 9),
+)
+def test_truncation_is_the_best_approximation(
+    rows: int, columns: int, ranks: list[int], rank: int, seed: int
+) -> None:
     torch.manual_seed(seed)
     terms = [term(rows, each, columns) for each in ranks]
     whole = torch.stack([dense(each) for each in terms]).sum(0)
@@ -38,7 +58,9 @@ def test_truncation_is_the_best_approximation(rows: int, columns: int, ranks: li
 def test_both_decompositions_are_the_same(stack: tuple[int, ...]) -> None:
     factors = term(300, 9, 200, *stack)
     for rank in (3, 9):
-        torch.testing.assert_close(dense(scaled(leading(dense(factors), rank))), dense(scaled(thin(factors, rank))))
+        torch.testing.assert_close(
+            dense(scaled(leading(dense(factors), rank))), dense(scaled(thin(factors, rank)))
+        )
 
 
 @pytest.mark.parametrize("decay", [0.0, 0.3, 1.0])
@@ -59,7 +81,9 @@ def test_random_numbers_are_left_alone() -> None:
 
 
 @given(energy=st.floats(0.01, 1.0), cap=st.integers(1, 40), rank=st.integers(1, 40), seed=st.integers(0, 9))
-def test_an_energy_takes_the_smallest_rank_that_keeps_it(energy: float, cap: int, rank: int, seed: int) -> None:
+def test_an_energy_takes_the_smallest_rank_that_keeps_it(
+    energy: float, cap: int, rank: int, seed: int
+) -> None:
     torch.manual_seed(seed)
     factors = term(60, rank, 50)
     squares = torch.linalg.svdvals(dense(factors)) ** 2

@@ -25,7 +25,11 @@ def turned(x: torch.Tensor, **settings: object) -> tuple[nn.Module, torch.Tensor
 def test_cayleys_map_keeps_lengths_and_its_series_nearly() -> None:
     x = torch.randn(7, 24)
     errors = []
-    for settings in ({"use_cayley_neumann": False}, {"num_cayley_neumann_terms": 12}, {"num_cayley_neumann_terms": 5}):
+    for settings in (
+        {"use_cayley_neumann": False},
+        {"num_cayley_neumann_terms": 12},
+        {"num_cayley_neumann_terms": 5},
+    ):
         torch.manual_seed(1)
         errors.append(distance(turned(x, oft_block_size=4, **settings)[1].norm(dim=1), x.norm(dim=1)))
     assert max(errors[:2]) < 1e-6 < errors[2] < 0.02
@@ -57,10 +61,14 @@ def test_constrained_blocks_keep_within_their_bounds_in_every_step(shared: bool)
     assert (2**0.5 * weight.norm(dim=1)).min() > bound, "a frozen adapter is not written to"
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(8, 8), lambda: nn.Embedding(5, 8), lambda: nn.Conv2d(2, 4, 2)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(8, 8), lambda: nn.Embedding(5, 8), lambda: nn.Conv2d(2, 4, 2)]
+)
 def test_module_dropout_leaves_out_whole_blocks_in_training_alone(make) -> None:
     model = nn.Sequential(make())
-    x = {nn.Linear: torch.randn(3, 8), nn.Embedding: torch.arange(5), nn.Conv2d: torch.randn(3, 2, 3, 3)}[type(model[0])]
+    x = {nn.Linear: torch.randn(3, 8), nn.Embedding: torch.arange(5), nn.Conv2d: torch.randn(3, 2, 3, 3)}[
+        type(model[0])
+    ]
     bare = model(x)
     add(model, OFTConfig(target_modules=["0"], oft_block_size=2, module_dropout=1.0), "a")
     stir(model)
@@ -84,7 +92,9 @@ def test_sizes_that_do_not_divide_give_way_to_the_nearest_that_does() -> None:
 
 
 def test_a_config_tells_all_its_faults_at_once() -> None:
-    with pytest.raises(ConfigError, match=r"`r` is 4 and `oft_block_size` 32.*`module_dropout` is 2.*`bias` is \"some\""):
+    with pytest.raises(
+        ConfigError, match=r"`r` is 4 and `oft_block_size` 32.*`module_dropout` is 2.*`bias` is \"some\""
+    ):
         OFTConfig(r=4, bias="some", module_dropout=2)
 
 
@@ -99,9 +109,13 @@ def test_a_config_tells_all_its_faults_at_once() -> None:
         ({"peft_version": "0.18.0.dev0@abc"}, None),
     ],
 )
-def test_files_whose_turn_nobody_can_tell_are_refused(tmp_path: Path, change: dict[str, Any], fault: str | None) -> None:
+def test_files_whose_turn_nobody_can_tell_are_refused(
+    tmp_path: Path, change: dict[str, Any], fault: str | None
+) -> None:
     values = json.loads(OFTConfig(target_modules=["0"]).to_json()) | change
-    text = json.dumps({name: value for name, value in values.items() if value is not None or name == "layers_pattern"})
+    text = json.dumps(
+        {name: value for name, value in values.items() if value is not None or name == "layers_pattern"}
+    )
     (tmp_path / "adapter_config.json").write_text(text)
     if fault is None:
         assert OFTConfig.from_pretrained(tmp_path).oft_block_size == 32

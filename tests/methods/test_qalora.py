@@ -42,7 +42,8 @@ def test_forward_is_that_of_peft() -> None:
 
     model, layer = adapted()
     held = SimpleNamespace(
-        lora_A=layer.lora_A, lora_B=layer.lora_B, lora_dropout={"default": nn.Identity()}, scaling=layer.scaling,
+        lora_A=layer.lora_A, lora_B=layer.lora_B, lora_dropout={"default": nn.Identity()},
+        scaling=layer.scaling,
         qalora_group_size={"default": 8}, training=False, in_features=48,
     )  # fmt: skip
     x = torch.randn(2, 5, 48)
@@ -64,7 +65,10 @@ def test_what_does_not_go_is_refused() -> None:
     with pytest.raises(ConfigError, match="`use_qalora` goes neither"):
         LoraConfig(use_qalora=True, init_lora_weights="pissa")
     with pytest.raises(ConfigError, match="48 inputs are not a multiple of qalora_group_size=7"):
-        get_peft_model(nn.Sequential(nn.Linear(48, 20)), LoraConfig(target_modules=["0"], use_qalora=True, qalora_group_size=7))
+        get_peft_model(
+            nn.Sequential(nn.Linear(48, 20)),
+            LoraConfig(target_modules=["0"], use_qalora=True, qalora_group_size=7),
+        )
 
 
 def test_combining_gives_a_plain_lora() -> None:

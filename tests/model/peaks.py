@@ -1,7 +1,8 @@
-"""What a process does with a model of some size, phase by phase, and the most memory of its own that each phase took.
+"""What a process does with a model of some size, phase by phase, and the most memory of its own that each
+phase took.
 
-Memory is what the kernel calls anonymous: pages of files that are mapped do not count. The process that watches polls it, since
-the kernel keeps no record of its peak.
+Memory is what the kernel calls anonymous: pages of files that are mapped do not count. The process that
+watches polls it, since the kernel keeps no record of its peak.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ import torch
 PATIENCE = 120.0
 """Seconds for one phase."""
 MODEL: dict[str, Any] = {
-    "vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 8,
+    "vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 8,
+    "num_key_value_heads": 8,
     "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 TOKENS = torch.arange(16).reshape(1, 16)
@@ -47,7 +49,11 @@ def loaded(folder: Path, kind: str) -> Any:
 
     options: dict[str, Any] = {}
     if kind in ("nf4", "int8"):
-        settings = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.bfloat16}
+        settings = {
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        }
         bits = BitsAndBytesConfig(**settings if kind == "nf4" else {"load_in_8bit": True})
         options = {"quantization_config": bits, "device_map": "cpu"}
     if kind == "disk":
@@ -79,7 +85,9 @@ def warm(folder: Path) -> None:
 
     import peftrs
 
-    small: Any = peftrs.get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), peftrs.LoraConfig(target_modules=["0"]))
+    small: Any = peftrs.get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(4, 4)), peftrs.LoraConfig(target_modules=["0"])
+    )
     steps(small, input=torch.ones(2, 4))
     small.save_pretrained(folder / "warm")
     small.load_adapter(folder / "warm", "second")
@@ -137,7 +145,9 @@ def _run(target: Callable[..., None], line: Connection, *given: Any) -> None:
 
 
 def watched(target: Callable[..., None], *given: Any) -> dict[str, tuple[int, int]]:
-    """Runs it in a process of its own: for each phase how much that held at first, and how much more at most, in bytes."""
+    """Runs it in a process of its own: for each phase how much that held at first, and how much more at most,
+    in bytes.
+    """
     here, there = multiprocessing.get_context("spawn").Pipe()
     process = multiprocessing.get_context("spawn").Process(target=_run, args=(target, there, *given))
     process.start()

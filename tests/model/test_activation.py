@@ -30,7 +30,9 @@ def trained(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda one: pickle.loads(pickle.dumps(one))], ids=["deepcopy", "pickle"]
+)
 def test_a_copy_is_switched_alone_and_as_a_whole(copied: Callable[[Any], Any]) -> None:
     first, x = model(), torch.randn(2, 4)
     first.base_model.model[1].set_adapter("b")

@@ -18,13 +18,17 @@ X = torch.ones(3, 8)
 
 def two() -> Any:
     """A model with the adapters "a", which is active, and "b"."""
-    model = peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0", "1"], init_lora_weights=False), "a")
+    model = peftrs.get_peft_model(
+        stack(), LoraConfig(target_modules=["0", "1"], init_lora_weights=False), "a"
+    )
     model.add_adapter("b", LoraConfig(target_modules=["1"], init_lora_weights=False))
     return model.eval()
 
 
 def trained(model: Any) -> set[str]:
-    return {name.rpartition("lora_")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        name.rpartition("lora_")[2] for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def test_the_first_adapter_acts_and_is_trained_alone() -> None:
@@ -90,11 +94,17 @@ def test_an_unknown_adapter_cannot_be_chosen(names: Any) -> None:
         (LoraConfig(target_modules=["0", "nope"]), TargetError, "nope"),
         (LoraConfig(), ConfigError, "Please specify `target_modules`"),
         (IA3Config(target_modules=["0"]), ConfigError, "Please specify `feedforward_modules`"),
-        (LoraConfig(target_modules=["1"], layer_replication=[[0, 2]]), AdapterError, "for its first adapter only"),
+        (
+            LoraConfig(target_modules=["1"], layer_replication=[[0, 2]]),
+            AdapterError,
+            "for its first adapter only",
+        ),
         (LoraConfig(target_modules=["0"], init_lora_weights="pissa", r=100), ConfigError, "rank 100"),
     ],
 )
-def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(config: Any, error: type[Exception], words: str) -> None:
+def test_an_adapter_that_does_not_fit_leaves_the_model_as_it_was(
+    config: Any, error: type[Exception], words: str
+) -> None:
     model = two()
     before, stated = fingerprint(model), copy.deepcopy(config)
     with pytest.raises(error, match=words):
@@ -146,7 +156,9 @@ def test_merging_keeps_outputs_and_unmerging_every_bit() -> None:
 
 
 @pytest.mark.parametrize("progressbar", [False, True])
-def test_merge_and_unload_gives_back_the_users_model(progressbar: bool, capfd: pytest.CaptureFixture[str]) -> None:
+def test_merge_and_unload_gives_back_the_users_model(
+    progressbar: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
     model = two()
     expected = model(X)
     base = model.merge_and_unload(progressbar=progressbar)
@@ -167,7 +179,9 @@ def test_unload_leaves_the_base_as_it_was_but_for_what_was_trained_whole() -> No
 
 
 def test_untied_embeddings_are_said_to_be_so() -> None:
-    model = peftrs.get_peft_model(llama(tied=True), LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False))
+    model = peftrs.get_peft_model(
+        llama(tied=True), LoraConfig(target_modules=["embed_tokens"], init_lora_weights=False)
+    )
     with pytest.warns(PeftrsWarning, match="share|tie"):
         base = model.merge_and_unload()
     assert base.config.tie_word_embeddings is False
@@ -200,8 +214,9 @@ def test_parameters_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     assert model.get_nb_trainable_parameters() == (trained_count, base_count + trained_count + 2 * 8 * 8)
     model.print_trainable_parameters()
     total = base_count + trained_count + 128
-    assert capsys.readouterr().out == (
-        f"trainable params: {trained_count} || all params: {total} || trainable%: {100 * trained_count / total:.4f}\n"
+    assert (
+        capsys.readouterr().out == f"trainable params: {trained_count} || all params: {total} || trainable%:"
+        f" {100 * trained_count / total:.4f}\n"
     )
 
 
@@ -215,7 +230,9 @@ def test_generation_and_checkpointing_work_through_the_wrapper() -> None:
     tokens = torch.ones(1, 4, dtype=torch.long)
     model.train()(tokens, labels=tokens).loss.backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-    assert model.eval().generate(input_ids=tokens, max_new_tokens=2, min_new_tokens=2, pad_token_id=0).shape == (1, 6)
+    assert model.eval().generate(
+        input_ids=tokens, max_new_tokens=2, min_new_tokens=2, pad_token_id=0
+    ).shape == (1, 6)
 
 
 def test_a_model_is_copied_and_pickled_whole() -> None:

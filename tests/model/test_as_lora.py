@@ -12,7 +12,15 @@ import torch
 from torch import nn
 
 import peftrs
-from peftrs import AdapterError, IA3Config, LoraConfig, OFTConfig, convert_to_lora, save_as_lora, set_peft_model_state_dict
+from peftrs import (
+    AdapterError,
+    IA3Config,
+    LoraConfig,
+    OFTConfig,
+    convert_to_lora,
+    save_as_lora,
+    set_peft_model_state_dict,
+)
 from peftrs.core.tree import adapted_layers
 from tests.model.test_weighted import ALL, Attending, toy
 from tests.model.tiny import fingerprint, llama, logits, shake, stack
@@ -91,7 +99,9 @@ def test_ranks_and_changes_are_theirs(tmp_path: Path) -> None:
             if name.endswith("lora_A.weight"):
                 up = name.replace("lora_A", "lora_B")
                 assert tensors[name].shape == expected[name].shape
-                torch.testing.assert_close(tensors[up] @ tensors[name], expected[up] @ expected[name], rtol=1e-4, atol=1e-6)
+                torch.testing.assert_close(
+                    tensors[up] @ tensors[name], expected[up] @ expected[name], rtol=1e-4, atol=1e-6
+                )
     assert config.task_type == other.task_type
 
 
@@ -134,10 +144,14 @@ def test_what_cannot_be_converted_is_refused(config: Any, rank: Any, words: str)
 
 
 def test_token_rows_and_groups_are_refused() -> None:
-    model = peftrs.get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]))
+    model = peftrs.get_peft_model(
+        llama(), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])
+    )
     with pytest.raises(AdapterError, match=r"embed_tokens: trained token rows"):
         convert_to_lora(model, 2)
-    model = peftrs.get_peft_model(nn.Sequential(nn.Conv1d(4, 4, 3, groups=2)), LoraConfig(target_modules=["0"], r=2))
+    model = peftrs.get_peft_model(
+        nn.Sequential(nn.Conv1d(4, 4, 3, groups=2)), LoraConfig(target_modules=["0"], r=2)
+    )
     with pytest.raises(AdapterError, match="2 groups of channels"):
         convert_to_lora(model, 2)
 

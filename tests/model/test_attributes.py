@@ -48,7 +48,9 @@ def test_names_of_what_adapters_change() -> None:
 
 
 def test_sizes_and_biases_of_layers_and_factors() -> None:
-    model = peftrs.get_peft_model(mixed(), LoraConfig(r=2, target_modules=["table", "turn", "head"], use_dora=True))
+    model = peftrs.get_peft_model(
+        mixed(), LoraConfig(r=2, target_modules=["table", "turn", "head"], use_dora=True)
+    )
     base = model.get_base_model()
     sizes = {name: (layer.in_features, layer.out_features) for name, layer in base.named_children()}
     assert sizes == {"table": (9, 4), "turn": (4, 6), "head": (6, 2)}
@@ -72,7 +74,11 @@ def test_strengths_can_be_put_in_place_of_all() -> None:
     assert repr(layer.scaling) == "{'default': 3.0}"
     torch.testing.assert_close(layer.get_delta_weight("default"), 3 * plain)
     assert "scaling" not in layer.__dict__
-    scaled = peftrs.get_peft_model(stack(), IA3Config(target_modules=["0"], feedforward_modules=[])).get_base_model().layers[0]
+    scaled = (
+        peftrs.get_peft_model(stack(), IA3Config(target_modules=["0"], feedforward_modules=[]))
+        .get_base_model()
+        .layers[0]
+    )
     assert not hasattr(scaled, "scaling")
 
 
@@ -88,12 +94,16 @@ def test_where_an_adapter_is_looked_for_once_it_is_deleted() -> None:
             assert "default" in getattr(holder, name)
     model.delete_adapter("gone")
     for holder in (base.layers[0], base.head):
-        assert not any("gone" in getattr(holder, name) for name in holder.adapter_layer_names + holder.other_param_names)
+        assert not any(
+            "gone" in getattr(holder, name) for name in holder.adapter_layer_names + holder.other_param_names
+        )
 
 
 def test_models_can_be_asked_for_whatever_they_may_lack() -> None:
     model = peftrs.get_peft_model(llama(), LoraConfig())
-    assert not any(hasattr(model, name) for name in ("prompts", "prompt_tokens", "word_embeddings", "nothing"))
+    assert not any(
+        hasattr(model, name) for name in ("prompts", "prompt_tokens", "word_embeddings", "nothing")
+    )
     with pytest.raises(AdapterError, match="no prompts"):
         _ = type(model).prompts.fget(model)
     prompted = peftrs.get_peft_model(llama(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
@@ -103,7 +113,9 @@ def test_models_can_be_asked_for_whatever_they_may_lack() -> None:
 
 
 def test_wrappers_are_told_apart() -> None:
-    config = LoraConfig(target_modules=["q_proj"], modules_to_save=["lm_head"], trainable_token_indices={"embed_tokens": [3]})
+    config = LoraConfig(
+        target_modules=["q_proj"], modules_to_save=["lm_head"], trainable_token_indices={"embed_tokens": [3]}
+    )
     model = peftrs.get_peft_model(llama(), config)
     base = model.get_base_model()
     table, head, query = base.model.embed_tokens, base.lm_head, base.model.layers[0].self_attn.q_proj
@@ -112,7 +124,10 @@ def test_wrappers_are_told_apart() -> None:
         [True, True, False], [True, False, False], [False, False, True],
     ]  # fmt: skip
     assert table.token_indices["default"] == [3]
-    assert table.token_adapter.trainable_tokens_delta["default"] is table.token_adapter["default"].trainable_tokens_delta
+    assert (
+        table.token_adapter.trainable_tokens_delta["default"]
+        is table.token_adapter["default"].trainable_tokens_delta
+    )
     assert not hasattr(query.lora_A, "weight")
     state = model.state_dict()
     for name, module in (("embed_tokens", table), ("q_proj", query)):
@@ -123,7 +138,10 @@ def test_wrappers_are_told_apart() -> None:
 
 def test_a_name_that_is_taken() -> None:
     first = peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0", "1"], init_lora_weights=False))
-    with pytest.warns(PeftrsWarning, match="has adapters already"), pytest.raises(AdapterError, match="already exists"):
+    with (
+        pytest.warns(PeftrsWarning, match="has adapters already"),
+        pytest.raises(AdapterError, match="already exists"),
+    ):
         peftrs.get_peft_model(first, LoraConfig(target_modules=["0"]))
     assert first.targeted_module_names == ["layers.0", "layers.1"]
     peftrs.set_strict(False)
@@ -153,7 +171,9 @@ def test_adapters_are_put_into_the_model_inside_and_into_compiled_ones() -> None
     found = peftrs.get_peft_model_state_dict(compiled)  # type: ignore[arg-type]
     assert [f"base_model.model.{name}" for name in found] == list(state)
     with pytest.raises(peftrs.TargetError):
-        peftrs.inject_adapter_in_model(LoraConfig(target_modules=["nothing"]), fresh := torch.compile(llama()))  # type: ignore[arg-type]
+        peftrs.inject_adapter_in_model(
+            LoraConfig(target_modules=["nothing"]), fresh := torch.compile(llama())
+        )  # type: ignore[arg-type]
     assert not hasattr(fresh, "peft_config")
 
 
@@ -170,7 +190,12 @@ def test_a_second_adapter_is_trained_if_it_is_loaded_for_that(trainable: bool, t
 
 
 def test_dora_over_groups_is_peft_s(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"r": 4, "target_modules": ["turn"], "use_dora": True, "init_lora_weights": False}
+    options: dict[str, Any] = {
+        "r": 4,
+        "target_modules": ["turn"],
+        "use_dora": True,
+        "init_lora_weights": False,
+    }
     x = torch.randint(0, 9, (2, 5, 5), generator=torch.Generator().manual_seed(1))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

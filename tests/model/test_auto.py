@@ -33,14 +33,18 @@ def test_a_task_class_loads_base_and_adapter(tmp_path: Path) -> None:
     model = peftrs.AutoPeftModelForCausalLM.from_pretrained(folder)
     assert type(model) is peftrs.PeftModelForCausalLM
     assert torch.equal(logits(model), expected)
-    trainable = peftrs.AutoPeftModelForCausalLM.from_pretrained(folder, adapter_name="mine", is_trainable=True)
+    trainable = peftrs.AutoPeftModelForCausalLM.from_pretrained(
+        folder, adapter_name="mine", is_trainable=True
+    )
     assert trainable.active_adapters == ["mine"]
     assert trainable.get_nb_trainable_parameters()[0] > 0
 
 
 def test_the_head_comes_with_the_adapter(tmp_path: Path) -> None:
     folder, expected = saved(tmp_path, bert(), "SEQ_CLS")
-    assert torch.equal(logits(peftrs.AutoPeftModelForSequenceClassification.from_pretrained(folder)), expected)
+    assert torch.equal(
+        logits(peftrs.AutoPeftModelForSequenceClassification.from_pretrained(folder)), expected
+    )
 
 
 def test_another_task_is_refused(tmp_path: Path) -> None:

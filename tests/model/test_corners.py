@@ -163,7 +163,9 @@ def test_deleting_leaves_layers_that_go_their_own_way_an_adapter() -> None:
 def test_a_state_dict_names_its_layers_exactly() -> None:
     model = Small()
     inject_adapter_in_model(
-        LoraConfig(target_modules=["lin"]), model, state_dict=dict.fromkeys(["lin.lora_A.weight"], torch.zeros(8, 8))
+        LoraConfig(target_modules=["lin"]),
+        model,
+        state_dict=dict.fromkeys(["lin.lora_A.weight"], torch.zeros(8, 8)),
     )
     assert hasattr(model.lin, "lora_A")
     assert isinstance(model.blk.lin, nn.Linear)

@@ -14,7 +14,14 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import peftrs
-from peftrs import AdapterError, CheckpointError, LoraConfig, PeftrsWarning, extract_lora, set_peft_model_state_dict
+from peftrs import (
+    AdapterError,
+    CheckpointError,
+    LoraConfig,
+    PeftrsWarning,
+    extract_lora,
+    set_peft_model_state_dict,
+)
 from peftrs.model.extract import Extraction, extract
 from tests.model.test_weighted import ALL, Attending, toy
 from tests.model.tiny import fingerprint, llama, logits, shake, stack
@@ -45,7 +52,10 @@ def near(found: nn.Module, expected: nn.Module, tolerance: float = 1e-5) -> None
 @pytest.mark.parametrize(
     ("make", "settings"),
     [
-        (toy, {"target_modules": ALL, "target_parameters": ["exp.up", "exp.wide"], "rank_pattern": {"lin0": 2}}),
+        (
+            toy,
+            {"target_modules": ALL, "target_parameters": ["exp.up", "exp.wide"], "rank_pattern": {"lin0": 2}},
+        ),
         (toy, {"target_modules": ["hf"], "fan_in_fan_out": True, "use_rslora": True}),
         (Attending, {"target_modules": ["mha"]}),
         (stack, {"target_modules": ["0", "1"], "lora_bias": True}),
@@ -59,7 +69,9 @@ def test_a_merged_lora_comes_back(make: Any, settings: dict[str, Any]) -> None:
     base = make().eval()
     after = merged(base, r=3, **settings)
     before = [fingerprint(model) for model in (base, after)]
-    found = extract_lora(after, base, LoraConfig(r=3, **{**settings, "use_rslora": False, "lora_bias": False}))
+    found = extract_lora(
+        after, base, LoraConfig(r=3, **{**settings, "use_rslora": False, "lora_bias": False})
+    )
     assert [fingerprint(model) for model in (base, after)] == before
     assert found.energy > 1 - 1e-6
     assert found.left == found.whole == []
@@ -72,7 +84,9 @@ def test_what_is_kept_is_told_layer_by_layer() -> None:
     found = extract_lora(after, base, LoraConfig(r=2, target_modules=PROJECTIONS))
     model = applied(base, found)
     for kept in found.layers:
-        delta = (after.get_submodule(kept.name).weight - base.get_submodule(kept.name).weight).detach().double()
+        delta = (
+            (after.get_submodule(kept.name).weight - base.get_submodule(kept.name).weight).detach().double()
+        )
         values = torch.linalg.svdvals(delta)
         assert kept.rank == 2
         assert kept.norm == pytest.approx(float(delta.norm()))
@@ -102,8 +116,12 @@ def test_norms_come_along_and_the_rest_is_told() -> None:
         after.model.layers[1].input_layernorm.weight += 0.1
         after.model.embed_tokens.weight += 0.1
         after.lm_head.weight += 0.1
-    with pytest.warns(PeftrsWarning, match=r"1 tensors differ and are not in the adapter: 'model.embed_tokens.weight'"):
-        found = extract_lora(after, base, LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"]))
+    with pytest.warns(
+        PeftrsWarning, match=r"1 tensors differ and are not in the adapter: 'model.embed_tokens.weight'"
+    ):
+        found = extract_lora(
+            after, base, LoraConfig(r=2, target_modules="all-linear", modules_to_save=["lm_head"])
+        )
     assert found.whole == ["lm_head", "model.layers.1.input_layernorm", "model.norm"]
     assert found.left == ["model.embed_tokens.weight"]
     with torch.no_grad():
@@ -132,7 +150,10 @@ def test_folders_give_an_adapter_that_both_libraries_load(tmp_path: Path, rank: 
             assert distance < 5e-3, name
     with pytest.raises(AdapterError, match="holds an adapter or a model already"):
         extract(tmp_path / "base", tmp_path / "after", tmp_path / "out", rank)
-    assert extract(tmp_path / "base", tmp_path / "after", tmp_path / "out", rank, overwrite=True).to_dict() == found.to_dict()
+    assert (
+        extract(tmp_path / "base", tmp_path / "after", tmp_path / "out", rank, overwrite=True).to_dict()
+        == found.to_dict()
+    )
 
 
 def test_transposed_layers_of_a_folder_are_known_by_the_model_type(tmp_path: Path) -> None:
@@ -141,10 +162,15 @@ def test_transposed_layers_of_a_folder_are_known_by_the_model_type(tmp_path: Pat
     after = merged(base, target_modules=["c_attn", "c_fc", "wpe"], r=2, fan_in_fan_out=True)
     base.save_pretrained(tmp_path / "base")
     after.save_pretrained(tmp_path / "after")
-    found = extract(tmp_path / "base", tmp_path / "after", tmp_path / "out", 2, target_modules=["c_attn", "c_fc", "wpe"])
+    found = extract(
+        tmp_path / "base", tmp_path / "after", tmp_path / "out", 2, target_modules=["c_attn", "c_fc", "wpe"]
+    )
     assert found.config.fan_in_fan_out
     again: Any = peftrs.PeftModel.from_pretrained(base, tmp_path / "out")
-    assert again.get_submodule("base_model.model.transformer.wpe").lora_embedding_A["default"].shape == (2, 16)
+    assert again.get_submodule("base_model.model.transformer.wpe").lora_embedding_A["default"].shape == (
+        2,
+        16,
+    )
     near(again.merge_and_unload().transformer, after.transformer)
 
 
@@ -154,7 +180,9 @@ def test_models_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         extract_lora(stack(), base, config)
     other = stack()
     other.layers[0] = nn.Linear(8, 4)
-    with pytest.raises(CheckpointError, match=r"layers.0.weight: has shape \[8, 8\] in base and \[4, 8\] in merged"):
+    with pytest.raises(
+        CheckpointError, match=r"layers.0.weight: has shape \[8, 8\] in base and \[4, 8\] in merged"
+    ):
         extract_lora(other, base, config)
     with pytest.raises(AdapterError, match="'merged' has adapters"):
         extract_lora(peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0"])), base, config)

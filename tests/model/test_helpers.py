@@ -66,7 +66,9 @@ def test_strength_for_a_while() -> None:
 
 def test_the_models_own_tensors() -> None:
     plain = bert().state_dict()
-    model = peftrs.get_peft_model(bert(), LoraConfig(task_type="SEQ_CLS", target_modules=["query", "word_embeddings"]))
+    model = peftrs.get_peft_model(
+        bert(), LoraConfig(task_type="SEQ_CLS", target_modules=["query", "word_embeddings"])
+    )
     own = peftrs.get_base_model_state_dict(model)
     assert own.keys() == plain.keys()
     assert all(torch.equal(own[name], plain[name]) for name in own)
@@ -77,15 +79,24 @@ def test_the_models_own_tensors() -> None:
         peftrs.set_base_model_state_dict(model, changed | {"classifier.bias": torch.zeros(1)}, strict=False)
     assert torch.equal(peftrs.get_base_model_state_dict(model)["classifier.bias"], plain["classifier.bias"])
     found = peftrs.set_base_model_state_dict(model, {**changed, "other": torch.zeros(1)}, strict=False)
-    assert (found.missing_keys, found.unexpected_keys) == ([name for name in own if name not in changed], ["other"])
-    assert all(torch.equal(one, changed[name]) for name, one in peftrs.get_base_model_state_dict(model).items() if name in changed)
+    assert (found.missing_keys, found.unexpected_keys) == (
+        [name for name in own if name not in changed],
+        ["other"],
+    )
+    assert all(
+        torch.equal(one, changed[name])
+        for name, one in peftrs.get_base_model_state_dict(model).items()
+        if name in changed
+    )
     model.merge_adapter()
     with pytest.raises(MergeError, match="unmerge them"):
         peftrs.set_base_model_state_dict(model, plain)
 
 
 def test_a_prompt_is_not_the_models_own() -> None:
-    model = peftrs.get_peft_model(llama(), peftrs.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    model = peftrs.get_peft_model(
+        llama(), peftrs.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
     assert peftrs.get_base_model_state_dict(model).keys() == llama().state_dict().keys()
 
 
@@ -100,7 +111,10 @@ def test_condition_numbers_choose_the_same_layers() -> None:
     model = llama()
     model.experts = nn.Module()
     model.experts.down_proj = nn.Parameter(torch.randn(3, 4, 6))
-    theirs, ours = peft.helpers.KappaTuneSelector(model, show_progress=False), kappa.KappaTuneSelector(model, show_progress=False)
+    theirs, ours = (
+        peft.helpers.KappaTuneSelector(model, show_progress=False),
+        kappa.KappaTuneSelector(model, show_progress=False),
+    )
     for options in ({}, {"top_p": 0.3}, {"num_modules": 2}, {"threshold": 30.0}):
         assert ours.get_best_targets(**options) == theirs.get_best_targets(**options)
         assert ours.get_best_target_parameters(**options) == theirs.get_best_target_parameters(**options)
@@ -116,13 +130,17 @@ def test_functions_on_tensors_give_what_theirs_give() -> None:
         peftrs.shift_tokens_right(labels, None, 2)  # type: ignore[arg-type]
     cache = torch.randn(4, 2, 3, 5, 6).split(2)
     for one, other in zip(
-        peftrs.bloom_model_postprocess_past_key_value(cache), peft.bloom_model_postprocess_past_key_value(cache), strict=True
+        peftrs.bloom_model_postprocess_past_key_value(cache),
+        peft.bloom_model_postprocess_past_key_value(cache),
+        strict=True,
     ):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(one, other, strict=True))
     weight = torch.randn(3, 4)
     assert utilities.id_tensor_storage(weight) == peft.utils.id_tensor_storage(weight.T)
     assert utilities.infer_device() == peft.utils.infer_device()
-    assert utilities._get_batch_size(labels, None) == utilities._get_batch_size(None, torch.zeros(2, 3, 4)) == 2
+    assert (
+        utilities._get_batch_size(labels, None) == utilities._get_batch_size(None, torch.zeros(2, 3, 4)) == 2
+    )
     assert utilities._get_input_embeddings_name(llama()) == "embed_tokens"
     assert utilities._is_valid_match("a.b", "b")
     assert not utilities._is_valid_match("a.xb", "b")
@@ -131,7 +149,9 @@ def test_functions_on_tensors_give_what_theirs_give() -> None:
 def test_a_prompts_config_is_filled_in_from_a_models() -> None:
     options: dict[str, Any] = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 2}
     config = utilities._prepare_prompt_learning_config(peftrs.PrefixTuningConfig(**options), llama().config)
-    other = peft.utils._prepare_prompt_learning_config(peft.PrefixTuningConfig(**options), llama().config.to_dict())
+    other = peft.utils._prepare_prompt_learning_config(
+        peft.PrefixTuningConfig(**options), llama().config.to_dict()
+    )
     names = ("num_layers", "token_dim", "num_attention_heads", "encoder_hidden_size")
     assert {name: getattr(config, name) for name in names} == {name: getattr(other, name) for name in names}
 
@@ -142,7 +162,9 @@ def devices(cache: Any) -> list[str]:
 
 
 def test_caches_go_where_their_layers_are() -> None:
-    model = peftrs.get_peft_model(llama(), peftrs.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    model = peftrs.get_peft_model(
+        llama(), peftrs.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    )
     base = model.get_base_model()
     base.hf_device_map = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "meta"}
     assert devices(model.get_prompt(1)) == ["meta", "meta"]
@@ -165,7 +187,9 @@ def test_cartridges_are_put_together_as_theirs(tmp_path: Path) -> None:
     assert torch.equal(files[0]["prompt_embeddings"], files[1]["prompt_embeddings"])
     model = peftrs.PeftModel.from_pretrained(llama(), tmp_path / "ours")
     assert model.peft_config["default"].num_virtual_tokens == 5
-    torch.testing.assert_close(logits(model), logits(peft.PeftModel.from_pretrained(llama(), tmp_path / "theirs")))
+    torch.testing.assert_close(
+        logits(model), logits(peft.PeftModel.from_pretrained(llama(), tmp_path / "theirs"))
+    )
     with pytest.raises(ConfigError, match="at least 2"):
         peftrs.compose_cartridge_adapters(paths[:1], output_path=tmp_path / "ours")
     lora().save_pretrained(tmp_path / "lora")

@@ -1,4 +1,6 @@
-"""Hot-swapping gives what loading anew gives, leaves other adapters alone, and compiles nothing anew once it is warm."""
+"""Hot-swapping gives what loading anew gives, leaves other adapters alone, and compiles nothing anew once it
+is warm.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "rslora": {"r": 4, "lora_alpha": 4, "target_modules": EVERY, "use_rslora": True},
     "pattern as text": {"r": 6, "lora_alpha": 3, "target_modules": r"layers\.[02]|convolution"},
     "head": {"r": 4, "lora_alpha": 4, "target_modules": ["layers.0"], "modules_to_save": ["head"]},
-    "pissa": {"r": 4, "lora_alpha": 4, "target_modules": ["layers.0", "layers.1"], "init_lora_weights": "pissa"},
+    "pissa": {"r": 4, "lora_alpha": 4, "target_modules": ["layers.0", "layers.1"],
+    "init_lora_weights": "pissa"},
 }  # fmt: skip
 PADDED = [name for name in CONFIGS if name not in ("head", "pissa")]
 
@@ -113,7 +116,10 @@ def test_others_stay_as_they_are_to_the_bit(folders: dict[str, Path]) -> None:
     model.load_adapter(folders["higher"], "foo")
     model.load_adapter(folders["patterns"], "foobar")
     model.set_adapter("foobar")
-    expected, before = out(model), {name: one for name, one in fingerprint(model).items() if "foo." not in f"{name}."}
+    expected, before = (
+        out(model),
+        {name: one for name, one in fingerprint(model).items() if "foo." not in f"{name}."},
+    )
     for name in ("subset", "rslora", "whole"):
         hotswap_adapter(model, str(folders[name]), "foo")
         assert {name: one for name, one in fingerprint(model).items() if "foo." not in f"{name}."} == before
@@ -142,7 +148,9 @@ def test_what_does_not_fit_changes_nothing(folders: dict[str, Path], tmp_path: P
         hotswap_adapter(model, str(broken), "default")
     with pytest.raises(AdapterError, match="nobody not found"):
         hotswap_adapter(model, str(folders["higher"]), "nobody")
-    peftrs.get_peft_model(net(), peftrs.IA3Config(target_modules=["layers.0"], feedforward_modules=[])).save_pretrained(tmp_path)
+    peftrs.get_peft_model(
+        net(), peftrs.IA3Config(target_modules=["layers.0"], feedforward_modules=[])
+    ).save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match="Incompatible PEFT types found: LORA and IA3"):
         hotswap_adapter(model, str(tmp_path), "default")
     with pytest.raises(AdapterError, match="use_dora"):
@@ -165,7 +173,9 @@ def test_tensors_by_their_names_in_the_model(folders: dict[str, Path]) -> None:
         assert torch.equal(out(model), out(other))
 
 
-@pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 compiles once more where ranks differ by layer")
+@pytest.mark.skipif(
+    torch.__version__ < "2.7", reason="torch 2.6 compiles once more where ranks differ by layer"
+)
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["module", "in place"])
 def test_nothing_is_compiled_anew(kind: str, backend: str, folders: dict[str, Path], tmp_path: Path) -> None:
@@ -213,7 +223,9 @@ def test_a_compiled_model_says_what_it_lacks(folders: dict[str, Path]) -> None:
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     before = fingerprint(model)
     compiled = torch.compile(model, backend="eager")
-    with pytest.raises(AdapterError, match=r"layers\.0 has no such adapter.*load the adapter with the most layers first"):
+    with pytest.raises(
+        AdapterError, match=r"layers\.0 has no such adapter.*load the adapter with the most layers first"
+    ):
         hotswap_adapter(compiled, str(folders["whole"]), "default")
     assert fingerprint(model) == before
     model = fresh(folders["whole"])

@@ -1,4 +1,6 @@
-"""What is written: the dtype asked for, the same bytes every time, no network, and what tells the base from another one."""
+"""What is written: the dtype asked for, the same bytes every time, no network, and what tells the base from
+another one.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ HASHING = """
 import sys, torch, peftrs
 torch.manual_seed(0)
 model = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(6)))
-config = peftrs.LoraConfig(target_modules={"0", "1", "2", "3"}, modules_to_save=["4", "5"], exclude_modules={"2", "3"},
+config = peftrs.LoraConfig(target_modules={"0", "1", "2", "3"}, modules_to_save=["4", "5"],
+exclude_modules={"2", "3"},
     rank_pattern={"0": 2, "1": 4})
 peftrs.get_peft_model(model, config).save_pretrained(sys.argv[1])
 """
@@ -41,7 +44,12 @@ def same_under_seeds(folder: Path, seeds: range) -> None:
     found = set()
     for seed in seeds:
         environment = {**os.environ, "PYTHONHASHSEED": str(seed)}
-        subprocess.run([sys.executable, "-P", "-c", HASHING, str(folder / str(seed))], env=environment, check=True, timeout=300)
+        subprocess.run(
+            [sys.executable, "-P", "-c", HASHING, str(folder / str(seed))],
+            env=environment,
+            check=True,
+            timeout=300,
+        )
         found.add(json.dumps(written(folder / str(seed))))
     assert len(found) == 1
 
@@ -75,7 +83,9 @@ def stored(folder: Path) -> dict[str, Tensor]:
         (torch.float32, torch.float16, torch.float16),
     ],
 )
-def test_the_dtype_is_the_one_asked_for(base: torch.dtype, dtype: Any, expected: torch.dtype, tmp_path: Path) -> None:
+def test_the_dtype_is_the_one_asked_for(
+    base: torch.dtype, dtype: Any, expected: torch.dtype, tmp_path: Path
+) -> None:
     model = peftrs.get_peft_model(llama().to(base), LoraConfig(modules_to_save=["lm_head"]))
     shake(model)
     before = {name: one.dtype for name, one in model.named_parameters()}
@@ -119,7 +129,9 @@ def load(base: nn.Module, folder: Path) -> Any:
 def test_another_base_of_the_same_shapes_is_warned_of(tmp_path: Path) -> None:
     save(llama(), tmp_path)
     load(llama(), tmp_path)
-    with pytest.warns(PeftrsWarning, match=r"trained on another model than this: \d+ of the \d+ weights .* differ"):
+    with pytest.warns(
+        PeftrsWarning, match=r"trained on another model than this: \d+ of the \d+ weights .* differ"
+    ):
         peftrs.PeftModel.from_pretrained(other(), tmp_path)
     model = peftrs.get_peft_model(other(), LoraConfig(target_modules=["q_proj"]))
     with pytest.warns(PeftrsWarning, match="another model"):
@@ -175,7 +187,9 @@ def test_it_is_the_models_own_whatever_adapters_are_in_it() -> None:
     assert len(plain) < 4000
 
 
-@pytest.mark.parametrize("text", ["", "x", "[]", "{", '{"a": 1}', '{"model.embed_tokens.weight": 1}', "[" * 100_000])
+@pytest.mark.parametrize(
+    "text", ["", "x", "[]", "{", '{"a": 1}', '{"model.embed_tokens.weight": 1}', "[" * 100_000]
+)
 def test_metadata_that_says_nothing_is_left_out(text: str) -> None:
     found = difference({KEY: text}, llama())
     assert found is None or "1 of the 1 weights" in found
@@ -211,4 +225,6 @@ def test_no_start_changes_the_base_or_another_adapter(start: str, tmp_path: Path
     again.set_adapter("started")
     torch.testing.assert_close(logits(again), changed, rtol=0, atol=1e-5)
     for one in (model, again):
-        assert all(torch.equal(tensor, own[name]) for name, tensor in peftrs.get_base_model_state_dict(one).items())
+        assert all(
+            torch.equal(tensor, own[name]) for name, tensor in peftrs.get_base_model_state_dict(one).items()
+        )

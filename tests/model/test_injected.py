@@ -36,7 +36,9 @@ def test_an_empty_adapter_waits_for_its_values() -> None:
     first, second = llama(), llama()
     peftrs.inject_adapter_in_model(LoraConfig(init_lora_weights=False), first, "x")
     peftrs.inject_adapter_in_model(LoraConfig(), second, "x", low_cpu_mem_usage=True)
-    assert {parameter.device.type for name, parameter in second.named_parameters() if "lora_" in name} == {"meta"}
+    assert {parameter.device.type for name, parameter in second.named_parameters() if "lora_" in name} == {
+        "meta"
+    }
     state = peftrs.get_peft_model_state_dict(first, adapter_name="x")
     peftrs.set_peft_model_state_dict(second, state, "x", low_cpu_mem_usage=True)
     assert torch.equal(logits(first), logits(second))
@@ -70,8 +72,12 @@ def test_narrow_adapters_are_widened() -> None:
     assert model.layers[0].lora_A["default"].weight.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("base", "autocast", "expected"), [("bfloat16", True, "float32"), ("bfloat16", False, "bfloat16")])
-def test_loaded_adapters_have_the_dtype_of_fresh_ones(tmp_path: Any, base: str, autocast: bool, expected: str) -> None:
+@pytest.mark.parametrize(
+    ("base", "autocast", "expected"), [("bfloat16", True, "float32"), ("bfloat16", False, "bfloat16")]
+)
+def test_loaded_adapters_have_the_dtype_of_fresh_ones(
+    tmp_path: Any, base: str, autocast: bool, expected: str
+) -> None:
     peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0"])).save_pretrained(tmp_path)
     model = stack().to(getattr(torch, base))
     loaded = peftrs.PeftModel.from_pretrained(model, tmp_path, autocast_adapter_dtype=autocast)
@@ -85,7 +91,10 @@ def test_targets_follow_the_kind_of_model() -> None:
     assert len(adapted(model)) == 4
     scaling = IA3Config()
     peftrs.get_peft_model(bert(), scaling)
-    assert (scaling.target_modules, scaling.feedforward_modules) == ({"key", "value", "output.dense"}, {"output.dense"})
+    assert (scaling.target_modules, scaling.feedforward_modules) == (
+        {"key", "value", "output.dense"},
+        {"output.dense"},
+    )
 
 
 def test_all_linear_leaves_out_the_output_layer() -> None:
@@ -93,7 +102,15 @@ def test_all_linear_leaves_out_the_output_layer() -> None:
     model = peftrs.get_peft_model(llama(layers=4), config)
     assert len(adapted(model)) == 28
     assert "lm_head" not in adapted(model)
-    assert config.target_modules == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert config.target_modules == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    }
     few = LoraConfig(target_modules="all-linear", task_type="SEQ_CLS")
     assert "classifier" not in adapted(peftrs.get_peft_model(bert(), few))
     everything = peftrs.get_peft_model(stack(), LoraConfig(target_modules="all-linear"))
@@ -108,7 +125,9 @@ def test_long_lists_are_shortened_to_the_same_layers() -> None:
 
 
 def test_the_orientation_is_the_layers_own() -> None:
-    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2))
+    gpt2 = GPT2LMHeadModel(
+        GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2)
+    )
     config = LoraConfig()
     with pytest.warns(PeftrsWarning, match=r"the target module is `Conv1D`\. Setting fan_in_fan_out to True"):
         peftrs.get_peft_model(gpt2, config)
@@ -126,7 +145,11 @@ def test_layers_that_kernels_read_past_are_refused() -> None:
 
 class TestReplication:
     def config(self, *ranges: tuple[int, int]) -> LoraConfig:
-        return LoraConfig(target_modules=["q_proj"], layer_replication=[list(pair) for pair in ranges], init_lora_weights=False)  # type: ignore[misc]
+        return LoraConfig(
+            target_modules=["q_proj"],
+            layer_replication=[list(pair) for pair in ranges],
+            init_lora_weights=False,
+        )  # type: ignore[misc]
 
     def test_layers_repeat_with_adapters_of_their_own(self) -> None:
         base = llama()
@@ -138,9 +161,15 @@ class TestReplication:
         assert weights[0] is weights[2]
         assert weights[1] is weights[3]
         assert not torch.equal(
-            layers[0].self_attn.q_proj.lora_A["default"].weight, layers[2].self_attn.q_proj.lora_A["default"].weight
+            layers[0].self_attn.q_proj.lora_A["default"].weight,
+            layers[2].self_attn.q_proj.lora_A["default"].weight,
         )
-        assert model.generate(input_ids=torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, pad_token_id=0).shape[0] == 1
+        assert (
+            model.generate(
+                input_ids=torch.ones(1, 3, dtype=torch.long), max_new_tokens=2, pad_token_id=0
+            ).shape[0]
+            == 1
+        )
 
     def test_a_grown_model_is_saved_and_loaded(self, tmp_path: Any) -> None:
         model = peftrs.get_peft_model(llama(), self.config((0, 2), (1, 2)))
@@ -162,12 +191,16 @@ class TestReplication:
     def test_a_failure_shrinks_the_model_again(self) -> None:
         base = llama()
         with pytest.raises(peftrs.TargetError):
-            peftrs.get_peft_model(base, LoraConfig(target_modules=["nope"], layer_replication=[[0, 2], [0, 2]]))  # type: ignore[list-item]
+            peftrs.get_peft_model(
+                base, LoraConfig(target_modules=["nope"], layer_replication=[[0, 2], [0, 2]])
+            )  # type: ignore[list-item]
         assert len(base.model.layers) == base.config.num_hidden_layers == 2
 
     def test_other_models_are_refused(self) -> None:
         with pytest.raises(ConfigError, match="not on Linear"):
-            peftrs.get_peft_model(torch.nn.Linear(2, 2), LoraConfig(target_modules=["x"], layer_replication=[[0, 1]]))  # type: ignore[list-item]
+            peftrs.get_peft_model(
+                torch.nn.Linear(2, 2), LoraConfig(target_modules=["x"], layer_replication=[[0, 1]])
+            )  # type: ignore[list-item]
 
 
 def test_an_adapter_needs_a_config_of_a_kind() -> None:

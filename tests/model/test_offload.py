@@ -1,4 +1,6 @@
-"""Models whose weights accelerate keeps in the CPU's memory or on the disk: adapters over them do what they do over others."""
+"""Models whose weights accelerate keeps in the CPU's memory or on the disk: adapters over them do what they
+do over others.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ METHODS: dict[str, Any] = {
     "dora": lambda: peftrs.LoraConfig(target_modules=["q_proj", "down_proj"], use_dora=True),
     "pissa": lambda: peftrs.LoraConfig(target_modules=["v_proj"], init_lora_weights="pissa"),
     "embedding": lambda: peftrs.LoraConfig(target_modules=["embed_tokens", "q_proj"]),
-    "ia3": lambda: peftrs.IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]),
+    "ia3": lambda: peftrs.IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"]
+    ),
     "oft": lambda: peftrs.OFTConfig(target_modules=["q_proj", "up_proj"], oft_block_size=8),
 }
 
@@ -94,13 +98,17 @@ def test_an_adapter_becomes_part_of_weights_that_are_elsewhere(tmp_path: Path, p
 def test_adapters_are_saved_and_loaded(tmp_path: Path, place: str, low_cpu_mem_usage: bool) -> None:
     whole = adapted(tiny.llama(), "dora")
     whole.save_pretrained(tmp_path / "whole")
-    model = peftrs.PeftModel.from_pretrained(offloaded(place, tmp_path), tmp_path / "whole", low_cpu_mem_usage=low_cpu_mem_usage)
+    model = peftrs.PeftModel.from_pretrained(
+        offloaded(place, tmp_path), tmp_path / "whole", low_cpu_mem_usage=low_cpu_mem_usage
+    )
     assert (tiny.logits(model) - tiny.logits(whole)).abs().max() < 1e-6
     model.load_adapter(tmp_path / "whole", "second", low_cpu_mem_usage=low_cpu_mem_usage)
     model.set_adapter("second")
     assert (tiny.logits(model) - tiny.logits(whole)).abs().max() < 1e-6
     model.save_pretrained(tmp_path / "again", selected_adapters=["second"])
-    again, first = ((tmp_path / path / "adapter_model.safetensors").read_bytes() for path in ("again/second", "whole"))
+    again, first = (
+        (tmp_path / path / "adapter_model.safetensors").read_bytes() for path in ("again/second", "whole")
+    )
     assert again == first
 
 
@@ -131,7 +139,9 @@ def test_weights_that_are_read_from_the_checkpoint_leave_it_alone(tmp_path: Path
     tiny.llama().save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
     rest = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
-    base = transformers.LlamaForCausalLM.from_pretrained(tmp_path, device_map={"model.layers": "disk", **rest})
+    base = transformers.LlamaForCausalLM.from_pretrained(
+        tmp_path, device_map={"model.layers": "disk", **rest}
+    )
     model = adapted(base, "lora")
     wanted = tiny.logits(model)
     with pytest.warns(peftrs.PeftrsWarning, match="changed weights are kept in") as told:
@@ -156,11 +166,17 @@ def test_tied_weights_that_are_elsewhere_part_for_the_merge(tmp_path: Path) -> N
     assert (tiny.logits(model) - wanted).abs().max() < 1e-5
 
 
-def test_first_values_are_computed_on_an_accelerator_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_first_values_are_computed_on_an_accelerator_where_that_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen = []
     accelerator = torch.device("cpu", 0)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: accelerator)
-    monkeypatch.setattr(inject, "nearer", lambda device, config, real=inject.nearer: seen.append(real(device, config)) or seen[-1])
+    monkeypatch.setattr(
+        inject,
+        "nearer",
+        lambda device, config, real=inject.nearer: seen.append(real(device, config)) or seen[-1],
+    )
     runtime = peftrs.LoraRuntimeConfig(ephemeral_gpu_offload=True)
     found = []
     for config in (

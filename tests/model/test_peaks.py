@@ -1,4 +1,6 @@
-"""No step of an adapter's life takes a copy of the model: adding it, training, saving, loading, merging, saving the whole."""
+"""No step of an adapter's life takes a copy of the model: adding it, training, saving, loading, merging,
+saving the whole.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,12 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads what Linu
 NEEDS = {"memory": "transformers", "disk": "accelerate", "nf4": "bitsandbytes", "int8": "bitsandbytes"}
 
 
-@pytest.mark.parametrize("kind", ["memory", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("disk", "nf4", "int8"))])
-def test_no_step_takes_a_copy_of_the_model(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "kind", ["memory", *(pytest.param(kind, marks=pytest.mark.long) for kind in ("disk", "nf4", "int8"))]
+)
+def test_no_step_takes_a_copy_of_the_model(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip(NEEDS[kind])
     # What is freed goes back at once.
     for name in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):

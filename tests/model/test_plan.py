@@ -33,18 +33,33 @@ class Hybrid(nn.Module):
 CONFIGS: dict[str, tuple[Any, Any]] = {
     "defaults": (llama, LoraConfig()),
     "all-linear": (llama, LoraConfig(target_modules="all-linear", rank_pattern={"q_proj": 2})),
-    "pattern": (llama, LoraConfig(target_modules=r".*\.1\..*_proj", exclude_modules=["o_proj"], use_dora=True)),
-    "classifier": (bert, LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["pooler"])),
+    "pattern": (
+        llama,
+        LoraConfig(target_modules=r".*\.1\..*_proj", exclude_modules=["o_proj"], use_dora=True),
+    ),
+    "classifier": (
+        bert,
+        LoraConfig(task_type="SEQ_CLS", target_modules=["query"], modules_to_save=["pooler"]),
+    ),
     "layers": (llama, LoraConfig(target_modules=["q_proj"], layers_to_transform=[1])),
     "parameters": (llama, LoraConfig(target_modules=[], target_parameters=["mlp.up_proj.weight"])),
-    "tied tokens": (lambda: llama(tied=True), LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2])),
-    "tied layers": (lambda: llama(tied=True), LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True)),
+    "tied tokens": (
+        lambda: llama(tied=True),
+        LoraConfig(target_modules=["q_proj"], trainable_token_indices=[1, 2]),
+    ),
+    "tied layers": (
+        lambda: llama(tied=True),
+        LoraConfig(target_modules=["embed_tokens"], ensure_weight_tying=True),
+    ),
     "ia3": (llama, peftrs.IA3Config()),
     "oft": (llama, peftrs.OFTConfig(oft_block_size=4)),
     "tokens": (lambda: llama(tied=True), peftrs.TrainableTokensConfig(token_indices=[3, 4])),
     "adaption prompt": (llama, peftrs.AdaptionPromptConfig(adapter_len=3, adapter_layers=1)),
     "prompt": (llama, peftrs.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
-    "network": (llama, peftrs.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8)),
+    "network": (
+        llama,
+        peftrs.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, encoder_hidden_size=8),
+    ),
     "prefix": (llama, peftrs.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)),
 }
 
@@ -70,7 +85,9 @@ def test_a_plan_is_what_injection_does(case: str) -> None:
 
 
 def test_every_entry_is_told() -> None:
-    config = LoraConfig(target_modules=["q_proj", "TYPO", "k_proj"], exclude_modules=[r"layers.1.self_attn.k_proj"])
+    config = LoraConfig(
+        target_modules=["q_proj", "TYPO", "k_proj"], exclude_modules=[r"layers.1.self_attn.k_proj"]
+    )
     plan = peftrs.plan(llama(), config)
     assert {(one.field, one.entry): one.matches for one in plan.entries if one.field == "target_modules"} == {
         ("target_modules", "TYPO"): 0,
@@ -96,7 +113,9 @@ def test_a_near_name_is_given() -> None:
 def test_few_layers_of_many_are_warned_of() -> None:
     config = LoraConfig(target_modules=["q_proj", "v_proj"])
     plan = peftrs.plan(Hybrid(), config)
-    assert plan.warnings == ["4 of 56 layers adapted in layers: the others have no module that the config names"]
+    assert plan.warnings == [
+        "4 of 56 layers adapted in layers: the others have no module that the config names"
+    ]
     assert [count for count in plan.coverage[0].layers.values() if count] == [2, 2, 2, 2]
     with pytest.warns(PeftrsWarning, match=r"4 of 56 layers adapted.*peftrs.plan"):
         peftrs.get_peft_model(Hybrid(), config)
@@ -112,7 +131,11 @@ def test_few_layers_of_many_are_warned_of() -> None:
         LoraConfig(target_modules="all-linear"),
         LoraConfig(target_modules=["q_proj"], inference_mode=True),
     ],
-    ids=lambda config: config.target_modules if isinstance(config.target_modules, str) else "-".join(sorted(config.target_modules)),
+    ids=lambda config: (
+        config.target_modules
+        if isinstance(config.target_modules, str)
+        else "-".join(sorted(config.target_modules))
+    ),
 )
 def test_who_means_some_layers_is_not_warned(config: LoraConfig) -> None:
     with warnings.catch_warnings():

@@ -21,7 +21,13 @@ from tests.model import tiny
 NEW = int(transformers.__version__.split(".")[0]) >= 5
 NARROW = (torch.bfloat16, torch.float16)
 KINDS = (*NARROW, torch.float32)
-ALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64, "intermediate_size": 48}
+ALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "vocab_size": 64,
+    "intermediate_size": 48,
+}
 
 
 def t5() -> Any:
@@ -34,7 +40,9 @@ def t5() -> Any:
 
 def gptj() -> Any:
     """Has buffers that checkpoints do not hold."""
-    return transformers.GPTJForCausalLM(transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4))
+    return transformers.GPTJForCausalLM(
+        transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+    )
 
 
 def resnet() -> Any:
@@ -46,7 +54,13 @@ def resnet() -> Any:
 
 def llava() -> Any:
     """Is made of two models with configs of their own."""
-    eyes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "patch_size": 8}
+    eyes = {
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "patch_size": 8,
+    }
     settings = transformers.LlavaConfig(
         text_config=transformers.LlamaConfig(**ALL),
         vision_config=transformers.CLIPVisionConfig(image_size=32, **eyes),
@@ -116,7 +130,11 @@ def test_every_tensor_has_the_dtype_that_loading_would_give_it(
 
 
 def _inner(config: Any, other: Any) -> list[tuple[Any, Any]]:
-    return [(getattr(config, name), getattr(other, name)) for name in config.sub_configs if getattr(config, name, None) is not None]
+    return [
+        (getattr(config, name), getattr(other, name))
+        for name in config.sub_configs
+        if getattr(config, name, None) is not None
+    ]
 
 
 @pytest.mark.parametrize("name", ["llama", "tied", "t5"])
@@ -144,7 +162,9 @@ def test_the_model_runs_generates_and_is_the_same_once_saved_and_loaded(name: st
 @pytest.mark.filterwarnings("ignore:2 tensors that other modules share:peftrs.PeftrsWarning")
 @pytest.mark.parametrize("targets", [["q_proj"], ["embed_tokens", "lm_head"]], ids=["beside", "both"])
 def test_ties_stay_ties(targets: list[str]) -> None:
-    merged = adapted(tiny.llama(tied=True), targets, ensure_weight_tying=len(targets) > 1).merge_and_unload(dtype=torch.bfloat16)
+    merged = adapted(tiny.llama(tied=True), targets, ensure_weight_tying=len(targets) > 1).merge_and_unload(
+        dtype=torch.bfloat16
+    )
     assert merged.lm_head.weight is merged.model.embed_tokens.weight
     assert merged.lm_head.weight.dtype is torch.bfloat16
     assert merged.config.tie_word_embeddings
@@ -166,7 +186,11 @@ def test_a_narrow_base_is_merged_in_the_wider_dtype(method: str, earlier: bool) 
     model = adapted(tiny.stack().to(torch.bfloat16), ["layers.0"], use_dora=method == "dora")
     layer = model.base_model.model.layers[0]
     weight = layer.base_layer.weight.detach().double()
-    change = layer.scaling["default"] * layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    change = (
+        layer.scaling["default"]
+        * layer.lora_B["default"].weight.double()
+        @ layer.lora_A["default"].weight.double()
+    )
     expected = weight + change
     if method == "dora":
         magnitude = layer.lora_magnitude_vector["default"].detach().double()
@@ -200,7 +224,9 @@ class Mixed(nn.Module):
 def test_a_module_around_a_model_goes_along_whole() -> None:
     merged = adapted(Mixed(), ["q_proj", "head"]).merge_and_unload(dtype=torch.bfloat16)
     found = dtypes(merged)
-    kept = {name.replace(".original_", "."): kind for name, kind in found.items() if kind is not torch.bfloat16}
+    kept = {
+        name.replace(".original_", "."): kind for name, kind in found.items() if kind is not torch.bfloat16
+    }
     assert kept == {
         "inner.model.rotary_emb.inv_freq": torch.float32,
         "norm.num_batches_tracked": torch.int64,
@@ -211,7 +237,9 @@ def test_a_module_around_a_model_goes_along_whole() -> None:
 
 
 def test_modules_that_were_trained_whole_and_gradients_go_along() -> None:
-    model = adapted(tiny.llama().to(torch.bfloat16), ["q_proj"], modules_to_save=["lm_head"], bias="none").float()
+    model = adapted(
+        tiny.llama().to(torch.bfloat16), ["q_proj"], modules_to_save=["lm_head"], bias="none"
+    ).float()
     model(input_ids=tiny.TOKENS, labels=tiny.TOKENS).loss.backward()
     merged = model.merge_and_unload(dtype=torch.bfloat16)
     head = merged.lm_head.weight
@@ -275,7 +303,9 @@ def test_numbers_beyond_the_dtype_are_refused_with_nothing_changed(method: str) 
         else:
             inner.layers[0].lora_B["default"].weight.fill_(1e6)
     before = tiny.fingerprint(model)
-    at = {"base": r"layers\.1\.weight' hold", "whole": r"head.*bias' hold"}.get(method, r"layers\.0: merging 'default' gives")
+    at = {"base": r"layers\.1\.weight' hold", "whole": r"head.*bias' hold"}.get(
+        method, r"layers\.0: merging 'default' gives"
+    )
     with pytest.raises(MergeError, match=rf"{at}.*beyond.*wider dtype"):
         model.merge_and_unload(dtype=torch.float16)
     assert tiny.fingerprint(model) == before
@@ -305,9 +335,13 @@ def test_parameters_that_zero_has_in_parts_are_refused() -> None:
     model.merge_and_unload()
 
 
-@pytest.mark.parametrize(("first", "dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("first", "dtype"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str
+)
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-def test_weights_that_are_elsewhere_go_along(place: str, first: torch.dtype, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_weights_that_are_elsewhere_go_along(
+    place: str, first: torch.dtype, dtype: torch.dtype, tmp_path: Path
+) -> None:
     accelerate = pytest.importorskip("accelerate")
     model = tiny.llama().to(first)
     if place == "cpu":

@@ -1,4 +1,6 @@
-"""Replicas, as `nn.DataParallel` makes one for each device, run with their own tensors, and gradients reach the originals."""
+"""Replicas, as `nn.DataParallel` makes one for each device, run with their own tensors, and gradients reach
+the originals.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def replicated(network: nn.Module, factor: float) -> Any:
 
 LORA: dict[str, Any] = {"r": 2, "init_lora_weights": False}
 CONFIGS = {
-    "lora": lambda: LoraConfig(target_modules=["embed", "lin"], modules_to_save=["head"], lora_dropout=0.0, **LORA),
+    "lora": lambda: LoraConfig(
+        target_modules=["embed", "lin"], modules_to_save=["head"], lora_dropout=0.0, **LORA
+    ),
     "dora": lambda: LoraConfig(target_modules=["lin"], use_dora=True, **LORA),
     "tokens": lambda: TrainableTokensConfig(target_modules=["embed"], token_indices=[1, 2]),
     "ia3": lambda: IA3Config(target_modules=["lin"], feedforward_modules=[], init_ia3_weights=False),

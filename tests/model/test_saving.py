@@ -91,7 +91,9 @@ def test_tensors_without_values_are_not_saved(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_every_dtype_comes_back_to_the_bit(tmp_path: Path, dtype: torch.dtype) -> None:
-    model = peftrs.get_peft_model(stack().to(dtype), LoraConfig(target_modules=["0"]), autocast_adapter_dtype=False)
+    model = peftrs.get_peft_model(
+        stack().to(dtype), LoraConfig(target_modules=["0"]), autocast_adapter_dtype=False
+    )
     shake(model)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(stack().to(dtype), tmp_path, autocast_adapter_dtype=False)
@@ -138,14 +140,18 @@ def test_a_config_can_be_given_instead_of_the_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("init", "rslora"), [("pissa", False), ("olora", False), ("pissa", True)])
-def test_an_adapter_that_started_from_the_weights_becomes_a_plain_one(tmp_path: Path, init: str, rslora: bool) -> None:
+def test_an_adapter_that_started_from_the_weights_becomes_a_plain_one(
+    tmp_path: Path, init: str, rslora: bool
+) -> None:
     config = LoraConfig(r=4, init_lora_weights=init, use_rslora=rslora, task_type="CAUSAL_LM")
     model = peftrs.get_peft_model(llama(), config)
     model.peft_config["default"].init_lora_weights = True
     model.save_pretrained(tmp_path / "initial")
     model.peft_config["default"].init_lora_weights = init
     shake(model)
-    model.save_pretrained(tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
+    model.save_pretrained(
+        tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+    )
     stated = json.loads((tmp_path / "plain" / "adapter_config.json").read_text())
     assert (stated["r"], stated["init_lora_weights"]) == (8, True)
     loaded = PeftModel.from_pretrained(llama(), tmp_path / "plain")
@@ -159,14 +165,22 @@ def test_what_cannot_become_plain_is_refused(tmp_path: Path) -> None:
             tmp_path / "out", path_initial_model_for_weight_conversion=str(tmp_path / initial)
         )
 
-    peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0"], r=4)).save_pretrained(tmp_path / "initial")
-    peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0"], init_lora_weights="olora")).save_pretrained(tmp_path / "olora")
+    peftrs.get_peft_model(stack(), LoraConfig(target_modules=["0"], r=4)).save_pretrained(
+        tmp_path / "initial"
+    )
+    peftrs.get_peft_model(
+        stack(), LoraConfig(target_modules=["0"], init_lora_weights="olora")
+    ).save_pretrained(tmp_path / "olora")
     with pytest.raises(AdapterError, match="needs no initial model"):
         save(LoraConfig(target_modules=["0"]))
     with pytest.raises(AdapterError, match="it must be True there"):
         save(LoraConfig(target_modules=["0"], init_lora_weights="olora"), "olora")
     with pytest.raises(AdapterError, match="use_rslora"):
-        save(LoraConfig(target_modules=["0"], init_lora_weights="olora", use_rslora=True, alpha_pattern={"0": 2}))
+        save(
+            LoraConfig(
+                target_modules=["0"], init_lora_weights="olora", use_rslora=True, alpha_pattern={"0": 2}
+            )
+        )
     with pytest.raises(CheckpointError, match="not this adapter before training"):
         save(LoraConfig(target_modules=["0"], r=2, init_lora_weights="olora"))
     assert not (tmp_path / "out").exists()

@@ -70,7 +70,11 @@ def test_bare_models_tell_their_state_too() -> None:
     model = llama()
     peftrs.inject_adapter_in_model(LoraConfig(), model)
     status = peftrs.get_model_status(model)
-    assert (status.base_model_type, status.adapter_model_type, status.peft_types) == ("LlamaForCausalLM", "None", {})
+    assert (status.base_model_type, status.adapter_model_type, status.peft_types) == (
+        "LlamaForCausalLM",
+        "None",
+        {},
+    )
     assert status.num_adapter_layers == 4
     with pytest.raises(PeftrsError, match="No adapter layers found"):
         peftrs.get_model_status(torch.nn.Linear(2, 2))

@@ -1,4 +1,6 @@
-"""PEFT's public names are here: each that concerns what exists, with PEFT's parameters, and placeholders for what is to come."""
+"""PEFT's public names are here: each that concerns what exists, with PEFT's parameters, and placeholders for
+what is to come.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,10 @@ SURFACES = {
     "peft.optimizers": import_module("peft.optimizers").__all__,
     "peft.utils": import_module("peft.utils").__all__,
     "peft.helpers": [
-        "DoraCaching", "KappaTuneSelector", "MontecloraTrainerMixin", "check_if_peft_model", "disable_input_dtype_casting",
-        "find_kappa_target_modules", "rescale_adapter_scale", "update_forward_signature", "update_generate_signature",
+        "DoraCaching", "KappaTuneSelector", "MontecloraTrainerMixin", "check_if_peft_model",
+        "disable_input_dtype_casting",
+        "find_kappa_target_modules", "rescale_adapter_scale", "update_forward_signature",
+        "update_generate_signature",
         "update_signature",
     ],
     "peft.utils.hotswap": [
@@ -36,15 +40,19 @@ SURFACES = {
         "prepare_model_for_compiled_hotswap",
     ],
     "peft.utils.save_and_load": [
-        "get_base_model_state_dict", "get_peft_model_state_dict", "load_peft_weights", "set_base_model_state_dict",
+        "get_base_model_state_dict", "get_peft_model_state_dict", "load_peft_weights",
+        "set_base_model_state_dict",
         "set_peft_model_state_dict",
     ],
     "peft.utils.transformers_weight_conversion": [
-        "build_peft_weight_mapping", "convert_peft_adapter_state_dict_for_transformers", "convert_peft_config_for_transformers",
+        "build_peft_weight_mapping", "convert_peft_adapter_state_dict_for_transformers",
+        "convert_peft_config_for_transformers",
     ],
     "peft.utils.merge_utils": [
-        "calculate_majority_sign_mask", "dare_linear", "dare_ties", "disjoint_merge", "magnitude_based_pruning",
-        "magnitude_prune", "prune", "random_pruning", "reshape_weight_task_tensors", "task_arithmetic", "ties",
+        "calculate_majority_sign_mask", "dare_linear", "dare_ties", "disjoint_merge",
+        "magnitude_based_pruning",
+        "magnitude_prune", "prune", "random_pruning", "reshape_weight_task_tensors", "task_arithmetic",
+        "ties",
     ],
 }  # fmt: skip
 """The names that each module of PEFT offers."""
@@ -53,7 +61,8 @@ if find_spec("transformers.conversion_mapping") is None:
 
 
 HOMES = (
-    "config", "helpers", "import_utils", "peft_model", "tuners.tuners_utils", "utils.constants", "utils.integrations",
+    "config", "helpers", "import_utils", "peft_model", "tuners.tuners_utils", "utils.constants",
+    "utils.integrations",
     "utils.loftq_utils", "utils.other", "utils.peft_types", "utils.quantization_utils", "utils.save_and_load",
 )  # fmt: skip
 """Modules whose own functions, classes and constants are imported from there, whatever they list."""
@@ -62,9 +71,15 @@ HOMES = (
 def own_names(module: str) -> list[str]:
     """The public functions, classes and constants that a module of PEFT defines."""
     held = vars(import_module(module))
-    tables = {name for name, value in held.items() if name.isupper() and isinstance(value, str | int | dict | list | tuple | set)}
+    tables = {
+        name
+        for name, value in held.items()
+        if name.isupper() and isinstance(value, str | int | dict | list | tuple | set)
+    }
     return sorted(
-        name for name, value in held.items() if name[0] != "_" and (name in tables or getattr(value, "__module__", None) == module)
+        name
+        for name, value in held.items()
+        if name[0] != "_" and (name in tables or getattr(value, "__module__", None) == module)
     )
 
 
@@ -85,12 +100,19 @@ def lacking(module: str) -> list[str]:
 def works(module: str) -> list[str]:
     """The names of a module that are more than placeholders."""
     to_come = (coming.Coming, Part, Defaults)
-    return [name for name in SURFACES[module] if name not in lacking(module) and not isinstance(ours(module, name), to_come)]
+    return [
+        name
+        for name in SURFACES[module]
+        if name not in lacking(module) and not isinstance(ours(module, name), to_come)
+    ]
 
 
 def test_the_share_of_names(record_property: Callable[[str, object], None]) -> None:
     for module, names in SURFACES.items():
-        share = f"{len(works(module))} of {len(names)} work, {len(names) - len(lacking(module)) - len(works(module))} are to come"
+        share = (
+            f"{len(works(module))} of {len(names)} work,"
+            f" {len(names) - len(lacking(module)) - len(works(module))} are to come"
+        )
         record_property(module, share)
         print(f"{module}: {share}, missing: {lacking(module)}")  # noqa: T201
     assert [f"{module}.{name}" for module in SURFACES for name in lacking(module)] == []
@@ -101,24 +123,41 @@ def parameters(function: Any) -> list[str]:
 
 
 FUNCTIONS = [
-    (module, name) for module in SURFACES for name in works(module) if inspect.isroutine(getattr(import_module(module), name, None))
+    (module, name)
+    for module in SURFACES
+    for name in works(module)
+    if inspect.isroutine(getattr(import_module(module), name, None))
 ]
 
 
 @pytest.mark.parametrize(("module", "name"), FUNCTIONS, ids=lambda one: str(one))
 def test_functions_take_what_theirs_take(module: str, name: str) -> None:
     theirs, own = parameters(getattr(import_module(module), name)), parameters(ours(module, name))
-    assert [one for one in own if one in theirs] == [one for one in theirs if not one.endswith("kwargs") or one in own]
-    assert own[: len(theirs)] == theirs[: len(own)] or set(theirs) - set(own) <= {"hf_hub_download_kwargs", "kwargs"}
+    assert [one for one in own if one in theirs] == [
+        one for one in theirs if not one.endswith("kwargs") or one in own
+    ]
+    assert own[: len(theirs)] == theirs[: len(own)] or set(theirs) - set(own) <= {
+        "hf_hub_download_kwargs",
+        "kwargs",
+    }
 
 
-CONFIGS = [name for name in works("peft") if name.endswith("Config") and name not in ("PeftConfig", "PromptLearningConfig")]
+CONFIGS = [
+    name
+    for name in works("peft")
+    if name.endswith("Config") and name not in ("PeftConfig", "PromptLearningConfig")
+]
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_configs_have_their_fields_and_defaults(name: str) -> None:
-    fields = {one: parameter.default for one, parameter in inspect.signature(getattr(peft, name)).parameters.items()}
-    own = {one: parameter.default for one, parameter in inspect.signature(getattr(peftrs, name)).parameters.items()}
+    fields = {
+        one: parameter.default for one, parameter in inspect.signature(getattr(peft, name)).parameters.items()
+    }
+    own = {
+        one: parameter.default
+        for one, parameter in inspect.signature(getattr(peftrs, name)).parameters.items()
+    }
     assert set(fields) <= set(own)
     plain = {one for one, value in fields.items() if value is None or isinstance(value, int | float | str)}
     assert {one: own[one] for one in plain} == {one: fields[one] for one in plain}
@@ -131,7 +170,10 @@ MODELS = ["PeftModel", "PeftMixedModel", *(name for name in works("peft") if nam
 def test_models_have_their_methods(name: str) -> None:
     theirs, own = getattr(peft, name), getattr(peftrs, name)(llama(), peftrs.LoraConfig())
     public = {one for one in vars(theirs) if not one.startswith("_")}
-    assert {one for one in public if not hasattr(own, one)} <= {"set_modules_to_save", "special_peft_forward_args"}
+    assert {one for one in public if not hasattr(own, one)} <= {
+        "set_modules_to_save",
+        "special_peft_forward_args",
+    }
 
 
 def test_tuners_are_made_and_told_by_their_method() -> None:
@@ -203,7 +245,11 @@ def test_every_method_works_or_is_to_come() -> None:
     assert types == {one.value for one in peft.PeftType}
     assert types == set(registry.MODULES) | {name for name in registry.COMING if name in types}
     assert set(registry.MODULES).isdisjoint(registry.COMING)
-    assert set(peftrs.PEFT_TYPE_TO_TUNER_MAPPING) == set(peftrs.PEFT_TYPE_TO_CONFIG_MAPPING) == set(registry.MODULES)
+    assert (
+        set(peftrs.PEFT_TYPE_TO_TUNER_MAPPING)
+        == set(peftrs.PEFT_TYPE_TO_CONFIG_MAPPING)
+        == set(registry.MODULES)
+    )
     for peft_type, tuner in peftrs.PEFT_TYPE_TO_TUNER_MAPPING.items():
         assert tuner.__name__ == peft.PEFT_TYPE_TO_TUNER_MAPPING[peft.PeftType(peft_type)].__name__
     with pytest.raises(KeyError):
@@ -220,4 +266,6 @@ def test_errors_are_theirs() -> None:
     assert issubclass(peftrs.NoMatchingPeftModuleError, ValueError)
     assert issubclass(peftrs.PeftWarning, UserWarning)
     with pytest.raises(peftrs.NoMatchingPeftModuleError):
-        peftrs.get_peft_model(torch.nn.Sequential(torch.nn.Linear(2, 2)), peftrs.LoraConfig(target_modules=["nothing"]))
+        peftrs.get_peft_model(
+            torch.nn.Sequential(torch.nn.Linear(2, 2)), peftrs.LoraConfig(target_modules=["nothing"])
+        )

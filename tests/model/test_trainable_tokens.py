@@ -25,7 +25,9 @@ ROWS = sorted({int(token) for token in TOKENS[0]})
 def t5() -> Any:
     torch.manual_seed(0)
     return T5ForConditionalGeneration(
-        T5Config(d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=64, decoder_start_token_id=0)
+        T5Config(
+            d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, vocab_size=64, decoder_start_token_id=0
+        )
     ).eval()
 
 
@@ -70,7 +72,9 @@ def test_only_the_rows_are_trained_and_a_fresh_adapter_changes_nothing() -> None
     trained = {name: tuple(one.shape) for name, one in model.named_parameters() if one.requires_grad}
     assert list(trained.values()) == [(len(ROWS), 32)]
     assert isinstance(model.base_model, peftrs.TrainableTokensModel)
-    random = peftrs.get_peft_model(llama(), peftrs.TrainableTokensConfig(token_indices=ROWS, init_weights=False))
+    random = peftrs.get_peft_model(
+        llama(), peftrs.TrainableTokensConfig(token_indices=ROWS, init_weights=False)
+    )
     assert not torch.allclose(output(random), plain)
 
 
@@ -80,7 +84,10 @@ def test_tokens_that_no_table_has_are_refused() -> None:
 
 
 def test_rows_of_a_head_of_its_own(tmp_path: Path) -> None:
-    arguments: dict[str, Any] = {"target_modules": ["q_proj"], "trainable_token_indices": {"lm_head": [2, 5], "embed_tokens": ROWS}}
+    arguments: dict[str, Any] = {
+        "target_modules": ["q_proj"],
+        "trainable_token_indices": {"lm_head": [2, 5], "embed_tokens": ROWS},
+    }
     theirs = peft.get_peft_model(llama(), peft.LoraConfig(**arguments)).eval()
     shake(theirs)
     theirs.save_pretrained(tmp_path / "theirs", save_embedding_layers=False)
@@ -110,12 +117,18 @@ def test_what_is_tied_and_named_with_other_tokens_has_rows_of_its_own() -> None:
         "trainable_token_indices": {"lm_head": [2, 5], "embed_tokens": [5, 7]},
     }
     model = peftrs.get_peft_model(llama(tied=True), peftrs.LoraConfig(**arguments))
-    held = {name: tuple(one.shape) for name, one in model.named_parameters() if "trainable_tokens_delta" in name}
+    held = {
+        name: tuple(one.shape) for name, one in model.named_parameters() if "trainable_tokens_delta" in name
+    }
     assert len(held) == 2
     with pytest.raises(peftrs.ConfigError, match=r"are tied .* rows of their own, \[5, 7\] and \[2, 5\]"):
         peftrs.get_peft_model(llama(tied=True), peftrs.LoraConfig(**arguments, ensure_weight_tying=True))
-    with pytest.raises(peftrs.ConfigError, match=r"model\.norm is a LlamaRMSNorm, neither embedding nor linear"):
-        peftrs.get_peft_model(llama(), peftrs.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"norm": [1]}))
+    with pytest.raises(
+        peftrs.ConfigError, match=r"model\.norm is a LlamaRMSNorm, neither embedding nor linear"
+    ):
+        peftrs.get_peft_model(
+            llama(), peftrs.LoraConfig(target_modules=["q_proj"], trainable_token_indices={"norm": [1]})
+        )
 
 
 def warned(base: Any, **arguments: Any) -> list[str]:

@@ -1,4 +1,6 @@
-"""Which tensors are trained, after every step of chance sequences and where tensors or layers are replaced."""
+"""Which tensors are trained, after every step of chance sequences and where tensors or layers are
+replaced.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,12 @@ class Model(nn.Module):
 def config(chance: random.Random) -> Any:
     kinds: list[Any] = [
         LoraConfig(target_modules=["layers.0", "embed"], r=2, use_dora=chance.random() < 0.5),
-        LoraConfig(target_modules=["layers.1"], r=2, modules_to_save=["head"], lora_bias=chance.random() < 0.5),
-        LoraConfig(target_modules=["layers.0", "layers.1"], r=2, init_lora_weights=chance.choice([True, "pissa"])),
+        LoraConfig(
+            target_modules=["layers.1"], r=2, modules_to_save=["head"], lora_bias=chance.random() < 0.5
+        ),
+        LoraConfig(
+            target_modules=["layers.0", "layers.1"], r=2, init_lora_weights=chance.choice([True, "pissa"])
+        ),
         LoraConfig(target_parameters=["layers.0.weight"], target_modules=[], r=2),
         IA3Config(target_modules=["layers.0", "layers.1"], feedforward_modules=["layers.0"]),
     ]
@@ -62,7 +68,21 @@ def test_after_any_steps_those_are_trained_that_were_chosen(seed: int) -> None:
     wanted = {"a"}
     for _ in range(60):
         there = list(activation(model.get_base_model()).adapters())
-        step = chance.choice(["add", "switch", "switch", "freeze", "delete", "merge", "disable", "write", "cast", "layer", "copy"])
+        step = chance.choice(
+            [
+                "add",
+                "switch",
+                "switch",
+                "freeze",
+                "delete",
+                "merge",
+                "disable",
+                "write",
+                "cast",
+                "layer",
+                "copy",
+            ]
+        )
         if step == "add" and (free := [name for name in NAMES if name not in there]):
             model.add_adapter(chance.choice(free), config(chance), low_cpu_mem_usage=False)
         elif step == "switch":
@@ -76,7 +96,11 @@ def test_after_any_steps_those_are_trained_that_were_chosen(seed: int) -> None:
         elif step == "delete" and len(there) > 1:
             name = chance.choice(there)
             was_active = name in model.active_adapters
-            with pytest.warns(PeftrsWarning, match="was active and is deleted") if was_active else pytest.MonkeyPatch.context():
+            with (
+                pytest.warns(PeftrsWarning, match="was active and is deleted")
+                if was_active
+                else pytest.MonkeyPatch.context()
+            ):
                 model.delete_adapter(name)
             wanted = set(model.active_adapters) if was_active else wanted - {name}
         elif step == "merge":

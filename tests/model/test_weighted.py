@@ -1,4 +1,6 @@
-"""Adapters made of others: sums are sums of the changes, of every kind of layer, and saved like any other adapter."""
+"""Adapters made of others: sums are sums of the changes, of every kind of layer, and saved like any other
+adapter.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def combine(model: Any, kind: str, **options: Any) -> None:
 
 
 def two(base: Callable[[], nn.Module] = llama, *configs: LoraConfig) -> Any:
-    """Two LoRAs on overlapping layers, of different ranks and scalings; the second starts from the base weights."""
+    """Two LoRAs on overlapping layers, of different ranks and scalings; the second starts from the base
+    weights.
+    """
     a, b = configs or (
         LoraConfig(target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 3}),
         LoraConfig(r=4, target_modules=["q_proj", "o_proj"], use_rslora=True, init_lora_weights="olora"),
@@ -67,15 +71,23 @@ def attention() -> Any:
 
 def deltas(model: nn.Module, name: str) -> dict[str, Tensor]:
     """What a LoRA adds to each weight, in float64."""
-    found = {layer.spec.name: layer.adapters[name] for layer in adapted_layers(model) if name in layer.adapters}
-    return {layer: fitted.scaling * fitted.method.delta(fitted, torch.float64).detach() for layer, fitted in found.items()}
+    found = {
+        layer.spec.name: layer.adapters[name] for layer in adapted_layers(model) if name in layer.adapters
+    }
+    return {
+        layer: fitted.scaling * fitted.method.delta(fitted, torch.float64).detach()
+        for layer, fitted in found.items()
+    }
 
 
 def summed(model: nn.Module) -> dict[str, Tensor]:
     parts = {name: deltas(model, name) for name in WEIGHTS}
     layers = {layer for part in parts.values() for layer in part}
     zero = torch.zeros((), dtype=torch.float64)
-    return {layer: sum((WEIGHTS[name] * parts[name].get(layer, zero) for name in WEIGHTS), zero) for layer in layers}
+    return {
+        layer: sum((WEIGHTS[name] * parts[name].get(layer, zero) for name in WEIGHTS), zero)
+        for layer in layers
+    }
 
 
 def matrices(weight: Tensor) -> Tensor:
@@ -104,7 +116,9 @@ def test_a_sum_of_full_rank_is_exact(make: Any, kind: str, rank: int | None) -> 
 @pytest.mark.parametrize("kind", SUMS)
 def test_a_sum_makes_no_matrix_of_a_weights_size(kind: str) -> None:
     rows, columns = 300, 200
-    model = peftrs.get_peft_model(nn.Sequential(nn.Linear(columns, rows)), LoraConfig(r=3, target_modules=["0"]), "a")
+    model = peftrs.get_peft_model(
+        nn.Sequential(nn.Linear(columns, rows)), LoraConfig(r=3, target_modules=["0"]), "a"
+    )
     model.add_adapter("b", LoraConfig(r=3, target_modules=["0"]))
     shake(model)
     with Largest() as largest:
@@ -156,7 +170,9 @@ def test_opposite_adapters_cancel_out(make: Any) -> None:
 
 
 @makers
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore:The following .*_pattern keys:RuntimeWarning")
+@pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore:The following .*_pattern keys:RuntimeWarning"
+)
 def test_the_sum_is_saved_and_loaded_like_any_other(make: Any, tmp_path: Path) -> None:
     model = make()
     combine(model, "cat")
@@ -169,8 +185,12 @@ def test_the_sum_is_saved_and_loaded_like_any_other(make: Any, tmp_path: Path) -
         attention: (Attending, torch.randn(2, 3, 8)),
     }[make]
     again: Any = peftrs.PeftModel.from_pretrained(base(), tmp_path / "sum", strict=True)
-    assert all(torch.equal(delta, deltas(again, "default")[layer]) for layer, delta in deltas(model, "sum").items())
-    frozen = {name: tensor for name, tensor in model.get_base_model().state_dict().items() if ".base_layer." in name}
+    assert all(
+        torch.equal(delta, deltas(again, "default")[layer]) for layer, delta in deltas(model, "sum").items()
+    )
+    frozen = {
+        name: tensor for name, tensor in model.get_base_model().state_dict().items() if ".base_layer." in name
+    }
     theirs: Any = peft.PeftModel.from_pretrained(base(), tmp_path / "sum")
     for loaded in (again, theirs):
         own = loaded.get_base_model().state_dict()
@@ -197,7 +217,9 @@ class Nested(nn.Module):
 @pytest.mark.filterwarnings("ignore:.*trained on another model")  # of other random weights
 def test_patterns_tell_layers_apart_whose_names_end_alike(tmp_path: Path) -> None:
     model = two(
-        Nested, LoraConfig(r=4, target_modules=["inner.conv", "0", "1"]), LoraConfig(r=2, target_modules="conv|inner.layers.1")
+        Nested,
+        LoraConfig(r=4, target_modules=["inner.conv", "0", "1"]),
+        LoraConfig(r=2, target_modules="conv|inner.layers.1"),
     )
     combine(model, "exact")
     assert {layer.spec.name: layer.r["sum"] for layer in adapted_layers(model)} == {
@@ -211,7 +233,9 @@ def test_patterns_tell_layers_apart_whose_names_end_alike(tmp_path: Path) -> Non
 
 
 def test_vectors_are_added_up() -> None:
-    model = peftrs.get_peft_model(stack(), IA3Config(target_modules=["0", "1"], feedforward_modules=["1"]), "a")
+    model = peftrs.get_peft_model(
+        stack(), IA3Config(target_modules=["0", "1"], feedforward_modules=["1"]), "a"
+    )
     model.add_adapter("b", IA3Config(target_modules=["0", "1"], feedforward_modules=["1"]))
     model.set_adapter(["a", "b"])
     shake(model)
@@ -223,7 +247,9 @@ def test_vectors_are_added_up() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_biases_are_put_together_too(kind: str) -> None:
-    model = two(stack, *(LoraConfig(r=4, target_modules=["0"], lora_bias=True, lora_alpha=alpha) for alpha in (8, 4)))
+    model = two(
+        stack, *(LoraConfig(r=4, target_modules=["0"], lora_bias=True, lora_alpha=alpha) for alpha in (8, 4))
+    )
     combine(model, kind, density=None if kind in SUMS else 1.0 - 1e-9)
     (layer,) = adapted_layers(model)
     a, b, found = (layer.adapters[name]["lora_B.bias"].detach() for name in ("a", "b", "sum"))
@@ -242,7 +268,9 @@ def test_tied_layers_stay_tied(tmp_path: Path) -> None:
     assert {"model.embed_tokens", "lm_head"} <= found.keys() == expected.keys()
     assert all(apart(delta, expected[layer]) < 1e-6 for layer, delta in found.items())
     model.save_pretrained(tmp_path, selected_adapters=["sum"], save_embedding_layers=False)
-    again = deltas(peftrs.PeftModel.from_pretrained(llama(tied=True), tmp_path / "sum", strict=True), "default")
+    again = deltas(
+        peftrs.PeftModel.from_pretrained(llama(tied=True), tmp_path / "sum", strict=True), "default"
+    )
     assert all(torch.equal(delta, again[layer]) for layer, delta in found.items())
 
 
@@ -302,8 +330,18 @@ def test_what_cannot_be_combined_is_refused(arguments: tuple[Any, ...], words: s
             "exact",
             "'a', 'b' change no layer",
         ),
-        (LoraConfig(target_modules=["0"], use_dora=True), LoraConfig(target_modules=["0"]), "svd", "use_dora"),
-        (LoraConfig(target_modules=["0"]), IA3Config(target_modules=["0"], feedforward_modules=[]), "svd", "IA3"),
+        (
+            LoraConfig(target_modules=["0"], use_dora=True),
+            LoraConfig(target_modules=["0"]),
+            "svd",
+            "use_dora",
+        ),
+        (
+            LoraConfig(target_modules=["0"]),
+            IA3Config(target_modules=["0"], feedforward_modules=[]),
+            "svd",
+            "IA3",
+        ),
         (
             LoraConfig(target_modules=["0"], modules_to_save=["head"]),
             LoraConfig(target_modules=["0"], modules_to_save=["head"]),

@@ -35,7 +35,12 @@ def mixing() -> Iterator[None]:
 def adapters(tmp_path: Path, **settings: Any) -> tuple[Any, Any]:
     """The same two adapters in both libraries."""
     model = peftrs.get_peft_model(toy(), LoraConfig(r=4, target_modules=TARGETS, fan_in_fan_out=True), "a")
-    model.add_adapter("b", LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": TARGETS, "fan_in_fan_out": True, **settings}))
+    model.add_adapter(
+        "b",
+        LoraConfig(
+            **{"r": 4, "lora_alpha": 12, "target_modules": TARGETS, "fan_in_fan_out": True, **settings}
+        ),
+    )
     model.set_adapter(["a", "b"])
     shake(model)
     model.save_pretrained(tmp_path)
@@ -62,7 +67,9 @@ def even_dice(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("weights", [[0.5, 0.5], [1.5, -0.25]], ids=["mean", "difference"])
 @pytest.mark.parametrize("kind", PEFTS)
-def test_every_combination_is_theirs(kind: str, weights: list[float], tmp_path: Path, mixing: None, even_dice: Any) -> None:
+def test_every_combination_is_theirs(
+    kind: str, weights: list[float], tmp_path: Path, mixing: None, even_dice: Any
+) -> None:
     found = []
     for model in adapters(tmp_path):
         even_dice()

@@ -29,7 +29,9 @@ def llama(*, tied: bool = False, layers: int = 2) -> Any:
 
 def bert() -> Any:
     torch.manual_seed(0)
-    config = BertConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4)
+    config = BertConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
     return BertForSequenceClassification(config).eval()
 
 
@@ -69,7 +71,9 @@ def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
 
 
 def fingerprint(model: nn.Module) -> dict[str, tuple[int, bool, bytes]]:
-    """Everything that must stay as it was where an operation is refused: names, identities, gradients, values."""
+    """Everything that must stay as it was where an operation is refused: names, identities, gradients,
+    values.
+    """
     return {
         name: (id(parameter), parameter.requires_grad, parameter.detach().numpy().tobytes())
         for name, parameter in model.named_parameters()

@@ -13,7 +13,9 @@ from torch.utils._pytree import tree_leaves
 
 
 class Ledger(TorchDispatchMode):
-    """Counts operations that touch memory, the bytes that they read and write, and the storages that they make."""
+    """Counts operations that touch memory, the bytes that they read and write, and the storages that they
+    make.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,13 +30,21 @@ class Ledger(TorchDispatchMode):
         names = [argument.name for argument in function._schema.arguments]
         taken = {**dict(zip(names, args, strict=False)), **(kwargs or {})}
         read = [
-            one for one in tree_leaves([value for name, value in taken.items() if name not in unread]) if isinstance(one, Tensor)
+            one
+            for one in tree_leaves([value for name, value in taken.items() if name not in unread])
+            if isinstance(one, Tensor)
         ]
         written = [one for one in tree_leaves(result) if isinstance(one, Tensor)]
-        held = {one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        held = {
+            one.untyped_storage()._cdata for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)
+        }
         new = [one for one in written if one.untyped_storage()._cdata not in held]
         in_place = function._schema.is_mutable
-        allocation = function.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.new_empty, torch.ops.aten.empty_like)
+        allocation = function.overloadpacket in (
+            torch.ops.aten.empty,
+            torch.ops.aten.new_empty,
+            torch.ops.aten.empty_like,
+        )
         if (new or in_place) and not allocation:
             self.operations += 1
             self.bytes += sum(one.numel() * one.element_size() for one in [*read, *written])
@@ -55,7 +65,11 @@ class Largest(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = function(*args, **(kwargs or {}))
-        held = {tensor.untyped_storage().data_ptr() for tensor in tree_leaves((args, kwargs)) if isinstance(tensor, Tensor)}
+        held = {
+            tensor.untyped_storage().data_ptr()
+            for tensor in tree_leaves((args, kwargs))
+            if isinstance(tensor, Tensor)
+        }
         for tensor in tree_leaves(made):
             if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in held:
                 self.elements = max(self.elements, tensor.numel())

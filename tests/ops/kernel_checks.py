@@ -1,7 +1,7 @@
 """What holds of Triton's kernels on whatever runs them: a GPU, or Triton's interpreter on the CPU.
 
-`test_triton.py` runs this file in a process of its own with `TRITON_INTERPRET=1`, `make test-gpu` as it is. Deterministic
-algorithms are on throughout, which also fills what `torch.empty` gives with NaN.
+`test_triton.py` runs this file in a process of its own with `TRITON_INTERPRET=1`, `make test-gpu` as it is.
+Deterministic algorithms are on throughout, which also fills what `torch.empty` gives with NaN.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ from tests.ops.masks import assert_fair
 
 DEVICE = "cpu" if triton.INTERPRETED else "cuda"
 # The interpreter cuts float32 down to bfloat16 where a device rounds, which is twice as far off.
-UNIT = {torch.float32: 2.0**-22, torch.bfloat16: 2.0 ** (-8 if triton.INTERPRETED else -9), torch.float16: 2.0**-12}
+UNIT = {
+    torch.float32: 2.0**-22,
+    torch.bfloat16: 2.0 ** (-8 if triton.INTERPRETED else -9),
+    torch.float16: 2.0**-12,
+}
 NARROW = [torch.bfloat16, torch.float16]
 dtypes = pytest.mark.parametrize("dtype", list(UNIT), ids=str)
 
@@ -50,7 +54,9 @@ def arguments(shape: tuple[int, int, int, int], dtype: torch.dtype, wide: torch.
     return {name: value.to(DEVICE) for name, value in made.items()}
 
 
-def run(given: dict[str, Tensor], dropout: Dropout | None, needs: tuple[bool, bool, bool], scaling: float) -> list[Tensor | None]:
+def run(
+    given: dict[str, Tensor], dropout: Dropout | None, needs: tuple[bool, bool, bool], scaling: float
+) -> list[Tensor | None]:
     """`u`, `y` and the gradients."""
     x, weight, bias, down, up, dy = given.values()
     assert triton.fits(x, down)
@@ -67,7 +73,9 @@ def exact(given: dict[str, Tensor], kept: Tensor | float, scaling: float) -> lis
     return [u, y, *torch.autograd.grad(y, [x, down, up], dy)]
 
 
-def check(given: dict[str, Tensor], dropout: Dropout | None, needs: tuple[bool, bool, bool] = (True, True, True)) -> None:
+def check(
+    given: dict[str, Tensor], dropout: Dropout | None, needs: tuple[bool, bool, bool] = (True, True, True)
+) -> None:
     dtype, wide = given["x"].dtype, given["down"].dtype
     kept = 1.0 if dropout is None else triton.mask(*given["x"].shape, dropout).double()
     names = ("u", "y", "x", "down", "up")
@@ -77,11 +85,15 @@ def check(given: dict[str, Tensor], dropout: Dropout | None, needs: tuple[bool, 
         assert (one is not None) is needed
         if one is not None:
             assert one.dtype == (dtype if name in ("y", "x") else wide)
-            assert distance(one, other) < (2.0**-15 if name == "u" and wide != dtype else 4 * UNIT[dtype]), name
+            assert distance(one, other) < (2.0**-15 if name == "u" and wide != dtype else 4 * UNIT[dtype]), (
+                name
+            )
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize(("dtype", "wide"), [*((one, torch.float32) for one in UNIT), *((one, one) for one in NARROW)], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "wide"), [*((one, torch.float32) for one in UNIT), *((one, one) for one in NARROW)], ids=str
+)
 def test_every_result_lies_at_the_rounding_of_its_dtype(
     dtype: torch.dtype, wide: torch.dtype, shape: tuple[int, int, int, int]
 ) -> None:
@@ -92,7 +104,9 @@ def test_every_result_lies_at_the_rounding_of_its_dtype(
 
 
 @pytest.mark.parametrize("rank", [5, 40])
-@pytest.mark.parametrize("needs", [(False, True, True), (True, False, True), (True, True, False), (False, False, True)], ids=str)
+@pytest.mark.parametrize(
+    "needs", [(False, True, True), (True, False, True), (True, True, False), (False, False, True)], ids=str
+)
 def test_only_the_gradients_asked_for_are_made(needs: tuple[bool, bool, bool], rank: int) -> None:
     check(arguments((17, 40, 30, rank), torch.float16, torch.float32), seeded(), needs)
 
@@ -108,7 +122,9 @@ def test_float32_factors_lose_nothing_to_the_narrow_dtype(dtype: torch.dtype, si
     wanted = exact(given, 1.0, 1.0)
     assert distance(u, wanted[0]) < 2.0**-15
     rounded = distance(wanted[1].to(dtype), wanted[1])
-    assert distance(y, wanted[1]) < (2.1 if dtype is torch.bfloat16 and triton.INTERPRETED else 1.01) * rounded
+    assert (
+        distance(y, wanted[1]) < (2.1 if dtype is torch.bfloat16 and triton.INTERPRETED else 1.01) * rounded
+    )
 
 
 @dtypes
@@ -147,7 +163,10 @@ def test_offsets_beyond_32_bits_reach_their_elements() -> None:
     x.copy_(given["x"])
     wanted = run(given, seeded(), (True, True, True), 1.0)
     given["x"] = x
-    assert all(torch.equal(one, other) for one, other in zip(run(given, seeded(), (True, True, True), 1.0), wanted, strict=True))
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(run(given, seeded(), (True, True, True), 1.0), wanted, strict=True)
+    )
 
 
 def philox(counter: list[int], key: list[int], rounds: int) -> list[int]:
@@ -205,7 +224,9 @@ def test_the_passes_drop_what_the_mask_drops(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["function", "operator"])
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
-def test_autograd_over_the_kernels_is_that_of_the_formula(autocast: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_autograd_over_the_kernels_is_that_of_the_formula(
+    autocast: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(function, "passes", lambda *_: triton)
     dtype = torch.float32 if autocast else torch.bfloat16
     given = arguments((33, 70, 45, 5), dtype, torch.float32)

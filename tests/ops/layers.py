@@ -12,7 +12,9 @@ def layer(
     library: Any, dtype: torch.dtype, width: int, out: int, *, bias: bool = False, ratio: float = 1.0,
     base: nn.Module | None = None, **settings: Any,
 ) -> nn.Module:  # fmt: skip
-    """A frozen linear layer, with a LoRA whose output is `ratio` times the layer's own where a library is given."""
+    """A frozen linear layer, with a LoRA whose output is `ratio` times the layer's own where a library is
+    given.
+    """
     torch.manual_seed(0)
     frozen = (nn.Linear(width, out, bias=bias).to(dtype) if base is None else base).requires_grad_(False)
     if library is None:

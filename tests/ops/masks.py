@@ -6,7 +6,9 @@ from torch import Tensor
 
 
 def assert_fair(mask: Tensor, kept: float) -> None:
-    """Of ones and zeros: `kept` of each whole, row and column is one, and neighbours know nothing of each other."""
+    """Of ones and zeros: `kept` of each whole, row and column is one, and neighbours know nothing of each
+    other.
+    """
     deviation = (kept * (1 - kept)) ** 0.5
     rows, columns = mask.shape
     for found, count in ((mask.mean(), mask.numel()), (mask.mean(0), rows), (mask.mean(1), columns)):

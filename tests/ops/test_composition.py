@@ -1,4 +1,6 @@
-"""Whatever a training step is made of, an adapted layer does the same: fused where that goes, composed where it does not."""
+"""Whatever a training step is made of, an adapted layer does the same: fused where that goes, composed where
+it does not.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def selective(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         products = (aten.mm.default, aten.addmm.default)
         return CheckpointPolicy.MUST_SAVE if function in products else CheckpointPolicy.PREFER_RECOMPUTE
 
-    return lambda x: checkpoint(run, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy))
+    return lambda x: checkpoint(
+        run, x, use_reentrant=False, context_fn=lambda: create_selective_checkpoint_contexts(policy)
+    )
 
 
 def compiled(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -87,22 +91,29 @@ CELLS = list(itertools.product(MODES, TOLERANCE, [False, True], [0.0, 0.5], [Fal
 def composes(mode: str, dtype: torch.dtype, autocast: bool, base: str, small: bool) -> bool:
     """Whether torch and the library have the cell at all.
 
-    HQQ's layer does not know autocast. Selective checkpointing does not know the casts that autocast keeps: two calls of a float32
-    `nn.Linear` that is trained fail there.
+    HQQ's layer does not know autocast. Selective checkpointing does not know the casts that autocast keeps:
+    two calls of a float32 `nn.Linear` that is trained fail there.
     """
     if base in QUANTIZED and find_spec(formats.library(base)) is None:
         return False
     if not (base in QUANTIZED and autocast):
         return True
-    return not (((small or dtype is torch.float32) and mode == "selective") or (dtype is torch.float32 and base.startswith("hqq")))
+    return not (
+        ((small or dtype is torch.float32) and mode == "selective")
+        or (dtype is torch.float32 and base.startswith("hqq"))
+    )
 
 
 def made(dtype: torch.dtype, dropout: float, bias: bool, base: str) -> nn.Module:
     """The adapted layer of a cell."""
     torch.manual_seed(0)
     frozen = BASES[base](nn.Linear(WIDTH, OUT, bias=bias).to(dtype), dtype)
-    frozen(torch.zeros(1, WIDTH, dtype=dtype))  # in its first call, a library gives the bias the dtype of the input
-    return layer(peftrs, dtype, WIDTH, OUT, base=frozen, r=4, lora_dropout=dropout, fan_in_fan_out=base == "conv1d")
+    frozen(
+        torch.zeros(1, WIDTH, dtype=dtype)
+    )  # in its first call, a library gives the bias the dtype of the input
+    return layer(
+        peftrs, dtype, WIDTH, OUT, base=frozen, r=4, lora_dropout=dropout, fan_in_fan_out=base == "conv1d"
+    )
 
 
 def outcome(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, autocast: bool) -> list[Tensor]:
@@ -114,7 +125,12 @@ def outcome(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, autoc
         first, second = run(leaf), run(leaf) + run(leaf)
     first.square().sum().backward()
     second.square().sum().backward()
-    found = [first.detach(), second.detach(), leaf.grad, *(one.grad for one in module.parameters() if one.requires_grad)]
+    found = [
+        first.detach(),
+        second.detach(),
+        leaf.grad,
+        *(one.grad for one in module.parameters() if one.requires_grad),
+    ]
     assert all(one is not None for one in found)
     return found
 
@@ -132,7 +148,11 @@ def test_every_cell_of_the_matrix_is_right(
 ) -> None:
     if small:
         monkeypatch.setattr(op, "SMALL", 2**17)
-    cells = [cell for cell in CELLS if cell[0] == mode and cell[2] is autocast and composes(*cell[:3], cell[5], small)]
+    cells = [
+        cell
+        for cell in CELLS
+        if cell[0] == mode and cell[2] is autocast and composes(*cell[:3], cell[5], small)
+    ]
     ran = 0
     for _, dtype, _, dropout, bias, base in cells:
         module = made(dtype, dropout, bias, base)
@@ -148,8 +168,15 @@ def test_every_cell_of_the_matrix_is_right(
             with peftrs.ops.fused(False):
                 wanted = outcome(module, module, x, autocast)
         tolerance = TOLERANCE[torch.bfloat16 if autocast else dtype]
-        assert all(distance(one, other) < tolerance for one, other in zip(found, wanted, strict=True)), (dtype, dropout, bias, base)
-    record_testsuite_property(f"fused cells, {mode}, autocast {autocast}{', small' * small}", f"{ran} of {len(cells)}")
+        assert all(distance(one, other) < tolerance for one, other in zip(found, wanted, strict=True)), (
+            dtype,
+            dropout,
+            bias,
+            base,
+        )
+    record_testsuite_property(
+        f"fused cells, {mode}, autocast {autocast}{', small' * small}", f"{ran} of {len(cells)}"
+    )
 
     def runs(dtype: torch.dtype, base: str) -> bool:
         if mode == "compile":
@@ -162,9 +189,16 @@ def test_every_cell_of_the_matrix_is_right(
 
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "rslora": {"use_rslora": True}, "lora_bias": {"lora_bias": True}, "dora": {"use_dora": True}, "several": {}, "pissa": {},
+    "rslora": {"use_rslora": True}, "lora_bias": {"lora_bias": True}, "dora": {"use_dora": True},
+    "several": {}, "pissa": {},
 }  # fmt: skip
-MASTERS = [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True), (torch.float16, False)]
+MASTERS = [
+    (torch.float32, True),
+    (torch.bfloat16, True),
+    (torch.bfloat16, False),
+    (torch.float16, True),
+    (torch.float16, False),
+]
 """The base's dtype, and whether narrow ones have adapters in float32."""
 
 
@@ -172,7 +206,9 @@ def composed(kind: str, dtype: torch.dtype, masters: bool, dropout: float) -> nn
     """A layer whose adapters are all but plain."""
     torch.manual_seed(0)
     base = nn.Sequential(nn.Linear(WIDTH, OUT).to(dtype))
-    config = peftrs.LoraConfig(target_modules=["0"], r=4, init_lora_weights=False, lora_dropout=dropout, **SETTINGS[kind])
+    config = peftrs.LoraConfig(
+        target_modules=["0"], r=4, init_lora_weights=False, lora_dropout=dropout, **SETTINGS[kind]
+    )
     if kind == "pissa":
         config = peftrs.LoraConfig(target_modules=["0"], r=4, init_lora_weights="pissa", lora_dropout=dropout)
     model = peftrs.get_peft_model(base, config, autocast_adapter_dtype=masters).train()
@@ -231,7 +267,9 @@ def test_compiled_once_it_takes_other_numbers_of_rows() -> None:
         assert distance(run(x[:rows]), module(x[:rows])) < 2e-6
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:FutureWarning")  # torch's own forward mode still uses it
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is:FutureWarning"
+)  # torch's own forward mode still uses it
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
 def test_transforms_of_functions_fall_back() -> None:
     module, x = plain()
@@ -295,7 +333,9 @@ def subclassed(module: nn.Module) -> list[str]:
 
 
 @pytest.mark.parametrize("watch", [hooked, replaced, subclassed])
-def test_who_watches_the_frozen_layer_sees_it_called(watch: Callable[[nn.Module], list[str]], fused: Fused) -> None:
+def test_who_watches_the_frozen_layer_sees_it_called(
+    watch: Callable[[nn.Module], list[str]], fused: Fused
+) -> None:
     module, x = plain()
     expected = module(x)
     calls = watch(module)
@@ -352,7 +392,9 @@ def test_several_adapters_run_as_one_unless_each_drops_by_itself(dropout: float,
 def test_a_library_that_rounds_its_input_is_joined(
     bias: bool, dropout: float, narrow: torch.dtype, mode: str, fused: Fused
 ) -> None:
-    """As after `prepare_model_for_kbit_training`, whose norms are float32: only the product with the weight is narrower."""
+    """As after `prepare_model_for_kbit_training`, whose norms are float32: only the product with the weight
+    is narrower.
+    """
     pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     frozen = formats.four_bit("nf4", True, narrow)(nn.Linear(WIDTH, OUT, bias=bias))
@@ -380,7 +422,9 @@ def test_what_is_composed_keeps_no_numbers_for_the_backward_pass() -> None:
     module, x = plain()
     with peftrs.ops.fused(False), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         y = module(x)
-    sizes = [event.nbytes() for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [
+        event.nbytes() for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"
+    ]
     assert y.untyped_storage().nbytes() in sizes
     assert sizes.count(8) == sizes.count(-8)
 

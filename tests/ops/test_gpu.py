@@ -1,4 +1,6 @@
-"""An adapted layer on a GPU: the kernels run, agree with the composite, and go wherever a training step goes."""
+"""An adapted layer on a GPU: the kernels run, agree with the composite, and go wherever a training step
+goes.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ def adapted(dtype: torch.dtype, dropout: float = 0.0, **settings: Any) -> tuple[
     return module, torch.randn(3, 50, WIDTH).to("cuda", dtype)
 
 
-def outcome(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, autocast: bool = False, seed: int = 1) -> list[Tensor]:
+def outcome(
+    run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, autocast: bool = False, seed: int = 1
+) -> list[Tensor]:
     torch.manual_seed(seed)
     module.zero_grad()
     leaf = x.clone().requires_grad_()
@@ -77,7 +81,9 @@ def agree(found: list[Tensor], wanted: list[Tensor], tolerance: float) -> bool:
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("r", [3, 16, 64, 200])
 @dtypes
-def test_eager_code_runs_the_kernels_and_agrees_with_the_composite(dtype, r, use_dora, autocast, counted) -> None:
+def test_eager_code_runs_the_kernels_and_agrees_with_the_composite(
+    dtype, r, use_dora, autocast, counted
+) -> None:
     module, x = adapted(dtype, r=r, use_dora=use_dora)
     found = outcome(module, module, x, autocast)
     assert counted.runs == (2 if r <= 128 else 0)
@@ -116,7 +122,9 @@ def test_compiled_code_runs_the_kernels(dtype, dropout, autocast, mode, counted)
     assert counted.runs >= 2
     assert all(one.isfinite().all() for one in found)
     if not dropout:
-        assert agree(found, outcome(module, module, x, autocast), TOLERANCE[torch.bfloat16 if autocast else dtype])
+        assert agree(
+            found, outcome(module, module, x, autocast), TOLERANCE[torch.bfloat16 if autocast else dtype]
+        )
 
 
 @pytest.mark.parametrize("compiled", [False, True])
@@ -163,7 +171,9 @@ def test_a_captured_graph_trains_and_draws_anew(dropout: float) -> None:
             if one.grad is not None:
                 one.grad.zero_()
         graph.replay()
-        seen.append([y.clone(), *(one.grad.clone() for one in (leaf, *module.parameters()) if one.requires_grad)])
+        seen.append(
+            [y.clone(), *(one.grad.clone() for one in (leaf, *module.parameters()) if one.requires_grad)]
+        )
     assert all(one.isfinite().all() for one in seen[0])
     assert torch.equal(seen[0][0], seen[1][0]) is not bool(dropout)
     if not dropout:
@@ -171,7 +181,9 @@ def test_a_captured_graph_trains_and_draws_anew(dropout: float) -> None:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_a_layer_of_nf4_trains_in_one_operation_and_in_a_captured_graph(dropout: float, counted: Counted) -> None:
+def test_a_layer_of_nf4_trains_in_one_operation_and_in_a_captured_graph(
+    dropout: float, counted: Counted
+) -> None:
     bitsandbytes = pytest.importorskip("bitsandbytes")
     torch.manual_seed(0)
     base = bitsandbytes.nn.Linear4bit(WIDTH, OUT, False, torch.bfloat16, quant_type="nf4").cuda()
@@ -180,7 +192,9 @@ def test_a_layer_of_nf4_trains_in_one_operation_and_in_a_captured_graph(dropout:
     x = torch.randn(3, 50, WIDTH, device="cuda", dtype=torch.bfloat16)
     found = outcome(module, module, x)
     assert counted.runs == 2
-    assert all(map(torch.equal, outcome(lambda x: checkpoint(module, x, use_reentrant=False), module, x), found))
+    assert all(
+        map(torch.equal, outcome(lambda x: checkpoint(module, x, use_reentrant=False), module, x), found)
+    )
     if not dropout:
         with peftrs.ops.fused(False):
             assert agree(found, outcome(module, module, x), TOLERANCE[torch.bfloat16])
@@ -196,7 +210,10 @@ def test_several_adapters_run_the_kernels_as_one(counted: Counted) -> None:
     )
     model.add_adapter("second", config)
     model.base_model.set_adapter(["default", "second"])
-    module, x = model.base_model.model[0].train(), torch.randn(3, 50, WIDTH, device="cuda", dtype=torch.bfloat16)
+    module, x = (
+        model.base_model.model[0].train(),
+        torch.randn(3, 50, WIDTH, device="cuda", dtype=torch.bfloat16),
+    )
     found = outcome(module, module, x)
     assert counted.runs == 2
     with peftrs.ops.fused(False):
@@ -205,7 +222,9 @@ def test_several_adapters_run_the_kernels_as_one(counted: Counted) -> None:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.05])
 @dtypes
-def test_what_is_kept_for_the_backward_pass_is_a_fiftieth_of_the_input(dtype: torch.dtype, dropout: float) -> None:
+def test_what_is_kept_for_the_backward_pass_is_a_fiftieth_of_the_input(
+    dtype: torch.dtype, dropout: float
+) -> None:
     x = torch.randn(4096, 4096).to("cuda", dtype).requires_grad_()
     kept = []
     for library in (peftrs, None):

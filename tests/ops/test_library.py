@@ -1,4 +1,6 @@
-"""The operators that compiled graphs have: registered as torch asks, of one formula with eager code, safe in a graph."""
+"""The operators that compiled graphs have: registered as torch asks, of one formula with eager code, safe in
+a graph.
+"""
 
 from __future__ import annotations
 
@@ -54,12 +56,16 @@ def test_torch_accepts_the_registrations(lead, dtype, wide, bias, dropout) -> No
     y, u = operators.lora_linear(x, weight, None, down, up, 1.5, dropped, seed)
     for needs in ([True, True, True], [False, True, False], [False, False, False]):
         dy = torch.randn_like(y)
-        torch.library.opcheck(operators.lora_linear_backward.default, (dy, x, weight, down, up, u, 1.5, dropped, seed, needs))
+        torch.library.opcheck(
+            operators.lora_linear_backward.default, (dy, x, weight, down, up, u, 1.5, dropped, seed, needs)
+        )
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
 @pytest.mark.parametrize(("lead", "dtype", "wide", "bias", "dropout"), CASES, ids=str)
-def test_the_operator_is_the_eager_function_to_the_bit(lead, dtype, wide, bias, dropout, autocast, monkeypatch) -> None:
+def test_the_operator_is_the_eager_function_to_the_bit(
+    lead, dtype, wide, bias, dropout, autocast, monkeypatch
+) -> None:
     monkeypatch.setattr(package, "SMALL", -1)
     x, weight, shift, down, up = arguments(lead, dtype, wide, bias)
     outcomes = []
@@ -79,7 +85,9 @@ def test_the_operator_is_the_eager_function_to_the_bit(lead, dtype, wide, bias, 
 
 
 def test_its_second_derivative_is_that_of_the_formula() -> None:
-    x, weight, shift, down, up = (one.detach().double() for one in arguments((4,), torch.float32, torch.float32))
+    x, weight, shift, down, up = (
+        one.detach().double() for one in arguments((4,), torch.float32, torch.float32)
+    )
 
     def run(*given: Tensor) -> Tensor:
         return library.operator(given[0], weight, shift, *given[1:], 0.7, 2**15, torch.tensor([3]))
@@ -103,13 +111,17 @@ def test_only_what_is_trained_gets_a_gradient(trained: tuple[bool, bool, bool]) 
 
 @pytest.fixture
 def graphs(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
-    """Has the operator stand in compiled graphs on the CPU, as it does on a GPU; the graphs that were compiled."""
+    """Has the operator stand in compiled graphs on the CPU, as it does on a GPU; the graphs that were
+    compiled.
+    """
     monkeypatch.setattr(package, "is_compiled", lambda _: True)
     torch._dynamo.reset()
     return []
 
 
-def compiled(run: Callable[[Tensor], Tensor], graphs: list[torch.fx.GraphModule]) -> Callable[[Tensor], Tensor]:
+def compiled(
+    run: Callable[[Tensor], Tensor], graphs: list[torch.fx.GraphModule]
+) -> Callable[[Tensor], Tensor]:
     from torch._dynamo.backends.common import aot_autograd
     from torch._functorch.aot_autograd import make_boxed_func
     from torch._functorch.partitioners import min_cut_rematerialization_partition
@@ -118,11 +130,15 @@ def compiled(run: Callable[[Tensor], Tensor], graphs: list[torch.fx.GraphModule]
         graphs.append(graph)
         return make_boxed_func(graph)
 
-    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition)
+    backend = aot_autograd(
+        fw_compiler=keep, bw_compiler=keep, partition_fn=min_cut_rematerialization_partition
+    )
     return torch.compile(run, fullgraph=True, dynamic=True, backend=backend)
 
 
-def outcome(run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, autocast: bool = False) -> list[Tensor]:
+def outcome(
+    run: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, autocast: bool = False
+) -> list[Tensor]:
     torch.manual_seed(1)
     module.zero_grad()
     leaf = x.clone().requires_grad_()
@@ -181,7 +197,9 @@ def test_checkpointing_makes_it_again_the_same(reentrant: bool) -> None:
     for call in (run, lambda x: checkpoint(run, x, use_reentrant=reentrant)):
         torch.manual_seed(4)
         y = call(x)
-        outcomes.append([y, *torch.autograd.grad(y, [down, up], torch.ones_like(y))] if not reentrant else [y])
+        outcomes.append(
+            [y, *torch.autograd.grad(y, [down, up], torch.ones_like(y))] if not reentrant else [y]
+        )
         if reentrant:
             y.sum().backward()
             outcomes[-1] += [one.grad for one in (x, down, up)]
@@ -193,12 +211,16 @@ def test_a_compiled_checkpoint_makes_it_again_the_same(graphs) -> None:
     module = layer(peftrs, torch.float32, 12, 8, r=4)
     x = torch.randn(6, 12)
     run = compiled(lambda x: checkpoint(module, x.sin(), use_reentrant=False), graphs)
-    for one, other in zip(outcome(run, module, x), outcome(lambda x: module(x.sin()), module, x), strict=True):
+    for one, other in zip(
+        outcome(run, module, x), outcome(lambda x: module(x.sin()), module, x), strict=True
+    ):
         assert distance(one, other) < 2e-6
     assert "peftrs.lora_linear.default" in calls(graphs[1])
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is:FutureWarning")  # torch's own forward mode still uses it
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is:FutureWarning"
+)  # torch's own forward mode still uses it
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is:DeprecationWarning")
 @pytest.mark.parametrize("name", ["grad", "vmap", "jvp"])
 def test_compiled_transforms_of_functions_take_the_composite(name: str, graphs) -> None:
@@ -241,7 +263,9 @@ def test_on_the_cpu_and_in_exported_programs_the_composite_stays(monkeypatch: py
 
 def test_a_compiler_takes_it_as_given_whether_there_are_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Finding out imports Triton and asks the device, which a graph cannot hold."""
-    monkeypatch.setattr(function, "kernels", functools.cache(lambda: SimpleNamespace(is_available=lambda _: True)))
+    monkeypatch.setattr(
+        function, "kernels", functools.cache(lambda: SimpleNamespace(is_available=lambda _: True))
+    )
     gpu = torch.device("cuda")
     torch._dynamo.reset()
     run = torch.compile(lambda x: (function.has_kernels(gpu), x + 1), fullgraph=True, backend="eager")
@@ -249,15 +273,23 @@ def test_a_compiler_takes_it_as_given_whether_there_are_kernels(monkeypatch: pyt
 
 
 def test_no_operator_runs_in_eager_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "operator", lambda *_: pytest.fail("an opaque operator costs more than the function"))
+    monkeypatch.setattr(
+        library, "operator", lambda *_: pytest.fail("an opaque operator costs more than the function")
+    )
     monkeypatch.setattr(package, "operator", library.operator)
     outcome(module := layer(peftrs, torch.float32, 12, 8, r=4), module, torch.randn(6, 12))
 
 
 def test_importing_the_operation_imports_no_compiler() -> None:
     """They take seconds, which is for those to spend who compile."""
-    program = "import sys, peftrs.ops.lora_linear; print(sorted({'torch._dynamo', 'torch._inductor', 'triton'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
+    program = (
+        "import sys, peftrs.ops.lora_linear; print(sorted({'torch._dynamo', 'torch._inductor', 'triton'} &"
+        " set(sys.modules)))"
+    )
+    assert (
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+        == "[]\n"
+    )
 
 
 def test_without_triton_all_is_plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -288,6 +320,12 @@ def test_on_a_gpu_the_operator_takes_float32_factors_under_autocast(monkeypatch:
             narrow = weight.to(y.dtype)
             gradients = operators.lora_linear_backward(y, x, narrow, down, up, u, 1.0, 9, seed, [True] * 3)
             assert {one.device.type for one in (y, u, *gradients)} == {"cuda"}
-            assert [one.shape for one in (y, u, *gradients)] == [(2, 6, 8), (12, 4), x.shape, down.shape, up.shape]
+            assert [one.shape for one in (y, u, *gradients)] == [
+                (2, 6, 8),
+                (12, 4),
+                x.shape,
+                down.shape,
+                up.shape,
+            ]
             seen.append([one.dtype for one in (y, u, *gradients)])
     assert seen == [[one, *[torch.float32] * 4] for one in (torch.float32, torch.bfloat16)]

@@ -16,7 +16,13 @@ from tests.ops.layers import layer, step
 
 Record = Callable[[str, object], None]
 BUDGET = 0.02  # of the bytes of x in a two-byte dtype, M·K·2
-MODES = [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, False), (torch.float32, False), (torch.float32, True)]
+MODES = [
+    (torch.bfloat16, True),
+    (torch.bfloat16, False),
+    (torch.float16, False),
+    (torch.float32, False),
+    (torch.float32, True),
+]
 modes = pytest.mark.parametrize(("dtype", "autocast"), MODES, ids=lambda value: str(value))
 
 
@@ -31,7 +37,9 @@ def test_storage_kept_for_the_backward_pass_is_a_fiftieth_of_the_input(
         module = layer(library, dtype, width, 64, lora_dropout=dropout)
         x = torch.randn(rows, width).to(dtype).requires_grad_()
         saved: list[Tensor] = []
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda one: saved.append(one) or one, lambda one: one)
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda one: saved.append(one) or one, lambda one: one
+        )
         with Ledger() as ledger, hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = module(x)
         given = {one.untyped_storage()._cdata for one in (x, *module.parameters())}
@@ -39,8 +47,12 @@ def test_storage_kept_for_the_backward_pass_is_a_fiftieth_of_the_input(
         told = sum(size for storage, size in reported.items() if storage not in given)
         return float(ledger.alive() - y.untyped_storage().nbytes()), float(told)
 
-    alive, told = ((ours - frozen) / (rows * width * 2) for ours, frozen in zip(kept(peftrs), kept(None), strict=True))
-    record_testsuite_property(f"kept of M·K·2, {dtype}, autocast {autocast}, dropout {dropout}", f"{alive:.4f}, told {told:.4f}")
+    alive, told = (
+        (ours - frozen) / (rows * width * 2) for ours, frozen in zip(kept(peftrs), kept(None), strict=True)
+    )
+    record_testsuite_property(
+        f"kept of M·K·2, {dtype}, autocast {autocast}, dropout {dropout}", f"{alive:.4f}, told {told:.4f}"
+    )
     assert 0 < alive <= BUDGET
     assert told <= BUDGET
 

@@ -1,4 +1,6 @@
-"""The fused operation computes what it says, its gradients too, closer than PEFT, and its dropout is one mask throughout."""
+"""The fused operation computes what it says, its gradients too, closer than PEFT, and its dropout is one mask
+throughout.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def size(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @settings(max_examples=8)
 @given(
-    seed=seeds, sizes=st.tuples(*[st.integers(1, 7)] * 4), bias=st.booleans(), dropout=st.sampled_from([0.0, 0.4]),
+    seed=seeds, sizes=st.tuples(*[st.integers(1, 7)] * 4), bias=st.booleans(), dropout=st.sampled_from([0.0,
+    0.4]),
     lead=st.sampled_from([(), (2,), (2, 3)]),
 )  # fmt: skip
 def test_first_and_second_derivatives_are_those_of_the_formula(seed, sizes, bias, dropout, lead) -> None:
@@ -57,7 +60,9 @@ def test_first_and_second_derivatives_are_those_of_the_formula(seed, sizes, bias
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("factors", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_bits_come_out_with_and_without_gradients(dtype: torch.dtype, factors: torch.dtype, autocast: bool) -> None:
+def test_the_same_bits_come_out_with_and_without_gradients(
+    dtype: torch.dtype, factors: torch.dtype, autocast: bool
+) -> None:
     adapted = layer(peftrs, dtype, 48, 20, bias=True, lora_alpha=11, lora_bias=True).eval()
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
@@ -105,8 +110,11 @@ def test_the_output_lies_no_further_from_exact_than_pefts(dtype, autocast, shape
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = module(x)
         weight, down, up = tensors(module)
-        errors[library] = distance(y, x.double() @ weight.mT + module.scaling["default"] * (x.double() @ down.mT) @ up.mT)
-    # Two orders of summing in float32 differ by chance; a unit of rounding more or less is no difference there.
+        errors[library] = distance(
+            y, x.double() @ weight.mT + module.scaling["default"] * (x.double() @ down.mT) @ up.mT
+        )
+    # Two orders of summing in float32 differ by chance; a unit of rounding more or less is no difference
+    # there.
     slack = 1.5 if dtype is torch.float32 and not autocast else 1.02
     assert errors[peftrs] <= slack * errors[peft]
 
@@ -119,7 +127,9 @@ def test_dropout_keeps_the_share_and_the_mean(dtype: torch.dtype) -> None:
     y = lora_linear(x, torch.zeros(width, width, dtype=dtype), None, eye, eye, 1.0, 1 - kept)
     assert y is not None
     share = (y != 0).double()
-    assert distance(y, share / kept) < 2 * UNIT[dtype] + 2**-16  # the share is a multiple of 2⁻¹⁶, scaled by as it is
+    assert (
+        distance(y, share / kept) < 2 * UNIT[dtype] + 2**-16
+    )  # the share is a multiple of 2⁻¹⁶, scaled by as it is
     assert_fair(share, kept)
     again = lora_linear(x, torch.zeros(width, width, dtype=dtype), None, eye, eye, 1.0, 1 - kept)
     assert not torch.equal(again, y)

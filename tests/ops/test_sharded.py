@@ -41,7 +41,9 @@ def layers(one: nn.Module, shard: Callable[[nn.Module], object]) -> None:
 
 
 def frozen(one: nn.Module, shard: Callable[[nn.Module], object]) -> None:
-    """Only what lies beneath the adapters: their own tensors stay whole, as does nothing that the layer reads by itself."""
+    """Only what lies beneath the adapters: their own tensors stay whole, as does nothing that the layer reads
+    by itself.
+    """
     for layer in (one.base_model.model[0], one.base_model.model[2]):
         shard(layer.base_layer)
 
@@ -53,7 +55,9 @@ def train(rank: int, port: int) -> None:
     from torch.distributed.fsdp import fully_shard
 
     wait = datetime.timedelta(seconds=120)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD, timeout=wait)
+    dist.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORLD, timeout=wait
+    )
     mesh = dist.device_mesh.init_device_mesh("cpu", (WORLD,))
     batches = torch.randn(WORLD, 5, 8, generator=torch.Generator().manual_seed(1))
     alone = model()

@@ -1,4 +1,6 @@
-"""The way of small inputs: taken where nothing is out of the ordinary, and right after whatever happens to a layer."""
+"""The way of small inputs: taken where nothing is out of the ordinary, and right after whatever happens to a
+layer.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def adapted(dtype: torch.dtype = torch.float32, **settings: Any) -> nn.Module:
 
 
 def agrees(module: nn.Module, x: Tensor, taken: Taken, *, expected: bool = True, **options: Any) -> None:
-    """Holds the layer's output and gradients against the composed layer's, and whether the shortcut was taken."""
+    """Holds the layer's output and gradients against the composed layer's, and whether the shortcut was
+    taken.
+    """
     outcomes = []
     for fused in (True, False):
         taken.runs = 0
@@ -72,8 +76,12 @@ def agrees(module: nn.Module, x: Tensor, taken: Taken, *, expected: bool = True,
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shape", [(WIDTH,), (1, WIDTH), (3, 2, WIDTH), (0, WIDTH), (2, 0, WIDTH)], ids=str)
-@pytest.mark.parametrize(("dtype", "masters"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)], ids=str)
-def test_inputs_of_every_shape_take_it(dtype: torch.dtype, masters: bool, shape: tuple[int, ...], bias: bool, taken: Taken) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "masters"), [(torch.float32, True), (torch.bfloat16, True), (torch.bfloat16, False)], ids=str
+)
+def test_inputs_of_every_shape_take_it(
+    dtype: torch.dtype, masters: bool, shape: tuple[int, ...], bias: bool, taken: Taken
+) -> None:
     module = adapted(dtype, bias=bias)
     if not masters:
         module.to(dtype)
@@ -137,7 +145,9 @@ def test_it_follows_what_happens_to_the_layer(change: Callable[[nn.Module], None
 
 
 def test_it_follows_what_is_active(taken: Taken) -> None:
-    model = peftrs.get_peft_model(nn.Sequential(nn.Linear(WIDTH, OUT)), peftrs.LoraConfig(target_modules=["0"], r=4))
+    model = peftrs.get_peft_model(
+        nn.Sequential(nn.Linear(WIDTH, OUT)), peftrs.LoraConfig(target_modules=["0"], r=4)
+    )
     model.add_adapter("other", peftrs.LoraConfig(target_modules=["0"], r=2, init_lora_weights=False))
     module, x = model.base_model.model[0], torch.randn(3, WIDTH)
     outputs = {}
@@ -187,11 +197,17 @@ def parametrized(module: nn.Module) -> None:
 def mixed(module: nn.Module) -> None:
     module.base_layer.bias.data = module.base_layer.bias.data.double()
     module.base_layer.weight.data = module.base_layer.weight.data.double()
-    module.base_layer.forward = lambda x: nn.functional.linear(x.double(), *module.base_layer._parameters.values()).float()
+    module.base_layer.forward = lambda x: nn.functional.linear(
+        x.double(), *module.base_layer._parameters.values()
+    ).float()
 
 
-@pytest.mark.parametrize("change", [hooked, overridden, parametrized, mixed], ids=lambda change: change.__name__)
-def test_what_is_out_of_the_ordinary_goes_the_long_way(change: Callable[[nn.Module], None], taken: Taken) -> None:
+@pytest.mark.parametrize(
+    "change", [hooked, overridden, parametrized, mixed], ids=lambda change: change.__name__
+)
+def test_what_is_out_of_the_ordinary_goes_the_long_way(
+    change: Callable[[nn.Module], None], taken: Taken
+) -> None:
     module, x = adapted(bias=True), torch.randn(3, WIDTH)
     module(x)
     assert taken.runs == 1
@@ -200,12 +216,19 @@ def test_what_is_out_of_the_ordinary_goes_the_long_way(change: Callable[[nn.Modu
 
 
 @pytest.mark.parametrize(
-    "settings", [{"use_dora": True}, {"lora_bias": True}, {"use_qalora": True, "qalora_group_size": 4}], ids=str
+    "settings",
+    [{"use_dora": True}, {"lora_bias": True}, {"use_qalora": True, "qalora_group_size": 4}],
+    ids=str,
 )
 def test_what_is_not_one_product_goes_the_long_way(settings: dict[str, Any], taken: Taken) -> None:
     base = nn.Linear(WIDTH, OUT)
     config = peftrs.LoraConfig(target_modules=["0"], r=4, init_lora_weights=False, **settings)
-    agrees(peftrs.get_peft_model(nn.Sequential(base), config).base_model.model[0], torch.randn(3, WIDTH), taken, expected=False)
+    agrees(
+        peftrs.get_peft_model(nn.Sequential(base), config).base_model.model[0],
+        torch.randn(3, WIDTH),
+        taken,
+        expected=False,
+    )
 
 
 def test_copies_have_their_own(taken: Taken) -> None:

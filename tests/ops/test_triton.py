@@ -1,4 +1,6 @@
-"""Triton's kernels where there is no GPU: right in Triton's interpreter, and compiled for GPUs that are not here."""
+"""Triton's kernels where there is no GPU: right in Triton's interpreter, and compiled for GPUs that are not
+here.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +25,13 @@ from peftrs.ops.lora_linear import kernels, triton
 from peftrs.ops.lora_linear.reference import Dropout
 
 pytestmark = pytest.mark.skipif(
-    tuple(map(int, version("triton").split(".")[:2])) < (3, 3), reason="Triton 3.2 interprets no loop over numpy 2's numbers"
+    tuple(map(int, version("triton").split(".")[:2])) < (3, 3),
+    reason="Triton 3.2 interprets no loop over numpy 2's numbers",
 )
 CHECKS = Path(__file__).with_name("kernel_checks.py")
 NAMES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64", torch.int8: "*i8",
+    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int64: "*i64",
+    torch.int8: "*i8",
     int: "i32", float: "fp32",
 }  # fmt: skip
 SHARED = 99 * 1024  # what the smallest of the devices since 8.0 lends one program
@@ -35,8 +39,22 @@ SHARED = 99 * 1024  # what the smallest of the devices since 8.0 lends one progr
 
 def test_they_are_right_in_the_interpreter(record_testsuite_property: Callable[[str, object], None]) -> None:
     """In a process of its own, since Triton reads the variable once, when it is imported."""
-    command = [sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(CHECKS)]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(CHECKS),
+    ]
+    environment = os.environ | {
+        "TRITON_INTERPRET": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=CHECKS.parents[2])
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.search(r"\b\d\d+ passed", done.stdout), done.stdout
@@ -66,7 +84,9 @@ class Gridded:
 
 
 class Recorder:
-    """Stands in for the module of kernels and keeps what would be launched, as Triton's launcher specialises it."""
+    """Stands in for the module of kernels and keeps what would be launched, as Triton's launcher specialises
+    it.
+    """
 
     def __init__(self) -> None:
         self.launches: set[Launch] = set()
@@ -77,7 +97,9 @@ class Recorder:
         def launch(*arguments: Any, **settings: Any) -> None:
             known = set(kernel.arg_names)
             options = {key: value for key, value in settings.items() if key not in known}
-            given = dict(zip(kernel.arg_names, arguments, strict=False)) | {k: v for k, v in settings.items() if k in known}
+            given = dict(zip(kernel.arg_names, arguments, strict=False)) | {
+                k: v for k, v in settings.items() if k in known
+            }
             given = {name: given[name] for name in kernel.arg_names}
             fixed = {
                 key: value
@@ -85,7 +107,11 @@ class Recorder:
                 if key in settings or value is None or (type(value) is int and value == 1)
             }
             types = {
-                key: "constexpr" if key in fixed else NAMES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
+                key: (
+                    "constexpr"
+                    if key in fixed
+                    else NAMES[value.dtype if isinstance(value, torch.Tensor) else type(value)]
+                )
                 for key, value in given.items()
             }
             divisible = [
@@ -93,12 +119,18 @@ class Recorder:
                 for key, value in given.items()
                 if key not in fixed and (types[key][0] == "*" or (types[key] == "i32" and value % 16 == 0))
             ]
-            self.launches.add(Launch(name, tuple(types.items()), tuple(fixed.items()), tuple(divisible), tuple(options.items())))
+            self.launches.add(
+                Launch(
+                    name, tuple(types.items()), tuple(fixed.items()), tuple(divisible), tuple(options.items())
+                )
+            )
 
         return Gridded(launch)
 
 
-def launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, wide: torch.dtype, rank: int) -> set[Launch]:
+def launches(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, wide: torch.dtype, rank: int
+) -> set[Launch]:
     """All that a forward and backward pass launches, with dropout and without."""
     recorder = Recorder()
     monkeypatch.setattr(triton, "kernels", recorder)
@@ -110,7 +142,11 @@ def launches(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, wide: torch.dt
             torch.empty(rows, out, dtype=dtype),
             torch.empty(out, width, dtype=dtype),
         )
-        down, up, bias = torch.empty(rank, width, dtype=wide), torch.empty(out, rank, dtype=wide), torch.empty(out, dtype=dtype)
+        down, up, bias = (
+            torch.empty(rank, width, dtype=wide),
+            torch.empty(out, rank, dtype=wide),
+            torch.empty(out, dtype=dtype),
+        )
         dropout = Dropout(6554, torch.empty(1, dtype=torch.int64))
     u = triton.low(x, down, dropout)
     triton.high(u, x, weight, bias, up, 2.0)
@@ -141,7 +177,9 @@ def spilled(built: Any, folder: Path) -> int:
     file = folder / "kernel.cubin"
     file.write_bytes(built.asm["cubin"])
     tool = Path(library.__file__).with_name("backends") / "nvidia" / "bin" / "cuobjdump"
-    told = subprocess.run([tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        [tool, "--dump-resource-usage", file], capture_output=True, text=True, check=True
+    ).stdout
     return int(re.search(r"STACK:(\d+)", told)[1])
 
 
@@ -165,7 +203,9 @@ def test_every_kernel_compiles_for_a_gpu_that_is_not_here(
     tmp_path_factory: pytest.TempPathFactory,
     tmp_path: Path,
 ) -> None:
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton"))  # cases share a few kernels
+    monkeypatch.setenv(
+        "TRITON_CACHE_DIR", str(tmp_path_factory.getbasetemp() / "triton")
+    )  # cases share a few kernels
     found = launches(monkeypatch, dtype, wide, rank)
     joined = {"both"} if rank <= triton.JOINED else set()
     assert {launch.kernel for launch in found} == {"down", "up", "across", "add", "mask"} | joined

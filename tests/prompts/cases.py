@@ -1,4 +1,6 @@
-"""The prompts whose files, outputs, losses and generated texts must agree with PEFT's, on a small model for each task."""
+"""The prompts whose files, outputs, losses and generated texts must agree with PEFT's, on a small model for
+each task.
+"""
 
 from __future__ import annotations
 
@@ -28,20 +30,26 @@ MASK = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 0]]
 LEFT = MASK.flip(1)
 TASKS = torch.tensor([0, 1, 0])
 LLAMA = LlamaConfig(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, vocab_size=40,
+    hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=40,
     max_position_embeddings=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
 )  # fmt: skip
 GPT2 = GPT2Config(
-    n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+    n_embd=16, n_layer=2, n_head=2, vocab_size=40, n_positions=64, bos_token_id=1, eos_token_id=2,
+    pad_token_id=0,
     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
 )  # fmt: skip
 BERT = BertConfig(
-    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40, max_position_embeddings=64,
+    hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=40,
+    max_position_embeddings=64,
     hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, num_labels=3, pad_token_id=0,
 )  # fmt: skip
-BERT_ANSWERS = BertConfig.from_dict({**BERT.to_diff_dict(), "num_labels": 2, "id2label": None, "label2id": None})
+BERT_ANSWERS = BertConfig.from_dict(
+    {**BERT.to_diff_dict(), "num_labels": 2, "id2label": None, "label2id": None}
+)
 T5 = T5Config(
-    d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=2, vocab_size=40, dropout_rate=0.0, decoder_start_token_id=0,
+    d_model=16, d_kv=8, d_ff=24, num_layers=3, num_heads=2, vocab_size=40, dropout_rate=0.0,
+    decoder_start_token_id=0,
     pad_token_id=0, eos_token_id=2,
 )  # fmt: skip
 TYPES = torch.tensor([[0, 0, 0, 1, 1, 1]] * 3)
@@ -74,7 +82,8 @@ MODELS = {
         {"labels": torch.tensor([0, 2, 1])},
     ),
     "llama-classifier": Model(
-        lambda: LlamaForSequenceClassification(LLAMA), "SEQ_CLS", {"input_ids": TOKENS}, {"labels": torch.tensor([0, 1, 1])}
+        lambda: LlamaForSequenceClassification(LLAMA), "SEQ_CLS", {"input_ids": TOKENS},
+        {"labels": torch.tensor([0, 1, 1])}
     ),
     "bert-tokens": Model(lambda: BertForTokenClassification(BERT), "TOKEN_CLS", TEXT, {"labels": TOKENS % 3}),
     "bert-answers": Model(
@@ -87,7 +96,9 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Case:
-    """A config class by name with its arguments, a model by name, what else its calls are given, and what PEFT cannot do."""
+    """A config class by name with its arguments, a model by name, what else its calls are given, and what
+    PEFT cannot do.
+    """
 
     config: str
     model: str
@@ -106,7 +117,9 @@ class Case:
     def configure(self, library: Any, **extra: Any) -> Any:
         """The config, of either library."""
         count = {} if self.config in ("CPTConfig", "AdaptionPromptConfig") else {"num_virtual_tokens": 4}
-        return getattr(library, self.config)(task_type=MODELS[self.model].task, **count, **self.arguments, **extra)
+        return getattr(library, self.config)(
+            task_type=MODELS[self.model].task, **count, **self.arguments, **extra
+        )
 
 
 def prompt(model: str, **arguments: Any) -> Case:
@@ -115,19 +128,24 @@ def prompt(model: str, **arguments: Any) -> Case:
 
 
 CONTEXT = {
-    "cpt_token_ids": [3, 4, 5, 6, 7, 8, 9, 10], "cpt_mask": [1] * 8, "cpt_tokens_type_mask": [1, 2, 3, 4, 5, 6, 7, 8],
+    "cpt_token_ids": [3, 4, 5, 6, 7, 8, 9, 10], "cpt_mask": [1] * 8, "cpt_tokens_type_mask": [1, 2, 3, 4, 5,
+    6, 7, 8],
 }  # fmt: skip
 INPUT_TYPES = torch.tensor([[1, 2, 2, 3, 4, 4]] * 3)
 SEVERAL = {"num_tasks": 2, "num_ranks": 2}
 CASES = [
     *(prompt(model) for model in MODELS),
     prompt("llama", prompt_tuning_init="SAMPLE_VOCAB"),
-    *(Case("PromptEncoderConfig", model, {"encoder_hidden_size": 8}, trains=model != "bert-tokens") for model in MODELS),
-    Case("PromptEncoderConfig", "llama", {"encoder_reparameterization_type": "LSTM", "encoder_hidden_size": 8}),
-    *(Case("MultitaskPromptTuningConfig", model, SEVERAL, {"task_ids": TASKS}) for model in ("llama", "gpt2", "bert")),
+    *(Case("PromptEncoderConfig", model, {"encoder_hidden_size": 8},
+    trains=model != "bert-tokens") for model in MODELS),
+    Case("PromptEncoderConfig", "llama", {"encoder_reparameterization_type": "LSTM",
+    "encoder_hidden_size": 8}),
+    *(Case("MultitaskPromptTuningConfig", model, SEVERAL, {"task_ids": TASKS}) for model in ("llama", "gpt2",
+    "bert")),
     # PEFT's decoder reads the second half of the prompt in training and not when it generates.
     Case("MultitaskPromptTuningConfig", "t5", SEVERAL, {"task_ids": TASKS}, generates=False),
-    Case("MultitaskPromptTuningConfig", "t5", {**SEVERAL, "num_transformer_submodules": 1}, {"task_ids": TASKS}),
+    Case("MultitaskPromptTuningConfig", "t5", {**SEVERAL, "num_transformer_submodules": 1},
+    {"task_ids": TASKS}),
     *(Case("PrefixTuningConfig", model) for model in MODELS),
     Case("PrefixTuningConfig", "llama", {"prefix_projection": True, "encoder_hidden_size": 8}),
     Case("PrefixTuningConfig", "t5", {"prefix_projection": True, "encoder_hidden_size": 8}),

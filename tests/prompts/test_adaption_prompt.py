@@ -41,7 +41,11 @@ def test_a_shut_gate_changes_nothing(name: str) -> None:
     base = logits(MODELS[name]())
     model = adapted(name)
     assert torch.equal(logits(model), base)
-    trained = {path.rpartition(".")[0].rpartition(".")[2] for path, one in model.named_parameters() if one.requires_grad}
+    trained = {
+        path.rpartition(".")[0].rpartition(".")[2]
+        for path, one in model.named_parameters()
+        if one.requires_grad
+    }
     assert trained == {"adaption_prompt", "adaption_gate"}
     open_gates(model, "default", 0.5)
     assert not torch.allclose(logits(model), base)
@@ -63,7 +67,9 @@ def test_adapters_are_switched_and_stand_beside_others(name: str) -> None:
     second = logits(model)
     assert not torch.allclose(first, second)
     target = "q_proj" if name == "llama" else "c_attn"
-    model.add_adapter("lora", LoraConfig(target_modules=[target], init_lora_weights=False, fan_in_fan_out=name == "gpt2"))
+    model.add_adapter(
+        "lora", LoraConfig(target_modules=[target], init_lora_weights=False, fan_in_fan_out=name == "gpt2")
+    )
     model.set_adapter(["other", "lora"])
     assert not torch.allclose(logits(model), second)
     with pytest.raises(MergeError, match="attention reads the prompt"):

@@ -15,11 +15,13 @@ import peftrs
 from tests.prompts.cases import LEFT, LLAMA, MASK, MODELS, TOKENS
 
 pytestmark = pytest.mark.skipif(
-    not hasattr(transformers.LlamaForCausalLM, "_prepare_static_cache"), reason="this transformers prepares caches in another way"
+    not hasattr(transformers.LlamaForCausalLM, "_prepare_static_cache"),
+    reason="this transformers prepares caches in another way",
 )
 KINDS = {"tokens": peftrs.PromptTuningConfig, "cache": peftrs.PrefixTuningConfig}
 SLIDING = {
-    "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 40,
+    "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "vocab_size": 40,
     "sliding_window": 5, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 
@@ -43,10 +45,16 @@ def sliding() -> Any:
 
 def hybrid() -> Any:
     kinds = ["sliding_attention", "full_attention"] * 2
-    return transformers.Gemma3ForCausalLM(transformers.Gemma3TextConfig(**SLIDING, num_hidden_layers=4, layer_types=kinds))
+    return transformers.Gemma3ForCausalLM(
+        transformers.Gemma3TextConfig(**SLIDING, num_hidden_layers=4, layer_types=kinds)
+    )
 
 
-MAKE: dict[str, Callable[[], Any]] = {"full": lambda: transformers.LlamaForCausalLM(LLAMA), "sliding": sliding, "hybrid": hybrid}
+MAKE: dict[str, Callable[[], Any]] = {
+    "full": lambda: transformers.LlamaForCausalLM(LLAMA),
+    "sliding": sliding,
+    "hybrid": hybrid,
+}
 
 
 def prompted(base: Any, config: Any) -> Any:
@@ -65,7 +73,9 @@ def test_the_texts_are_the_same_in_every_cache(kind: str, layers: str) -> None:
     expected = model.generate(**options)
     assert not torch.equal(expected, MAKE["full"]().eval().generate(**options))
     for name, chosen in caches(model.config).items():
-        if name == "quantized" and (layers != "full" or not hasattr(transformers.cache_utils, "Fp8QuantizedLayer")):
+        if name == "quantized" and (
+            layers != "full" or not hasattr(transformers.cache_utils, "Fp8QuantizedLayer")
+        ):
             continue  # transformers quantizes full attention alone
         assert torch.equal(model.generate(**options, **chosen), expected), name
     beams = model.generate(**options, num_beams=3)
@@ -86,14 +96,20 @@ def test_a_static_cache_is_filled_call_by_call(kind: str) -> None:
         whole = model(input_ids=TOKENS).logits[:, -TOKENS.shape[1] :]
         cache = StaticCache(config=model.config, max_cache_len=16)
         first = model(input_ids=TOKENS[:, :4], past_key_values=cache).logits[:, -4:]
-        rest = model(input_ids=TOKENS[:, 4:], past_key_values=cache, attention_mask=torch.ones_like(TOKENS)).logits
+        rest = model(
+            input_ids=TOKENS[:, 4:], past_key_values=cache, attention_mask=torch.ones_like(TOKENS)
+        ).logits
     torch.testing.assert_close(torch.cat((first, rest), 1), whole, rtol=0, atol=1e-5)
 
 
 def test_generating_leaves_nothing_on_the_model() -> None:
-    model = prompted(MODELS["llama"](), peftrs.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    model = prompted(
+        MODELS["llama"](), peftrs.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+    )
     base = model.get_base_model()
     before = set(base.__dict__)
     model.generate(input_ids=TOKENS, max_new_tokens=2, cache_implementation="static")
     assert set(base.__dict__) - before <= {"_previous_max_cache_length"}
-    assert torch.equal(copy.deepcopy(base).generate(TOKENS, max_new_tokens=2), base.generate(TOKENS, max_new_tokens=2))
+    assert torch.equal(
+        copy.deepcopy(base).generate(TOKENS, max_new_tokens=2), base.generate(TOKENS, max_new_tokens=2)
+    )

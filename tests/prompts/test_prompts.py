@@ -1,4 +1,6 @@
-"""What holds of every prompt: it stands before the text in every call, one acts at a time, and it goes as it came."""
+"""What holds of every prompt: it stands before the text in every call, one acts at a time, and it goes as it
+came.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ def test_padding_on_the_left_changes_nothing(kind: str, name: str) -> None:
     for row, mask in enumerate(LEFT):
         alone = TOKENS[row : row + 1, mask == 1]
         close(padded[row, mask == 1], logits(model, input_ids=alone)[0])
-        text = model.generate(input_ids=alone, attention_mask=torch.ones_like(alone), max_new_tokens=5, min_new_tokens=5)
+        text = model.generate(
+            input_ids=alone, attention_mask=torch.ones_like(alone), max_new_tokens=5, min_new_tokens=5
+        )
         assert torch.equal(text[0, alone.shape[1] :], texts[row, TOKENS.shape[1] :])
 
 
@@ -196,7 +200,10 @@ def test_what_is_trained_and_shown(kind: str, capsys: pytest.CaptureFixture[str]
     assert trained
     assert all("prompt_encoder.default." in name for name in trained)
     model.print_trainable_parameters()
-    assert f"trainable params: {sum(model.get_parameter(name).numel() for name in trained):,d}" in capsys.readouterr().out
+    assert (
+        f"trainable params: {sum(model.get_parameter(name).numel() for name in trained):,d}"
+        in capsys.readouterr().out
+    )
     prompt = model.get_prompt(2)
     count = model.peft_config["default"].num_virtual_tokens
     if kind == "cache":
@@ -223,7 +230,10 @@ def test_training_goes_on_from_a_file(kind: str, tmp_path: Path) -> None:
     )
     close(logits(again), logits(model))
     again(input_ids=TOKENS, labels=TOKENS).loss.backward()
-    assert any(parameter.grad is not None and parameter.grad.abs().max() > 0 for parameter in again.prompt_encoder.parameters())
+    assert any(
+        parameter.grad is not None and parameter.grad.abs().max() > 0
+        for parameter in again.prompt_encoder.parameters()
+    )
 
 
 # Configs and files that nobody should trust.
@@ -285,7 +295,10 @@ def test_a_file_without_the_prompt_is_refused_even_leniently(tmp_path: Path) -> 
     [
         (peftrs.PromptTuningConfig(num_virtual_tokens=2), "task_type"),
         (peftrs.PromptTuningConfig(task_type="CAUSAL_LM"), "num_virtual_tokens"),
-        (peftrs.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, token_dim=15), "cannot be shared"),
+        (
+            peftrs.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2, token_dim=15),
+            "cannot be shared",
+        ),
     ],
 )
 def test_what_is_missing_is_said(config: Any, message: str) -> None:
@@ -312,7 +325,9 @@ def test_what_cannot_be_done_is_said() -> None:
 
 
 def test_every_kind_of_prompt_has_a_case() -> None:
-    configs = {peftrs.PEFT_TYPE_TO_CONFIG_MAPPING[name].__name__ for name in peftrs.PEFT_TYPE_TO_CONFIG_MAPPING}
+    configs = {
+        peftrs.PEFT_TYPE_TO_CONFIG_MAPPING[name].__name__ for name in peftrs.PEFT_TYPE_TO_CONFIG_MAPPING
+    }
     prompts = {name for name in configs if issubclass(getattr(peftrs, name), peftrs.PromptLearningConfig)}
     assert prompts == {case.config for case in CASES} - {"AdaptionPromptConfig"}
 

@@ -1,4 +1,6 @@
-"""Prompts agree with PEFT 0.21.2, both ways: files, outputs, losses from the same start, and what is generated."""
+"""Prompts agree with PEFT 0.21.2, both ways: files, outputs, losses from the same start, and what is
+generated.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ import peftrs
 from tests.prompts.cases import CASES, MASK, MODELS, TOKENS, Case
 
 cases = pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning", "ignore::RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning", "ignore::RuntimeWarning"
+)
 """PEFT warns of what these models are given on purpose."""
 
 
@@ -53,7 +57,9 @@ def named(model: Any) -> dict[str, Tensor]:
 
 def output(case: Case, model: Any, **inputs: Any) -> Tensor:
     # PEFT adds to the types that it is given.
-    found = model(**{name: value.clone() for name, value in (MODELS[case.model].inputs | case.inputs | inputs).items()})
+    found = model(
+        **{name: value.clone() for name, value in (MODELS[case.model].inputs | case.inputs | inputs).items()}
+    )
     if "start_logits" in found:
         return torch.stack((found.start_logits, found.end_logits))
     return found.logits if "logits" in found else found.last_hidden_state
@@ -71,7 +77,9 @@ def same_files(ours: Path, theirs: Path) -> None:
     mine, other = (json.loads((folder / "adapter_config.json").read_text()) for folder in (ours, theirs))
     for config in (mine, other):
         if config.get("modules_to_save"):
-            config["modules_to_save"] = sorted(set(config["modules_to_save"]))  # PEFT adds the heads again at each load
+            config["modules_to_save"] = sorted(
+                set(config["modules_to_save"])
+            )  # PEFT adds the heads again at each load
     assert mine == other
 
 
@@ -126,7 +134,8 @@ def test_training_gives_their_losses(case: Case) -> None:
 
 WAYS: list[dict[str, Any]] = [{}, {"num_beams": 3}, {"do_sample": True}, {"use_cache": False}]
 IN_CACHE = ("PrefixTuningConfig", "CartridgeConfig")
-# Where `generate` says where tokens stand (transformers 4), PEFT's T5 counts them without the prompt, as its forward does not.
+# Where `generate` says where tokens stand (transformers 4), PEFT's T5 counts them without the prompt, as its
+# forward does not.
 TOLD_POSITIONS = "cache_position" in inspect.signature(T5ForConditionalGeneration.forward).parameters
 GENERATING = [
     (case, options)
@@ -141,7 +150,9 @@ GENERATING = [
 ]
 
 
-@pytest.mark.parametrize(("case", "options"), GENERATING, ids=lambda one: one.id if isinstance(one, Case) else str(one))
+@pytest.mark.parametrize(
+    ("case", "options"), GENERATING, ids=lambda one: one.id if isinstance(one, Case) else str(one)
+)
 def test_they_generate_the_same(case: Case, options: dict[str, Any], tmp_path: Path) -> None:
     ours = made(peftrs, case)
     shake(ours)

@@ -1,4 +1,6 @@
-"""The same few training steps, alone and in every way of sharing them out: each gives its losses and saves its adapter."""
+"""The same few training steps, alone and in every way of sharing them out: each gives its losses and saves
+its adapter.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,10 @@ METHODS: dict[str, dict[str, Any]] = {
     "narrow": {"target_modules": "all-linear"},
     "pissa": {"target_modules": ["v_proj", "up_proj", "down_proj"], "init_lora_weights": "pissa"},
     "qalora": {"target_modules": "all-linear", "use_qalora": True, "qalora_group_size": 8},
-    "ia3": {"target_modules": ["k_proj", "v_proj", "o_proj", "down_proj"], "feedforward_modules": ["down_proj"]},
+    "ia3": {
+        "target_modules": ["k_proj", "v_proj", "o_proj", "down_proj"],
+        "feedforward_modules": ["down_proj"],
+    },
 }
 
 
@@ -50,7 +55,9 @@ def adapted(folder: Path, method: str = "lora", **loading: Any) -> Any:
     torch.manual_seed(3)
     dtype = torch.bfloat16 if method == "narrow" else torch.float32
     model = LlamaForCausalLM.from_pretrained(path, torch_dtype=dtype, **loading)
-    kind, settings = (peftrs.IA3Config, {}) if method == "ia3" else (peftrs.LoraConfig, {"r": 4, "lora_alpha": 8})
+    kind, settings = (
+        (peftrs.IA3Config, {}) if method == "ia3" else (peftrs.LoraConfig, {"r": 4, "lora_alpha": 8})
+    )
     return peftrs.get_peft_model(model, kind(task_type="CAUSAL_LM", **settings, **METHODS[method])).train()
 
 
@@ -58,9 +65,13 @@ def batches() -> Tensor:
     return torch.randint(3, 64, (STEPS, ROWS, 8), generator=torch.Generator().manual_seed(1))
 
 
-def train(model: nn.Module, rows: slice, group: Any = None, average: Callable[[], None] | None = None) -> list[float]:
+def train(
+    model: nn.Module, rows: slice, group: Any = None, average: Callable[[], None] | None = None
+) -> list[float]:
     """The losses of each step, averaged over the processes of `group`, which see different rows."""
-    optimizer = torch.optim.AdamW((one for one in model.parameters() if one.requires_grad), lr=1e-2, foreach=False)
+    optimizer = torch.optim.AdamW(
+        (one for one in model.parameters() if one.requires_grad), lr=1e-2, foreach=False
+    )
     losses = []
     for batch in batches():
         loss = model(input_ids=batch[rows], labels=batch[rows]).loss
@@ -234,7 +245,9 @@ def tp_others(folder: Path) -> dict[str, Any]:
     }.items():
         options = DistributedConfig(tp_size=dist.get_world_size())
         try:
-            peftrs.get_peft_model(LlamaForCausalLM.from_pretrained(base(folder), distributed_config=options), config)
+            peftrs.get_peft_model(
+                LlamaForCausalLM.from_pretrained(base(folder), distributed_config=options), config
+            )
         except peftrs.ConfigError as error:
             found[name] = str(error)
     return found
@@ -244,7 +257,9 @@ def tp_loading(folder: Path) -> dict[str, Any]:
     """An adapter that one process trained, on a model that tensor parallelism spreads."""
     from transformers.distributed import DistributedConfig
 
-    model = LlamaForCausalLM.from_pretrained(base(folder), distributed_config=DistributedConfig(tp_size=dist.get_world_size()))
+    model = LlamaForCausalLM.from_pretrained(
+        base(folder), distributed_config=DistributedConfig(tp_size=dist.get_world_size())
+    )
     loaded = peftrs.PeftModel.from_pretrained(model, folder / "alone-lora")
     found = {"answers": answers(loaded)}
     loaded.load_adapter(folder / "alone-dora", "second")

@@ -16,7 +16,9 @@ from tests.sharded.test_training import SPREAD, needs_plans
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="starts processes that find this module by its name"),
-    pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 has no FSDP2 on CPUs"),
+    pytest.mark.skipif(
+        not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 has no FSDP2 on CPUs"
+    ),
 ]
 
 
@@ -30,7 +32,9 @@ def changed(model: Any) -> Any:
 
 
 def fsdp(folder: Path) -> dict[str, Any]:
-    """What is said of a model under FSDP2, and what it answers before and after, and merged in its own dtype."""
+    """What is said of a model under FSDP2, and what it answers before and after, and merged in its own
+    dtype.
+    """
     model = runs._sharded(changed(runs.adapted(folder)), runs._mesh())
     before = runs.answers(model)
     with pytest.raises(MergeError) as caught:
@@ -65,7 +69,9 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_fsdp_keeps_the_dtype_that_it_met_a_model_in(ran: Path) -> None:
     for found in group.results(ran, "fsdp", 2):
-        assert found["said"].startswith("fully_shard keeps the dtype that it met a model in, and 'model.embed_tokens.weight'")
+        assert found["said"].startswith(
+            "fully_shard keeps the dtype that it met a model in, and 'model.embed_tokens.weight'"
+        )
         assert "are not of torch.bfloat16; hint: merge without `dtype`" in found["said"]
         assert "lora" not in found["said"]
         assert torch.equal(found["before"], found["after"])

@@ -18,7 +18,9 @@ SPREAD = importlib.util.find_spec("transformers.distributed") is not None and ha
 )
 """Whether this version of transformers spreads layers by plans of `DTensor`s."""
 
-needs_plans = pytest.mark.skipif(not SPREAD, reason="this version of transformers has no tensor parallelism over DTensor")
+needs_plans = pytest.mark.skipif(
+    not SPREAD, reason="this version of transformers has no tensor parallelism over DTensor"
+)
 TWO = [
     "ddp",
     "fsdp_lora",
@@ -30,12 +32,18 @@ TWO = [
     "fsdp_replicated",
     "fsdp_loading",
     "refusals",
-    *(["tp_lora", "tp_dora", "tp_embedding", "tp_pissa", "tp_ia3", "tp_qalora", "tp_others", "tp_loading"] if SPREAD else []),
+    *(
+        ["tp_lora", "tp_dora", "tp_embedding", "tp_pissa", "tp_ia3", "tp_qalora", "tp_others", "tp_loading"]
+        if SPREAD
+        else []
+    ),
 ]
 FOUR = ["fsdp_lora", *(["both"] if SPREAD else [])]
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="starts processes that find this module by its name"),
-    pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 has no FSDP2 on CPUs"),
+    pytest.mark.skipif(
+        not hasattr(torch.cpu.Stream, "record_event"), reason="torch 2.6 has no FSDP2 on CPUs"
+    ),
 ]
 
 
@@ -60,7 +68,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return ran
 
 
-def agrees(ran: Ran, task: str, saved: str, method: str, world: int = 2, loss: float = 1e-5, value: float = 1e-4) -> None:
+def agrees(
+    ran: Ran, task: str, saved: str, method: str, world: int = 2, loss: float = 1e-5, value: float = 1e-4
+) -> None:
     """The losses and the file of a run are those of one process."""
     for found in group.results(ran.folder, task, world):
         assert max(abs(a - b) for a, b in zip(found["losses"], ran.alone[method], strict=True)) <= loss
@@ -110,7 +120,9 @@ def test_two_processes_with_slices_of_every_layer(two: Ran, method: str) -> None
 @needs_plans
 def test_methods_that_do_not_follow_slices_are_refused(two: Ran) -> None:
     for found in group.results(two.folder, "tp_others", 2):
-        assert {name for name, told in found.items() if "does not work on tensor-parallel layers" in told} == {"oft"}
+        assert {
+            name for name, told in found.items() if "does not work on tensor-parallel layers" in told
+        } == {"oft"}
 
 
 @needs_plans

@@ -1,7 +1,9 @@
-"""DeepSpeed's ZeRO-3, told by what it hangs on parameters: gathered to be read and saved, and never taken for what is there.
+"""DeepSpeed's ZeRO-3, told by what it hangs on parameters: gathered to be read and saved, and never taken for
+what is there.
 
-The stand-in keeps to the contract of `deepspeed.zero`: a parameter in parts has no elements but `ds_id`, `ds_shape`, `ds_numel`; in
-a `GatheredParameters` it is whole, and what was put into it stays if a process may modify it (`modifier_rank`).
+The stand-in keeps to the contract of `deepspeed.zero`: a parameter in parts has no elements but `ds_id`,
+`ds_shape`, `ds_numel`; in a `GatheredParameters` it is whole, and what was put into it stays if a process may
+modify it (`modifier_rank`).
 """
 
 from __future__ import annotations
@@ -47,20 +49,34 @@ def gathered(parameters: list[Any], modifier_rank: int | None = None) -> Iterato
 @pytest.fixture(autouse=True)
 def deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
     WHOLE.clear()
-    monkeypatch.setitem(sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gathered)))
+    monkeypatch.setitem(
+        sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=gathered))
+    )
 
 
-@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=["lora", "dora", "pissa"])
-def test_adapters_start_over_weights_in_parts_and_are_saved_whole(tmp_path: Path, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options", [{}, {"use_dora": True}, {"init_lora_weights": "pissa"}], ids=["lora", "dora", "pissa"]
+)
+def test_adapters_start_over_weights_in_parts_and_are_saved_whole(
+    tmp_path: Path, options: dict[str, Any]
+) -> None:
     found = []
     for parted in (False, True):
         base = tiny.llama()
         if parted:
             part(base)
         torch.manual_seed(3)
-        model = peftrs.get_peft_model(base, peftrs.LoraConfig(target_modules=["q_proj", "down_proj"], **options))
+        model = peftrs.get_peft_model(
+            base, peftrs.LoraConfig(target_modules=["q_proj", "down_proj"], **options)
+        )
         if parted:
-            part(nn.ModuleList(module for name, module in model.named_modules() if name.endswith((".default", "magnitude_vector"))))
+            part(
+                nn.ModuleList(
+                    module
+                    for name, module in model.named_modules()
+                    if name.endswith((".default", "magnitude_vector"))
+                )
+            )
         model.save_pretrained(tmp_path / str(parted))
         found.append(load_file(tmp_path / str(parted) / "adapter_model.safetensors"))
     assert found[0].keys() == found[1].keys()

@@ -56,7 +56,14 @@ def leaves(kind: str) -> list[str]:
 
 def settings_of(**values: Any) -> Any:
     """The fields that PEFT's functions look at."""
-    fields = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
+    fields = (
+        "target_modules",
+        "exclude_modules",
+        "layers_to_transform",
+        "layers_pattern",
+        "modules_to_save",
+        "target_parameters",
+    )
     return SimpleNamespace(**{**dict.fromkeys(fields), "task_type": None, **values})
 
 
@@ -82,7 +89,9 @@ def select(kind: str, config: Any, **more: Any) -> _native.Selection:
 
 
 def top_level(kind: str, config: Any) -> set[str]:
-    """What we select beyond PEFT: its expression for the number of a layer wants something before the list of layers."""
+    """What we select beyond PEFT: its expression for the number of a layer wants something before the list of
+    layers.
+    """
     if config.layers_pattern or not config.layers_to_transform:
         return set()
     wider = SimpleNamespace(**{**vars(config), "layers_to_transform": None})
@@ -99,7 +108,9 @@ def entries(draw: st.DrawFn, kind: str, least: int = 0) -> list[str]:
     """Names and ends of names of the model, and some that are neither."""
     chosen = draw(st.lists(st.sampled_from(names(kind)[1:]), min_size=least, max_size=6))
     cut = [name.split(".", draw(st.integers(0, 8)))[-1] for name in chosen]
-    return cut + draw(st.lists(st.sampled_from([*leaves(kind)[:6], "q", "proj", "no_such_module"]), max_size=3))
+    return cut + draw(
+        st.lists(st.sampled_from([*leaves(kind)[:6], "q", "proj", "no_such_module"]), max_size=3)
+    )
 
 
 @st.composite
@@ -108,7 +119,15 @@ def expressions(draw: st.DrawFn, kind: str) -> str:
     ends = [re.escape(end) for end in draw(st.lists(st.sampled_from(leaves(kind)), min_size=1, max_size=4))]
     middle = draw(
         st.sampled_from(
-            [r".*\.", r".*", r".*\.\d+\..*", r".*\.[0-2]\..*\.", r"(?!.*(?:decoder|head)).*\.", r"(?:.+\.)?", r"[^.]+\."]
+            [
+                r".*\.",
+                r".*",
+                r".*\.\d+\..*",
+                r".*\.[0-2]\..*\.",
+                r"(?!.*(?:decoder|head)).*\.",
+                r"(?:.+\.)?",
+                r"[^.]+\.",
+            ]
         )
     )
     return middle + draw(st.sampled_from(["({})", "(?:{})", "({})$", "(?=({})$).*"])).format("|".join(ends))
@@ -136,7 +155,9 @@ def configs(draw: st.DrawFn) -> tuple[str, Any]:
             "no_such",
         ]
         if config.layers_to_transform is not None:
-            config.layers_pattern = draw(st.none() | st.sampled_from(known) | st.lists(st.sampled_from(known), max_size=3))
+            config.layers_pattern = draw(
+                st.none() | st.sampled_from(known) | st.lists(st.sampled_from(known), max_size=3)
+            )
     config.exclude_modules = draw(st.none() | entries(kind) | expressions(kind))
     config.modules_to_save = draw(st.none() | entries(kind))
     return kind, config
@@ -160,7 +181,9 @@ def test_the_same_modules_are_selected_and_excluded(drawn: tuple[str, Any]) -> N
 def test_all_linear_is_what_peft_makes_of_it(kind: str, task: str | None) -> None:
     config = settings_of(target_modules="All-Linear", task_type=task)
     linear = sorted(
-        _maybe_include_all_linear_layers(settings_of(target_modules="all-linear", task_type=task), model(kind)).target_modules
+        _maybe_include_all_linear_layers(
+            settings_of(target_modules="all-linear", task_type=task), model(kind)
+        ).target_modules
     )
     assert len(linear) > 10
     targets, _ = peft_targets(kind, settings_of(target_modules=linear))
@@ -176,14 +199,18 @@ def test_short_lists_are_those_of_peft(kind: str) -> None:
             settings_of(target_modules="all-linear", task_type=task), model(kind)
         ).target_modules
         others = set(names(kind)) - linear
-        assert set(_native.shortest_suffixes(sorted(linear), sorted(others))) == _find_minimal_target_modules(linear, others)
+        assert set(_native.shortest_suffixes(sorted(linear), sorted(others))) == _find_minimal_target_modules(
+            linear, others
+        )
 
 
 @st.composite
 def keys(draw: st.DrawFn, kind: str) -> list[str]:
     plain = draw(entries(kind))
     edited = [
-        draw(st.sampled_from(["{}", "^{}", "{}$", r".*\.{}", "({})"])).format(draw(st.sampled_from([key, re.escape(key)])))
+        draw(st.sampled_from(["{}", "^{}", "{}$", r".*\.{}", "({})"])).format(
+            draw(st.sampled_from([key, re.escape(key)]))
+        )
         for key in plain
     ]
     return list(dict.fromkeys(edited + draw(st.lists(expressions(kind), max_size=2))))
@@ -193,13 +220,19 @@ def keys(draw: st.DrawFn, kind: str) -> list[str]:
 def test_keys_decide_as_they_do_in_peft(data: st.DataObject) -> None:
     kind = data.draw(kinds)
     chosen = data.draw(keys(kind))
-    selection = _native.select(names(kind), target_modules=".*", patterns={"alpha_pattern": [], "rank_pattern": chosen})
+    selection = _native.select(
+        names(kind), target_modules=".*", patterns={"alpha_pattern": [], "rank_pattern": chosen}
+    )
     found = selection.pattern_index("rank_pattern")
     assert selection.targets == names(kind)[1:]
     for name, index in zip(selection.targets, found, strict=True):
         assert get_pattern_key(chosen, name) == (chosen[index] if index >= 0 else name)
-    unmatched = {entry for field, entry, count, _ in selection.report if field == "rank_pattern" and not count}
-    assert unmatched == {key for key in chosen if not any(re.match(rf"(.*\.)?({key})$", name) for name in selection.targets)}
+    unmatched = {
+        entry for field, entry, count, _ in selection.report if field == "rank_pattern" and not count
+    }
+    assert unmatched == {
+        key for key in chosen if not any(re.match(rf"(.*\.)?({key})$", name) for name in selection.targets)
+    }
     assert selection.pattern_index("alpha_pattern") == [-1] * len(found)
 
 
@@ -220,11 +253,19 @@ def test_feedforward_modules_are_those_of_peft(data: st.DataObject) -> None:
     feedforward = data.draw(st.sampled_from([targets[:2], ["proj", "0"]]) | expressions(kind))
     selection = _native.select(names(kind), target_modules=targets, feedforward_modules=feedforward)
     config = SimpleNamespace(feedforward_modules=feedforward)
-    assert selection.feedforward == [IA3Model._check_target_module_feedforward(config, name) for name in selection.targets]
+    assert selection.feedforward == [
+        IA3Model._check_target_module_feedforward(config, name) for name in selection.targets
+    ]
 
 
 @pytest.mark.parametrize(
-    "wanted", [["gate_up_proj"], ["mlp.experts.down_proj", "gate.weight"], ["layers.1.mlp.experts.gate_up_proj"], ["proj"]]
+    "wanted",
+    [
+        ["gate_up_proj"],
+        ["mlp.experts.down_proj", "gate.weight"],
+        ["layers.1.mlp.experts.gate_up_proj"],
+        ["proj"],
+    ],
 )
 @pytest.mark.filterwarnings("ignore:target_parameters=")
 def test_bare_parameters_are_those_of_peft(wanted: list[str]) -> None:
@@ -234,7 +275,8 @@ def test_bare_parameters_are_those_of_peft(wanted: list[str]) -> None:
     config = peft.LoraConfig(target_modules=[], target_parameters=wanted)
     ours = _native.select([], parameters=parameters, target_parameters=wanted).parameters
     theirs: list[str] = []
-    # PEFT refuses to select nothing: "proj" always, and the experts' where transformers (4.51) still keeps a module for each.
+    # PEFT refuses to select nothing: "proj" always, and the experts' where transformers (4.51) still keeps a
+    # module for each.
     if not ours:
         with pytest.raises(ValueError, match="also no `target_parameters` found"):
             peft.LoraModel(base, config, "default", low_cpu_mem_usage=True)
@@ -267,5 +309,7 @@ def test_a_whole_injection_of_peft_adapts_the_same_modules(kind: str, config: di
         settings_of(**{key: value for key, value in config.items() if "modules" in key or "layers" in key}),
         linear=sorted(linear),
     )
-    theirs = peft.LoraModel(base, peft.LoraConfig(**config), "default", low_cpu_mem_usage=True).targeted_module_names
+    theirs = peft.LoraModel(
+        base, peft.LoraConfig(**config), "default", low_cpu_mem_usage=True
+    ).targeted_module_names
     assert selection.targets == theirs

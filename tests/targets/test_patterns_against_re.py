@@ -1,4 +1,6 @@
-"""Patterns mean what they mean to CPython's `re`, or are refused with a line that says why: never a third thing."""
+"""Patterns mean what they mean to CPython's `re`, or are refused with a line that says why: never a third
+thing.
+"""
 
 import re
 import unicodedata
@@ -126,7 +128,11 @@ def by_target(pattern: str, names: Sequence[str]) -> list[str]:
 
 def by_key(pattern: str, names: Sequence[str]) -> list[str]:
     selection = _native.select(names, target_modules=EVERYTHING, patterns={"rank_pattern": [pattern]})
-    return [name for name, index in zip(selection.targets, selection.pattern_index("rank_pattern"), strict=True) if index == 0]
+    return [
+        name
+        for name, index in zip(selection.targets, selection.pattern_index("rank_pattern"), strict=True)
+        if index == 0
+    ]
 
 
 def by_saved(pattern: str, names: Sequence[str]) -> list[str]:
@@ -136,7 +142,9 @@ def by_saved(pattern: str, names: Sequence[str]) -> list[str]:
 
 def by_layer(pattern: str, names: Sequence[str]) -> list[str]:
     ends = [name.rpartition(".")[2] for name in names]
-    return _native.select(names, target_modules=ends, layers_to_transform=[0, 1, 3], layers_pattern=[pattern]).targets
+    return _native.select(
+        names, target_modules=ends, layers_to_transform=[0, 1, 3], layers_pattern=[pattern]
+    ).targets
 
 
 def find_key(pattern: str, name: str) -> object:
@@ -199,7 +207,9 @@ def letters(text: str) -> st.SearchStrategy[str]:
 
 
 names = st.lists(
-    st.text(letters("aabb01._-AkK sS\n") | letters("éßıİſ\u212a٣²\u2028\x1c·字"), min_size=1, max_size=8), min_size=1, max_size=8
+    st.text(letters("aabb01._-AkK sS\n") | letters("éßıİſ\u212a٣²\u2028\x1c·字"), min_size=1, max_size=8),
+    min_size=1,
+    max_size=8,
 )
 
 atoms = st.one_of(
@@ -290,7 +300,9 @@ def combine(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
             "{a}",
         ]
     )
-    opening = st.sampled_from(["(", "(?:", "(?=", "(?!", "(?<=", "(?<!", "(?>", "(?P<n>", "(?i:", "(?x:", "(?a:", "(?#"])
+    opening = st.sampled_from(
+        ["(", "(?:", "(?=", "(?!", "(?<=", "(?<!", "(?>", "(?P<n>", "(?i:", "(?x:", "(?a:", "(?#"]
+    )
     return st.one_of(
         st.lists(inner, min_size=1, max_size=4).map("".join),
         st.lists(inner, min_size=1, max_size=3).map("|".join),
@@ -323,11 +335,29 @@ def test_any_pattern_means_the_same_or_is_refused(role: str, pattern: str, names
 
 
 @pytest.mark.parametrize(
-    "pattern", [r"\d", r"\D", r"\w", r"\W", r"\s", r"\S", r"(?a)\w", r"(?a)\s", r".\b", ".", "(?s).", r"[^\W\d]", "(?i)[a-z]"]
+    "pattern",
+    [
+        r"\d",
+        r"\D",
+        r"\w",
+        r"\W",
+        r"\s",
+        r"\S",
+        r"(?a)\w",
+        r"(?a)\s",
+        r".\b",
+        ".",
+        "(?s).",
+        r"[^\W\d]",
+        "(?i)[a-z]",
+    ],
 )
 def test_classes_hold_the_characters_that_they_hold_in_python(pattern: str) -> None:
-    # Those that this Python knows, since later versions of Unicode assign more; beyond are ideographs, all alike.
-    characters = [chr(code) for code in range(1, 0x20000) if unicodedata.category(chr(code)) not in {"Cn", "Cs"}]
+    # Those that this Python knows, since later versions of Unicode assign more; beyond are ideographs, all
+    # alike.
+    characters = [
+        chr(code) for code in range(1, 0x20000) if unicodedata.category(chr(code)) not in {"Cn", "Cs"}
+    ]
     for start in range(0, len(characters), 5000):
         assert compare("target_modules", pattern, characters[start : start + 5000]) is None
 
@@ -336,7 +366,10 @@ def test_classes_hold_the_characters_that_they_hold_in_python(pattern: str) -> N
     ("pattern", "reason"),
     [
         ("q_proj(", "is malformed: missing ), unterminated subpattern"),
-        (r"(a|aa)+\1[b-z]c", "needs more than 50000 steps for one name; say it more simply, or list the names"),
+        (
+            r"(a|aa)+\1[b-z]c",
+            "needs more than 50000 steps for one name; say it more simply, or list the names",
+        ),
     ],
 )
 def test_a_refusal_names_the_field_the_pattern_and_the_reason(pattern: str, reason: str) -> None:

@@ -1,4 +1,6 @@
-"""AQLM: `QuantizedLinear`, sums of codebooks' vectors, https://arxiv.org/abs/2401.06118; its kernels have their own backward."""
+"""AQLM: `QuantizedLinear`, sums of codebooks' vectors, https://arxiv.org/abs/2401.06118; its kernels have
+their own backward.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ from peftrs.bases.quantized import Readable
 
 
 class Aqlm(Readable):
-    """Codes, codebooks and scales; how codes lie in memory depends on the kernel chosen, so that the identity reads them."""
+    """Codes, codebooks and scales; how codes lie in memory depends on the kernel chosen, so that the identity
+    reads them.
+    """
 
     def format(self, module: nn.Module) -> str:
         layer: Any = module

@@ -1,4 +1,6 @@
-"""Attention as decoders of transformers have it: a module over projections, which only methods of attention itself change."""
+"""Attention as decoders of transformers have it: a module over projections, which only methods of attention
+itself change.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ from peftrs.bases.kinds import Affine, LayerKind
 class SelfAttention(Base):
     """Attention with projections of its own for queries, keys and values (Llama), or a joint one (GPT-2).
 
-    The affine map that it presents is its output projection, which says its width, dtype and device. Heads are
-    `(batch, heads, tokens, head size)`.
+    The affine map that it presents is its output projection, which says its width, dtype and device. Heads
+    are `(batch, heads, tokens, head size)`.
     """
 
     kind = LayerKind.SELF_ATTENTION
@@ -43,7 +45,9 @@ class SelfAttention(Base):
             projection = projection.base_layer
         return projection, cast(Base, resolve(projection))
 
-    def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def op(
+        self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
         raise NotImplementedError("attention has no other weights to run with")
 
     def queries(self, module: Any, x: Tensor, options: dict[str, Any]) -> Tensor:
@@ -66,7 +70,9 @@ class SelfAttention(Base):
         return keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
 
     def mixed(self, module: Any, heads: Tensor) -> Tensor:
-        """What attention's heads give together, `(batch, tokens, width)`; a joint one's files mean it without the projection."""
+        """What attention's heads give together, `(batch, tokens, width)`; a joint one's files mean it without
+        the projection.
+        """
         joined = heads.transpose(1, 2).flatten(2)
         return joined if self.joint else cast(Tensor, getattr(module, self.output)(joined))
 
@@ -81,6 +87,12 @@ def resolve(module: nn.Module) -> Base | None:
     """The base of a decoder's attention, or None for any other module."""
     if not hasattr(module, "head_dim"):
         return None
-    if {"q_proj", "k_proj", "v_proj", "o_proj"} <= module._modules.keys() and hasattr(module, "num_key_value_groups"):
+    if {"q_proj", "k_proj", "v_proj", "o_proj"} <= module._modules.keys() and hasattr(
+        module, "num_key_value_groups"
+    ):
         return SEPARATE
-    return JOINT if {"c_attn", "c_proj"} <= module._modules.keys() and not getattr(module, "is_cross_attention", False) else None
+    return (
+        JOINT
+        if {"c_attn", "c_proj"} <= module._modules.keys() and not getattr(module, "is_cross_attention", False)
+        else None
+    )

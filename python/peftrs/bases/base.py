@@ -28,7 +28,9 @@ class Base(ABC):
     opaque = False
     """Whether the owner's forward reads the weight by itself, so that only the weight view can change it."""
     quantized = False
-    """Whether the layer stores its weight in another form than numbers of a floating-point dtype; see `bases.quantized`."""
+    """Whether the layer stores its weight in another form than numbers of a floating-point dtype; see
+    `bases.quantized`.
+    """
 
     @abstractmethod
     def parameters(self, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
@@ -53,7 +55,10 @@ class Base(ABC):
         bias: Tensor | None
         weight, bias = self.parameters(module)
         if weight.is_meta:
-            weight, bias = offload.fetched(module, weight), None if bias is None else offload.fetched(module, bias)
+            weight, bias = (
+                offload.fetched(module, weight),
+                None if bias is None else offload.fetched(module, bias),
+            )
         return Affine(weight.mT if self.transposed else weight, bias)
 
     def obstacle(self, module: nn.Module) -> str | None:
@@ -61,7 +66,9 @@ class Base(ABC):
         return "its kind of layer has no fused form"
 
     @abstractmethod
-    def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def op(
+        self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
         """The layer's own operation with another affine map. `x` is the first positional input."""
 
 

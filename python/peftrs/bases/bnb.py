@@ -1,5 +1,6 @@
-"""bitsandbytes: `Linear8bitLt` (LLM.int8(), https://arxiv.org/abs/2208.07339) and `Linear4bit` (nf4 and fp4 of QLoRA,
-https://arxiv.org/abs/2305.14314, with or without double quantization)."""
+"""bitsandbytes: `Linear8bitLt` (LLM.int8(), https://arxiv.org/abs/2208.07339) and `Linear4bit` (nf4 and fp4
+of QLoRA, https://arxiv.org/abs/2305.14314, with or without double quantization).
+"""
 
 from __future__ import annotations
 
@@ -34,7 +35,9 @@ class EightBit(Quantized):
         return cast(Tensor, bitsandbytes.functional.int8_vectorwise_dequant(*self.codes(module)))
 
     def codes(self, module: nn.Module) -> tuple[Tensor, Tensor]:
-        """The codes, `(out, in)`, and the scales, `(out,)`, which the first forward moves from the weight to the layer's state."""
+        """The codes, `(out, in)`, and the scales, `(out,)`, which the first forward moves from the weight to
+        the layer's state.
+        """
         stored: Any = module.weight
         scales = stored.SCB if stored.SCB is not None else cast(Any, module.state).SCB
         return stored.data, scales.to(stored.device)
@@ -52,7 +55,9 @@ class EightBit(Quantized):
 
         stored: Any = module.weight
         # The library quantizes when a weight leaves the CPU's floating point, for whatever device.
-        weight = bitsandbytes.nn.Int8Params(affine.weight.cpu(), requires_grad=False, has_fp16_weights=False).to(stored.device)
+        weight = bitsandbytes.nn.Int8Params(
+            affine.weight.cpu(), requires_grad=False, has_fp16_weights=False
+        ).to(stored.device)
         other: Any = twin(module, {"weight": weight, "bias": _bias(module, affine)})
         other.state = copy.copy(module.state)
         other.state.reset_grads()
@@ -69,7 +74,9 @@ class FourBit(Quantized):
         """The first input's dtype, unless that is float16: the layer has one of its own then, if any."""
         layer: Any = module
         set_by_input = not layer.compute_type_is_set and dtype in (torch.float32, torch.bfloat16)
-        return dtype if set_by_input or layer.compute_dtype is None else cast(torch.dtype, layer.compute_dtype)
+        return (
+            dtype if set_by_input or layer.compute_dtype is None else cast(torch.dtype, layer.compute_dtype)
+        )
 
     def format(self, module: nn.Module) -> str:
         state = cast(Any, module.weight).quant_state
@@ -97,7 +104,12 @@ class FourBit(Quantized):
 
         def rows(start: int, stop: int, into: Tensor) -> None:
             part = functional.QuantState(
-                scales[start:stop].flatten(), into.shape, state.code, state.blocksize, state.quant_type, state.dtype
+                scales[start:stop].flatten(),
+                into.shape,
+                state.code,
+                state.blocksize,
+                state.quant_type,
+                state.dtype,
             )
             into.copy_(functional.dequantize_4bit(codes[start:stop].reshape(-1, 1), part))
 
@@ -106,8 +118,8 @@ class FourBit(Quantized):
     def prepare(self, module: nn.Module) -> None:
         """Undoes and forbids the packing of CPUs with AVX512-BF16.
 
-        The library packs in the first forward in eval mode. That rounds the scales to bfloat16, and a packed weight neither gives
-        gradients nor is dequantized right.
+        The library packs in the first forward in eval mode. That rounds the scales to bfloat16, and a packed
+        weight neither gives gradients nor is dequantized right.
         """
         layer, stored = cast(Any, module), cast(Any, module.weight)
         if getattr(stored, "quant_state", None) is None:
@@ -154,7 +166,9 @@ EIGHT_BIT, FOUR_BIT = EightBit(), FourBit()
 
 
 def resolve(module: nn.Module) -> Base | None:
-    """The base of a quantized layer of the library; None for its embeddings, and for 8-bit layers that keep 16-bit weights."""
+    """The base of a quantized layer of the library; None for its embeddings, and for 8-bit layers that keep
+    16-bit weights.
+    """
     names = {kind.__name__ for kind in type(module).__mro__}
     if "Linear4bit" in names:
         return FOUR_BIT
@@ -162,12 +176,19 @@ def resolve(module: nn.Module) -> Base | None:
 
 
 def rounded(weight: Tensor, bits: int) -> Tensor:
-    """A weight `(out, in)`, quantized to nf4 in blocks of 64 (`bits=4`) or int8 by rows (8) and back, in float32."""
+    """A weight `(out, in)`, quantized to nf4 in blocks of 64 (`bits=4`) or int8 by rows (8) and back, in
+    float32.
+    """
     try:
         from bitsandbytes import functional
     except ImportError:
-        raise ConfigError("LoftQ quantizes by bitsandbytes, which is not installed; hint: pip install bitsandbytes") from None
+        raise ConfigError(
+            "LoftQ quantizes by bitsandbytes, which is not installed; hint: pip install bitsandbytes"
+        ) from None
     if bits == 4:
-        return cast(Tensor, functional.dequantize_4bit(*functional.quantize_4bit(weight.contiguous(), quant_type="nf4"))).float()
+        return cast(
+            Tensor,
+            functional.dequantize_4bit(*functional.quantize_4bit(weight.contiguous(), quant_type="nf4")),
+        ).float()
     codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
     return cast(Tensor, functional.int8_vectorwise_dequant(codes, scales)).float()

@@ -1,4 +1,6 @@
-"""Dense layers of torch and of transformers: Linear, Conv1D, Embedding, convolutions, attention, bare parameters."""
+"""Dense layers of torch and of transformers: Linear, Conv1D, Embedding, convolutions, attention, bare
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ class Linear(Base):
     kind = LayerKind.LINEAR
 
     def parameters(self, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
-        # Asked at every step of every layer: torch finds registered parameters only after it looked elsewhere.
+        # Asked at every step of every layer: torch finds registered parameters only after it looked
+        # elsewhere.
         held: dict[str, Any] = module._parameters
         if "weight" in held and "bias" in held:
             return held["weight"], held["bias"]
@@ -29,7 +32,9 @@ class Linear(Base):
     def obstacle(self, module: nn.Module) -> str | None:
         return called(module, nn.Linear.forward)
 
-    def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def op(
+        self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
         return functional.linear(x, *as_dtype(affine, x.dtype))
 
 
@@ -52,11 +57,15 @@ class Embedding(Base):
     def parameters(self, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
         return cast(nn.Parameter, module.weight), None
 
-    def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def op(
+        self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
         layer = cast(nn.Embedding, module)
         # A table of other rows than the layer's own has no row of padding.
         padding = layer.padding_idx if affine.weight.shape[-1] == layer.num_embeddings else None
-        rows = summed(functional.embedding(x, affine.weight.mT, padding, scale_grad_by_freq=layer.scale_grad_by_freq))
+        rows = summed(
+            functional.embedding(x, affine.weight.mT, padding, scale_grad_by_freq=layer.scale_grad_by_freq)
+        )
         # Gemma's embeddings multiply what they look up by a constant of their own.
         scale = getattr(layer, "embed_scale", None)
         return rows if scale is None else rows * torch.as_tensor(scale, device=rows.device).to(rows.dtype)
@@ -74,7 +83,9 @@ class Convolution(Base):
     def groups(self, module: nn.Module) -> int:
         return cast(nn.Conv2d, module).groups
 
-    def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def op(
+        self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
         layer = cast(nn.Conv2d, module)
         weight, bias = as_dtype(affine, x.dtype)
         padding: Any = layer.padding
@@ -102,9 +113,13 @@ class Parameter(Base):
         return cast(nn.Parameter, getattr(owner, self.name)), None
 
     def owner(self, module: nn.Module) -> tuple[nn.Module, str]:
-        """The module that holds the parameter, below layers adapted for its other parameters, and the path to there."""
+        """The module that holds the parameter, below layers adapted for its other parameters, and the path to
+        there.
+        """
         path = ""
-        while self.name not in module._parameters and isinstance(inner := module._modules.get("base_layer"), nn.Module):
+        while self.name not in module._parameters and isinstance(
+            inner := module._modules.get("base_layer"), nn.Module
+        ):
             module, path = inner, f"{path}base_layer."
         return module, path
 
@@ -114,7 +129,9 @@ class Parameter(Base):
         weight = affine.weight.mT if self.transposed else affine.weight
         return {path + self.name: weight.to(cast(Tensor, getattr(owner, self.name)).dtype)}
 
-    def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def op(
+        self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
         return torch.func.functional_call(module, self.substitutes(module, affine), (*x, *rest), options)
 
 

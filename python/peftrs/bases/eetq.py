@@ -21,7 +21,9 @@ class Eetq(Readable):
 
     def parameters(self, module: nn.Module) -> tuple[nn.Parameter, nn.Parameter | None]:
         stored = getattr(module, "weight", None)
-        return cast(nn.Parameter, module.qweight if stored is None else stored), cast("nn.Parameter | None", module.bias)
+        return cast(nn.Parameter, module.qweight if stored is None else stored), cast(
+            "nn.Parameter | None", module.bias
+        )
 
     def dtype(self, module: nn.Module) -> torch.dtype:
         return torch.float16

@@ -1,6 +1,7 @@
 """Experts that transformers 5 keeps in one parameter, and whose layers were modules of their own before.
 
-Adapters made then name those layers. What became of them follows from the conversions that transformers itself has for checkpoints.
+Adapters made then name those layers. What became of them follows from the conversions that transformers
+itself has for checkpoints.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ SOURCE = re.compile(r"(?:^|\.)(?P<holder>\w+)\.\*\.(?P<layer>\w+)\.weight$")
 
 @dataclass(frozen=True)
 class Fusion:
-    """The layers of one expert that stand under each other in `parameter` of the module `holder` of all experts."""
+    """The layers of one expert that stand under each other in `parameter` of the module `holder` of all
+    experts.
+    """
 
     holder: str
     layers: tuple[str, ...]
@@ -47,7 +50,9 @@ class Holder:
 
 
 def experts_of(model: nn.Module) -> Experts:
-    """What transformers does to the experts in checkpoints of the model's kind; nothing for all other models."""
+    """What transformers does to the experts in checkpoints of the model's kind; nothing for all other
+    models.
+    """
     kind = getattr(getattr(model, "config", None), "model_type", None)
     return _experts(kind) if isinstance(kind, str) else Experts()
 
@@ -66,20 +71,29 @@ def _experts(kind: str) -> Experts:
             fusions.append(found)
         elif not hasattr(conversion, "operations"):
             pairs = zip(conversion.source_patterns, conversion.target_patterns, strict=False)
-            renamed += [(old, new) for old, new in pairs if re.fullmatch(r"[\w.]+", old) and re.fullmatch(r"[\w.]+", new)]
+            renamed += [
+                (old, new)
+                for old, new in pairs
+                if re.fullmatch(r"[\w.]+", old) and re.fullmatch(r"[\w.]+", new)
+            ]
     return Experts(tuple(fusions), tuple(renamed) if fusions else ())
 
 
 def fusion_of(conversion: Any) -> Fusion | None:
     """The fusion that one of transformers' conversions is, or None if it is another kind."""
     operations = [type(one).__name__ for one in getattr(conversion, "operations", None) or ()]
-    if operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"]) or len(conversion.target_patterns) != 1:
+    if (
+        operations not in (["MergeModulelist"], ["MergeModulelist", "Concatenate"])
+        or len(conversion.target_patterns) != 1
+    ):
         return None
     found = [SOURCE.search(pattern) for pattern in conversion.source_patterns]
     holder, _, parameter = conversion.target_patterns[0].rpartition(".")
     if not all(found) or any(one is not None and one["holder"] != holder.rpartition(".")[2] for one in found):
         return None
-    return Fusion(holder.rpartition(".")[2], tuple(one["layer"] for one in found if one is not None), parameter)
+    return Fusion(
+        holder.rpartition(".")[2], tuple(one["layer"] for one in found if one is not None), parameter
+    )
 
 
 def holders(experts: Experts, modules: dict[str, nn.Module]) -> list[Holder]:
@@ -87,7 +101,9 @@ def holders(experts: Experts, modules: dict[str, nn.Module]) -> list[Holder]:
     found = []
     for name, module in modules.items():
         for fusion in experts.fusions:
-            held = module._parameters.get(fusion.parameter) if name.rpartition(".")[2] == fusion.holder else None
+            held = (
+                module._parameters.get(fusion.parameter) if name.rpartition(".")[2] == fusion.holder else None
+            )
             if held is not None and held.ndim == 3:
                 found.append(Holder(name, fusion, held.shape[0]))
     return found

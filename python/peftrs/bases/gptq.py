@@ -1,4 +1,6 @@
-"""GPTQ (https://arxiv.org/abs/2210.17323) as gptqmodel runs it: `BaseQuantLinear` and its kernels, AWQ's own aside."""
+"""GPTQ (https://arxiv.org/abs/2210.17323) as gptqmodel runs it: `BaseQuantLinear` and its kernels, AWQ's own
+aside.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ from peftrs.bases.quantized import Readable
 
 
 class Gptq(Readable):
-    """Packed codes with scales and zeros, all buffers. What a kernel stores besides is its own affair: the identity reads it."""
+    """Packed codes with scales and zeros, all buffers.
+
+    What a kernel stores besides is its own affair: the identity reads it.
+    """
 
     method = "gptq"
 

@@ -35,7 +35,9 @@ class Hqq(Quantized):
         return cast(Tensor, cast(Any, module).dequantize())
 
     def prepare(self, module: nn.Module) -> None:
-        """Cuts the bias off the one that it was copied from: the library does not, and such a tensor cannot be copied again."""
+        """Cuts the bias off the one that it was copied from: the library does not, and such a tensor cannot
+        be copied again.
+        """
         layer: Any = module
         if layer.bias is not None and not layer.bias.is_leaf:
             layer.bias = layer.bias.detach()
@@ -59,4 +61,8 @@ HQQ = Hqq()
 
 def resolve(module: nn.Module) -> Base | None:
     """The base of an `HQQLinear` that was quantized."""
-    return HQQ if any(kind.__name__ == "HQQLinear" for kind in type(module).__mro__) and cast(Any, module).ready else None
+    return (
+        HQQ
+        if any(kind.__name__ == "HQQLinear" for kind in type(module).__mro__) and cast(Any, module).ready
+        else None
+    )

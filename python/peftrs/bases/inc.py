@@ -1,4 +1,6 @@
-"""Intel Neural Compressor: `PatchedLinear`, FP8 weights `(in, out)` with a scale, and inputs that are quantized as they come."""
+"""Intel Neural Compressor: `PatchedLinear`, FP8 weights `(in, out)` with a scale, and inputs that are
+quantized as they come.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from peftrs.bases.quantized import Readable
 
 
 class Inc(Readable):
-    """Measuring layers hold their weight as it was; quantized ones transposed, and dequantize it by a function or a scale."""
+    """Measuring layers hold their weight as it was; quantized ones transposed, and dequantize it by a
+    function or a scale.
+    """
 
     def format(self, module: nn.Module) -> str:
         return f"neural-compressor {str(cast(Tensor, module.weight).dtype).removeprefix('torch.')}"

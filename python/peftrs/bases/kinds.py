@@ -32,14 +32,18 @@ CONVOLUTIONS = (LayerKind.CONV1D, LayerKind.CONV2D, LayerKind.CONV3D)
 
 
 class Affine(NamedTuple):
-    """An affine map: weight `(out, in, *kernel)` or `(experts, out, in)`, and bias `(out,)` if there is one."""
+    """An affine map: weight `(out, in, *kernel)` or `(experts, out, in)`, and bias `(out,)` if there is
+    one.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
 
 class Deferred:
-    """An affine map that is computed when its weight or bias is read: most first values of adapters need neither."""
+    """An affine map that is computed when its weight or bias is read: most first values of adapters need
+    neither.
+    """
 
     def __init__(self, compute: Callable[[], Affine]) -> None:
         self.compute = compute
@@ -70,7 +74,9 @@ class LayerSpec:
     bias: bool = False
     groups: int = 1
     strength: float = 1.0
-    """What changes of this layer are multiplied by on top of their own scaling, as the files of such layers mean it."""
+    """What changes of this layer are multiplied by on top of their own scaling, as the files of such layers
+    mean it.
+    """
     matched: Mapping[str, Any] = field(default_factory=dict)
     """The value that each of the config's pattern fields gives this layer, where a key of it matched."""
 
@@ -86,7 +92,9 @@ class LayerSpec:
 
     @property
     def in_features(self) -> int:
-        """Columns of the presented weight: features, input channels (of all groups), or rows of an embedding's table."""
+        """Columns of the presented weight: features, input channels (of all groups), or rows of an
+        embedding's table.
+        """
         return self.shape[2] if self.stacked else self.shape[1] * self.groups
 
 

@@ -1,6 +1,8 @@
-"""Modules whose tensors accelerate keeps elsewhere between calls, in memory or on disk: reading them, and writing them back.
+"""Modules whose tensors accelerate keeps elsewhere between calls, in memory or on disk: reading them, and
+writing them back.
 
-While they are away the module's own parameters are on the device meta, and a hook on the module knows where the values are.
+While they are away the module's own parameters are on the device meta, and a hook on the module knows where
+the values are.
 """
 
 from __future__ import annotations
@@ -49,13 +51,21 @@ def device_of(module: nn.Module, tensor: Tensor) -> torch.device:
 
 @contextmanager
 def onloaded(module: nn.Module, *, write: bool = False) -> Iterator[None]:
-    """The module's own parameters in their place inside the `with`; with `write`, calls see them as they are at its end."""
+    """The module's own parameters in their place inside the `with`; with `write`, calls see them as they are
+    at its end.
+    """
     hook = hook_of(module)
-    away = {} if hook is None else {name: one for name, one in module._parameters.items() if one is not None and one.is_meta}
+    away = (
+        {}
+        if hook is None
+        else {name: one for name, one in module._parameters.items() if one is not None and one.is_meta}
+    )
     for name, one in away.items():
         value = fetched(module, one).detach()
         # A tensor of the hook's own may be that of another module too.
-        module._parameters[name] = nn.Parameter(value.clone() if write else value, requires_grad=one.requires_grad)
+        module._parameters[name] = nn.Parameter(
+            value.clone() if write else value, requires_grad=one.requires_grad
+        )
     try:
         yield
         for name, one in away.items() if write else ():
@@ -69,7 +79,8 @@ def onloaded(module: nn.Module, *, write: bool = False) -> Iterator[None]:
 def put(module: nn.Module, name: str, value: Tensor) -> None:
     """Makes `value` what calls see of a parameter that is away: on disk if it was there, and in memory else.
 
-    Where the disk means the user's own checkpoint, which stays as it is, a folder is made that lasts as long as the model.
+    Where the disk means the user's own checkpoint, which stays as it is, a folder is made that lasts as long
+    as the model.
     """
     hook: Any = hook_of(module)
     place, value = hook.weights_map, value.detach().cpu()
@@ -86,8 +97,8 @@ def put(module: nn.Module, name: str, value: Tensor) -> None:
             place.save_folder = tempfile.mkdtemp(prefix="peftrs-")
             weakref.finalize(place, shutil.rmtree, place.save_folder, ignore_errors=True)
             warnings.warn(
-                f"changed weights are kept in {place.save_folder} as long as the model is there, since it was loaded without an "
-                "`offload_folder`",
+                f"changed weights are kept in {place.save_folder} as long as the model is there, since it was"
+                " loaded without an `offload_folder`",
                 PeftrsWarning,
                 stacklevel=2,
             )
@@ -108,7 +119,9 @@ def copied(module: nn.Module) -> nn.Module:
         if one in away:
             for name, held in one._parameters.items():
                 if held is not None and held.is_meta:
-                    other._parameters[name] = nn.Parameter(fetched(one, held).detach().clone(), requires_grad=held.requires_grad)
+                    other._parameters[name] = nn.Parameter(
+                        fetched(one, held).detach().clone(), requires_grad=held.requires_grad
+                    )
         other.__dict__.pop("_hf_hook", None)
     remove_hook_from_module(twin, recurse=True)
     return twin

@@ -1,7 +1,8 @@
 """Linear layers and embeddings that a tensor-parallel plan of transformers spreads over processes.
 
-Such a layer takes and gives plain tensors, of which each process may hold a slice; inside an adapted layer they are `DTensor`s,
-and so are the adapter's own, so that every formula means what it means in one process. torch adds the communication.
+Such a layer takes and gives plain tensors, of which each process may hold a slice; inside an adapted layer
+they are `DTensor`s, and so are the adapter's own, so that every formula means what it means in one process.
+torch adds the communication.
 """
 
 from __future__ import annotations
@@ -17,13 +18,25 @@ from peftrs.bases.kinds import LayerKind
 from peftrs.bases.sharded import is_distributed
 from peftrs.errors import ConfigError
 
-STYLES = ("colwise", "rowwise", "colwise_gather_output", "colwise_rep", "rowwise_split_input", "rowwise_rep", "embedding_rowwise")
-"""The styles of plans under which adapters work: the layer takes and gives whole or evenly sliced features, and nothing else."""
+STYLES = (
+    "colwise",
+    "rowwise",
+    "colwise_gather_output",
+    "colwise_rep",
+    "rowwise_split_input",
+    "rowwise_rep",
+    "embedding_rowwise",
+)
+"""The styles of plans under which adapters work: the layer takes and gives whole or evenly sliced features,
+and nothing else.
+"""
 
 
 @dataclass(frozen=True)
 class Parallel:
-    """How a layer's input and output lie over the processes of `mesh`; `outside` and `output` are how it takes and gives them."""
+    """How a layer's input and output lie over the processes of `mesh`; `outside` and `output` are how it
+    takes and gives them.
+    """
 
     mesh: Any
     features: tuple[int, int]
@@ -69,7 +82,10 @@ class Parallel:
 
 
 def resolve(model: nn.Module, name: str, module: nn.Module, base: Base) -> Parallel | None:
-    """How a layer lies over processes, or None if each has it whole. Raises `ConfigError` for layouts that adapters do not know."""
+    """How a layer lies over processes, or None if each has it whole.
+
+    Raises `ConfigError` for layouts that adapters do not know.
+    """
     weight = base.parameters(module)[0]
     if not is_distributed(weight) or not any(placement.is_shard() for placement in weight.placements):
         return None
@@ -78,8 +94,8 @@ def resolve(model: nn.Module, name: str, module: nn.Module, base: Base) -> Paral
         return None
     if style not in STYLES or base.kind not in (LayerKind.LINEAR, LayerKind.EMBEDDING):
         raise ConfigError(
-            f"{name}: the tensor-parallel plan gives it the style {style!r}, which adapters do not follow; they follow "
-            f"{', '.join(STYLES)}"
+            f"{name}: the tensor-parallel plan gives it the style {style!r}, which adapters do not follow;"
+            f" they follow {', '.join(STYLES)}"
         )
     from torch.distributed.tensor import Replicate, Shard
     from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
@@ -89,7 +105,9 @@ def resolve(model: nn.Module, name: str, module: nn.Module, base: Base) -> Paral
     by_inputs, whole = "rowwise" in style, Replicate()
     outside, output = getattr(found, "input_layouts", whole), getattr(found, "output_layouts", whole)
     inside = Shard(-1) if by_inputs and base.kind is LayerKind.LINEAR else whole
-    return Parallel(weight.device_mesh, (columns, rows), outside, inside, output, found.use_local_output, by_inputs)
+    return Parallel(
+        weight.device_mesh, (columns, rows), outside, inside, output, found.use_local_output, by_inputs
+    )
 
 
 def _style(model: nn.Module, name: str) -> str | None:

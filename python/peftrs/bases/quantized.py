@@ -1,8 +1,9 @@
 """Linear layers that store their weight quantized: what is common to every library of such layers.
 
-The library's own forward runs beneath an adapter, but in training where it is nothing but the product with the weight: that is then
-taken together with the adapter's, as over any layer. The weight itself, `(out, in)`, is computed where it is needed, one layer at a
-time. Merging never writes into such a layer: it makes a new one, so that taking the old one back is exact.
+The library's own forward runs beneath an adapter, but in training where it is nothing but the product with
+the weight: that is then taken together with the adapter's, as over any layer. The weight itself, `(out, in)`,
+is computed where it is needed, one layer at a time. Merging never writes into such a layer: it makes a new
+one, so that taking the old one back is exact.
 """
 
 from __future__ import annotations
@@ -29,10 +30,14 @@ class Quantized(Base):
     writes = True
     """Whether `requantized` can store a weight in the layer's own format."""
     own: str | None = None
-    """The library's class whose forward is `functional.linear` with the weight of `dense`; None where it computes otherwise."""
+    """The library's class whose forward is `functional.linear` with the weight of `dense`; None where it
+    computes otherwise.
+    """
 
     rounds = False
-    """Whether that forward rounds its input to the dtype that it computes in, and gives the output in the input's."""
+    """Whether that forward rounds its input to the dtype that it computes in, and gives the output in the
+    input's.
+    """
 
     @abstractmethod
     def format(self, module: nn.Module) -> str:
@@ -49,16 +54,22 @@ class Quantized(Base):
             return Affine(self.weight(module), self.parameters(module)[1])
 
     def weight(self, module: nn.Module) -> Tensor:
-        """The weight in the dtype that the library computes in. By default what the layer, without its bias, makes of the identity.
+        """The weight in the dtype that the library computes in. By default what the layer, without its bias,
+        makes of the identity.
 
-        That is exact where the weight alone is quantized: of every sum that the layer takes, one term is not zero.
+        That is exact where the weight alone is quantized: of every sum that the layer takes, one term is not
+        zero.
         """
         unbiased = twin(module, {"bias": None})
         stored, _ = self.parameters(module)
-        return cast(Tensor, unbiased(torch.eye(self.shape(module)[1], dtype=self.dtype(module), device=stored.device))).mT
+        return cast(
+            Tensor, unbiased(torch.eye(self.shape(module)[1], dtype=self.dtype(module), device=stored.device))
+        ).mT
 
     def dtype(self, module: nn.Module) -> torch.dtype:
-        """The dtype that the library computes in: that of the first floating-point tensor that the layer holds."""
+        """The dtype that the library computes in: that of the first floating-point tensor that the layer
+        holds.
+        """
         held = (one for one in (*module.parameters(), *module.buffers()) if one.is_floating_point())
         return next((one.dtype for one in held), torch.float16)
 
@@ -75,7 +86,9 @@ class Quantized(Base):
         own: Any = next((kind for kind in type(module).__mro__ if kind.__name__ == self.own), None)
         if own is None or not self.plain_product(module):
             return f"the weight beneath is {self.format(module)}, whose library has a product of its own"
-        if not module.training:  # not by whether gradients are on: reentrant checkpointing must compute the same without and with
+        if (
+            not module.training
+        ):  # not by whether gradients are on: reentrant checkpointing must compute the same without and with
             return "in eval mode the library's own product runs"
         return called(module, own.forward)
 
@@ -92,7 +105,11 @@ class Quantized(Base):
 
         `reused` allows one that holds only until the next is asked for.
         """
-        if reused and self.parameters(module)[0].device.type == "cpu" and (rows := self.rows(module, dtype)) is not None:
+        if (
+            reused
+            and self.parameters(module)[0].device.type == "cpu"
+            and (rows := self.rows(module, dtype)) is not None
+        ):
             return workspace.filled(rows, self.shape(module), dtype)
         return self.dense(module).weight.to(dtype)
 
@@ -100,11 +117,16 @@ class Quantized(Base):
         """What dequantizes some rows of `multiplied`, or None where the format allows only all."""
         return None
 
-    def op(self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
+    def op(
+        self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]
+    ) -> Any:
         return LINEAR.op(module, x, affine, rest, options)
 
     def requantized(self, module: nn.Module, affine: Affine) -> nn.Module:
-        """A layer of the same settings with another weight and bias, quantized again. Raises `MergeError` if it is read only."""
+        """A layer of the same settings with another weight and bias, quantized again.
+
+        Raises `MergeError` if it is read only.
+        """
         raise MergeError(f"{self.format(module)} weights are not written again here; hint: {IN_A_DTYPE}")
 
     def dropped(self, module: nn.Module) -> None:
@@ -126,13 +148,17 @@ IN_A_DTYPE = "merge_and_unload(dtype=torch.bfloat16) writes the merged weights i
 
 
 class Readable(Quantized):
-    """A format that only its library's calibration writes: it is read here, and merged in a floating-point dtype."""
+    """A format that only its library's calibration writes: it is read here, and merged in a floating-point
+    dtype.
+    """
 
     writes = False
 
 
 def twin(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Module:
-    """The same module, in its settings and hooks, with other tensors for these parameters or buffers; it shares all else."""
+    """The same module, in its settings and hooks, with other tensors for these parameters or buffers; it
+    shares all else.
+    """
     other = module.__new__(type(module))
     other.__dict__.update(module.__dict__)
     for held in ("_parameters", "_buffers", "_modules"):
@@ -149,8 +175,13 @@ def twin(module: nn.Module, parameters: Mapping[str, Tensor | None]) -> nn.Modul
 
 
 def through(base: Quantized, module: nn.Module) -> None:
-    """Gives the layer's input a gradient, `dy·W`, where the library's own forward gives it none. Once a layer."""
-    if not base.differentiable(module) and not any(isinstance(hook, _Through) for hook in module._forward_hooks.values()):
+    """Gives the layer's input a gradient, `dy·W`, where the library's own forward gives it none.
+
+    Once a layer.
+    """
+    if not base.differentiable(module) and not any(
+        isinstance(hook, _Through) for hook in module._forward_hooks.values()
+    ):
         module.register_forward_hook(_Through(base))
 
 

@@ -1,4 +1,7 @@
-"""Which base presents a module. A library's file is imported when a layer of that library is met, and not before."""
+"""Which base presents a module.
+
+A library's file is imported when a layer of that library is met, and not before.
+"""
 
 from __future__ import annotations
 
@@ -48,13 +51,17 @@ def of_library(module: nn.Module) -> Base | None:
 
 
 def _unknown(module: nn.Module, base: Base) -> bool:
-    """Whether a layer is quantized by what no file knows, such as bitsandbytes' embeddings or transformers' own FP8 layers."""
+    """Whether a layer is quantized by what no file knows, such as bitsandbytes' embeddings or transformers'
+    own FP8 layers.
+    """
     scaled = any(name.startswith("weight_scale") for name in (*module._parameters, *module._buffers))
     return scaled or not base.parameters(module)[0].is_floating_point()
 
 
 @cache
 def _files(kind: type, weight: type) -> tuple[str, ...]:
-    """Those of the libraries that a module's classes come from, or its weight's: some quantize the tensor of an `nn.Linear`."""
+    """Those of the libraries that a module's classes come from, or its weight's: some quantize the tensor of
+    an `nn.Linear`.
+    """
     libraries = [one.__module__.partition(".")[0] for one in (*kind.__mro__, *weight.__mro__)]
     return tuple(dict.fromkeys(file for library in libraries for file in FILES.get(library, ())))

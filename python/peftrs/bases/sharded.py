@@ -1,8 +1,9 @@
-"""Tensors of which a process holds a part, or none for now: what they are as a whole, and values put into them.
+"""Tensors of which a process holds a part, or none for now: what they are as a whole, and values put into
+them.
 
-What spreads or puts away a model's parameters: torch's `DTensor` (FSDP2, tensor parallelism), DeepSpeed's ZeRO-3, which leaves an
-empty tensor in each process, and FSDP1, whose parameters are views of one flat shard. What is gathered is gathered by all
-processes together: each of them must ask, in the same order.
+What spreads or puts away a model's parameters: torch's `DTensor` (FSDP2, tensor parallelism), DeepSpeed's
+ZeRO-3, which leaves an empty tensor in each process, and FSDP1, whose parameters are views of one flat shard.
+What is gathered is gathered by all processes together: each of them must ask, in the same order.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def shape(tensor: Tensor) -> tuple[int, ...]:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The values of the whole tensor; itself where nothing is missing, else a copy, which all processes make together."""
+    """The values of the whole tensor; itself where nothing is missing, else a copy, which all processes make
+    together.
+    """
     if is_distributed(tensor):
         return cast(Tensor, tensor.full_tensor())
     if hasattr(tensor, "ds_id"):
@@ -49,17 +52,23 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def alike(tensor: Tensor, others: Sequence[Tensor]) -> Tensor:
-    """The tensor as one to be computed with together with others: spread over the same processes as they are, or whole."""
+    """The tensor as one to be computed with together with others: spread over the same processes as they are,
+    or whole.
+    """
     spread: Any = next((other for other in others if is_distributed(other)), None)
     if spread is None or is_distributed(tensor):
         return tensor if spread is not None else whole(tensor)
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    return distribute_tensor(tensor.detach(), spread.device_mesh, [Replicate()] * spread.device_mesh.ndim, src_data_rank=None)
+    return distribute_tensor(
+        tensor.detach(), spread.device_mesh, [Replicate()] * spread.device_mesh.ndim, src_data_rank=None
+    )
 
 
 def everywhere(tensor: Tensor) -> Tensor:
-    """The tensor with all its values in each process, for what is small and of a shape that lies badly; differentiable."""
+    """The tensor with all its values in each process, for what is small and of a shape that lies badly;
+    differentiable.
+    """
     if not is_distributed(tensor):
         return tensor
     from torch.distributed.tensor import Replicate
@@ -79,7 +88,9 @@ def summed(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(tensors: Iterable[Tensor], *, write: bool = False) -> Iterator[None]:
-    """Brings parameters of ZeRO-3 together inside the `with`; with `write` what the first process puts into them is kept."""
+    """Brings parameters of ZeRO-3 together inside the `with`; with `write` what the first process puts into
+    them is kept.
+    """
     partitioned = [tensor for tensor in tensors if is_partitioned(tensor)]
     if not partitioned:
         yield
@@ -97,13 +108,17 @@ def overwrite(held: Tensor, value: Tensor) -> None:
     elif is_distributed(held):
         from torch.distributed.tensor import distribute_tensor
 
-        value = distribute_tensor(value.to(held.device, held.dtype), held.device_mesh, held.placements, src_data_rank=None)
+        value = distribute_tensor(
+            value.to(held.device, held.dtype), held.device_mesh, held.placements, src_data_rank=None
+        )
     with gathered([held], write=True):
         held.copy_(value)
 
 
 def reshard(model: nn.Module) -> None:
-    """Drops what FSDP2 gathered for a forward and still has: what is written into that would be lost at the next one."""
+    """Drops what FSDP2 gathered for a forward and still has: what is written into that would be lost at the
+    next one.
+    """
     kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     for module in model.modules():
         if isinstance(module, kind):
@@ -111,7 +126,9 @@ def reshard(model: nn.Module) -> None:
 
 
 def sharded_by(model: nn.Module) -> str | None:
-    """What spreads the model's parameters already and would leave new ones out of its averaging of gradients, or None."""
+    """What spreads the model's parameters already and would leave new ones out of its averaging of gradients,
+    or None.
+    """
     sharded: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     flat: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FullyShardedDataParallel", ())
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):

@@ -1,4 +1,6 @@
-"""Transformer Engine: `Linear`, and `LayerNormLinear` and `LayerNormMLP`, which do more than one affine map to their input."""
+"""Transformer Engine: `Linear`, and `LayerNormLinear` and `LayerNormMLP`, which do more than one affine map
+to their input.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from peftrs.errors import MergeError
 
 
 class TransformerEngine(Readable):
-    """The weight is a 16-bit parameter or a quantized tensor; it may be split by rows into several of either."""
+    """The weight is a 16-bit parameter or a quantized tensor; it may be split by rows into several of
+    either.
+    """
 
     def format(self, module: nn.Module) -> str:
         return f"transformer-engine {type(module).__name__} {type(self.parameters(module)[0]).__name__}"
@@ -47,7 +51,9 @@ class Composite(TransformerEngine):
         return width, width
 
     def weight(self, module: nn.Module) -> Tensor:
-        raise MergeError(f"a {type(module).__name__} of Transformer Engine is no affine map: a norm comes first")
+        raise MergeError(
+            f"a {type(module).__name__} of Transformer Engine is no affine map: a norm comes first"
+        )
 
 
 TE, COMPOSITE = TransformerEngine(), Composite()

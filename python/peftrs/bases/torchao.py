@@ -1,4 +1,6 @@
-"""torchao: an `nn.Linear` whose weight is a quantized tensor (int8, int4 and other widths, float8), alone or with its inputs."""
+"""torchao: an `nn.Linear` whose weight is a quantized tensor (int8, int4 and other widths, float8), alone or
+with its inputs.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from peftrs.errors import MergeError
 
 
 class Torchao(Quantized):
-    """The tensor says how it was quantized, so that it can be done again; tensors of a kind that `AGAIN` lacks are read only."""
+    """The tensor says how it was quantized, so that it can be done again; tensors of a kind that `AGAIN`
+    lacks are read only.
+    """
 
     own = "Linear"
 
@@ -39,7 +43,9 @@ class Torchao(Quantized):
             return super().weight(module)
 
     def rows(self, module: nn.Module, dtype: torch.dtype) -> Rows | None:
-        """Of int8 with a scale a row, by the tensor's own formula: slices of it take longer, and there are none in inference."""
+        """Of int8 with a scale a row, by the tensor's own formula: slices of it take longer, and there are
+        none in inference.
+        """
         stored: Any = module.weight
         if type(stored).__name__ != "Int8Tensor" or list(stored.block_size) != [1, stored.shape[1]]:
             return None
@@ -47,19 +53,30 @@ class Torchao(Quantized):
         if zero is None or not zero.any():
             return lambda start, stop, into: torch.mul(codes[start:stop], scales[start:stop], out=into)
         zeros = zero.view(-1, 1).to(dtype)
-        return lambda start, stop, into: torch.mul(codes[start:stop].to(dtype) - zeros[start:stop], scales[start:stop], out=into)
+        return lambda start, stop, into: torch.mul(
+            codes[start:stop].to(dtype) - zeros[start:stop], scales[start:stop], out=into
+        )
 
     def differentiable(self, module: nn.Module) -> bool:
         """Quantized inputs are rounded, through which the library passes no gradient."""
-        return all(getattr(module.weight, name, None) is None for name in ("act_quant_kwargs", "activation_quantization"))
+        return all(
+            getattr(module.weight, name, None) is None
+            for name in ("act_quant_kwargs", "activation_quantization")
+        )
 
     def requantized(self, module: nn.Module, affine: Affine) -> nn.Module:
         stored: Any = module.weight
         again = AGAIN.get(type(stored).__name__)
         if again is None:
-            raise MergeError(f"torchao's {type(stored).__name__} is not written again here; hint: {IN_A_DTYPE}")
-        bias = None if affine.bias is None else affine.bias.detach().to(cast(Tensor, module.bias).dtype).clone()
-        return twin(module, {"weight": again(stored, affine.weight.to(stored.dtype).contiguous()), "bias": bias})
+            raise MergeError(
+                f"torchao's {type(stored).__name__} is not written again here; hint: {IN_A_DTYPE}"
+            )
+        bias = (
+            None if affine.bias is None else affine.bias.detach().to(cast(Tensor, module.bias).dtype).clone()
+        )
+        return twin(
+            module, {"weight": again(stored, affine.weight.to(stored.dtype).contiguous()), "bias": bias}
+        )
 
 
 def _granularity(stored: Any) -> Any:
@@ -79,12 +96,19 @@ def _mapping(zero_point: Tensor | None) -> Any:
 def _int8(stored: Any, weight: Tensor) -> Tensor:
     names = ("act_quant_kwargs", "act_quant_scale", "act_quant_zero_point", "act_pre_scale", "reduce_range")
     options = {name: getattr(stored, name) for name in names}
-    return cast(Tensor, type(stored).from_hp(weight, _granularity(stored), _mapping(stored.zero_point), **options))
+    return cast(
+        Tensor, type(stored).from_hp(weight, _granularity(stored), _mapping(stored.zero_point), **options)
+    )
 
 
 def _narrow(stored: Any, weight: Tensor) -> Tensor:
-    options = {"mapping_type": _mapping(stored.zero_point), "activation_quantization": stored.activation_quantization}
-    return cast(Tensor, type(stored).from_hp(weight, tuple(stored.block_size), stored.target_dtype, **options))
+    options = {
+        "mapping_type": _mapping(stored.zero_point),
+        "activation_quantization": stored.activation_quantization,
+    }
+    return cast(
+        Tensor, type(stored).from_hp(weight, tuple(stored.block_size), stored.target_dtype, **options)
+    )
 
 
 def _float8(stored: Any, weight: Tensor) -> Tensor:
@@ -112,4 +136,8 @@ TORCHAO = Torchao()
 def resolve(module: nn.Module) -> Base | None:
     """The base of an `nn.Linear` whose weight is a tensor of torchao."""
     kinds = type(module._parameters.get("weight")).__mro__
-    return TORCHAO if isinstance(module, nn.Linear) and any(kind.__module__.startswith("torchao.") for kind in kinds) else None
+    return (
+        TORCHAO
+        if isinstance(module, nn.Linear) and any(kind.__module__.startswith("torchao.") for kind in kinds)
+        else None
+    )

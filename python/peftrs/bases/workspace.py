@@ -1,11 +1,13 @@
-"""One reused tensor that the weight of a quantized layer is dequantized into, while a product with it is taken on a CPU.
+"""One reused tensor that the weight of a quantized layer is dequantized into, while a product with it is
+taken on a CPU.
 
-Large tensors are new memory there at every call: what takes more than 32 MB, glibc asks the system for and gives back, and the
-system hands it out page by page, at 3.5 µs each where this was measured. Of a weight of 4096 × 4096, and of each tensor that a
-library makes on the way, that is several times what its numbers take. So rows are dequantized a block at a time, which stays in the
-processor's cache, and put into memory that is kept: of that weight, one thread, nf4 into float32 takes 8 ms for 36, int8 into
-bfloat16 7 for 129, torchao's int8 5 for 136. A thread keeps as much of each dtype as its largest weight took. On GPUs the allocator
-keeps memory anyway, and a captured graph would go on reading a workspace that had to grow.
+Large tensors are new memory there at every call: what takes more than 32 MB, glibc asks the system for and
+gives back, and the system hands it out page by page, at 3.5 µs each where this was measured. Of a weight of
+4096 × 4096, and of each tensor that a library makes on the way, that is several times what its numbers take.
+So rows are dequantized a block at a time, which stays in the processor's cache, and put into memory that is
+kept: of that weight, one thread, nf4 into float32 takes 8 ms for 36, int8 into bfloat16 7 for 129, torchao's
+int8 5 for 136. A thread keeps as much of each dtype as its largest weight took. On GPUs the allocator keeps
+memory anyway, and a captured graph would go on reading a workspace that had to grow.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import torch
 from torch import Tensor
 
 Rows = Callable[[int, int, Tensor], object]
-"""Dequantizes the rows from the first number to before the second into a tensor, each to its bits in the whole weight."""
+"""Dequantizes the rows from the first number to before the second into a tensor, each to its bits in the
+whole weight.
+"""
 
 BLOCK = 2**19
 """Elements dequantized at a time; a weight of no more is not worth a place of its own."""

@@ -1,8 +1,8 @@
 """peftrs under PEFT's names, for libraries that import `peft`: opt-in, and undone as easily.
 
-`install()` puts a finder on `sys.meta_path` that answers for the modules `peft…` and for the distribution's version. It touches
-nothing else, and nothing at all unless called; PEFT itself may be there or not. `python -m peftrs.compat SCRIPT|-m MODULE ...`
-runs a program that knows nothing of it.
+`install()` puts a finder on `sys.meta_path` that answers for the modules `peft…` and for the distribution's
+version. It touches nothing else, and nothing at all unless called; PEFT itself may be there or not. `python
+-m peftrs.compat SCRIPT|-m MODULE ...` runs a program that knows nothing of it.
 """
 
 from __future__ import annotations
@@ -20,17 +20,24 @@ _installed: list[tuple[Finder, bool, bool]] = []
 def install() -> None:
     """Makes `import peft` give peftrs, from now on in this process; a second call does nothing.
 
-    To be called before transformers, diffusers, accelerate or trl are imported, since they ask once whether PEFT is there. Doubtful
-    input (unmatched targets, missing tensors) becomes a warning, as those libraries expect, and "linear" of `add_weighted_adapter`
-    adds up factors as PEFT does. Raises `PeftrsError` if PEFT itself has been imported.
+    To be called before transformers, diffusers, accelerate or trl are imported, since they ask once whether
+    PEFT is there. Doubtful input (unmatched targets, missing tensors) becomes a warning, as those libraries
+    expect, and "linear" of `add_weighted_adapter` adds up factors as PEFT does. Raises `PeftrsError` if PEFT
+    itself has been imported.
     """
     if _installed:
         return
     if "peft" in sys.modules:
-        raise PeftrsError("`peft` is imported already: call peftrs.compat.install() before anything that imports it")
-    late = [name for name in ("transformers.trainer", "diffusers", "accelerate", "trl") if name in sys.modules]
+        raise PeftrsError(
+            "`peft` is imported already: call peftrs.compat.install() before anything that imports it"
+        )
+    late = [
+        name for name in ("transformers.trainer", "diffusers", "accelerate", "trl") if name in sys.modules
+    ]
     if late:
-        warnings.warn(f"{', '.join(late)} imported before install() may not see peftrs: call it first", PeftrsWarning, 2)
+        warnings.warn(
+            f"{', '.join(late)} imported before install() may not see peftrs: call it first", PeftrsWarning, 2
+        )
     finder = Finder()
     sys.meta_path.insert(0, finder)
     _installed.append((finder, is_strict(), mix_linear(True)))

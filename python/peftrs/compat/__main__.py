@@ -1,7 +1,8 @@
-"""`python -m peftrs.compat SCRIPT|-m MODULE|-c CODE ...`: runs a program for which `import peft` gives peftrs.
+"""`python -m peftrs.compat SCRIPT|-m MODULE|-c CODE ...`: runs a program for which `import peft` gives
+peftrs.
 
-The program takes this process over: arguments, `__main__`, exit code and tracebacks are its own, and the Python processes that it
-starts see peftrs too, since they inherit the folder of start-up code.
+The program takes this process over: arguments, `__main__`, exit code and tracebacks are its own, and the
+Python processes that it starts see peftrs too, since they inherit the folder of start-up code.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ def main(arguments: Sequence[str]) -> NoReturn:
         print(USAGE, file=sys.stderr if not arguments else sys.stdout)
         sys.exit(0 if arguments else 2)
     if sys.flags.ignore_environment or sys.flags.no_site:
-        print("python -m peftrs.compat cannot work under -E, -I or -S, which keep start-up code away", file=sys.stderr)  # noqa: T201
+        text = "python -m peftrs.compat cannot work under -E, -I or -S, which keep start-up code away"
+        print(text, file=sys.stderr)  # noqa: T201
         sys.exit(2)
     before = sys.orig_argv[: len(sys.orig_argv) - len(arguments)]
-    # What is left ends as in "-X dev -um peftrs.compat" or "-mpeftrs.compat": the module goes, the options stay.
+    # What is left ends as in "-X dev -um peftrs.compat" or "-mpeftrs.compat": the module goes, the options
+    # stay.
     last = before.pop()
     letters = before.pop() if last == __package__ else last.removesuffix(str(__package__))
     options = before[1:] + ([letters[:-1]] if len(letters) > 2 else [])

@@ -15,7 +15,10 @@ from peftrs.compat.parts import part
 from peftrs.config import FORMAT_VERSION
 
 METADATA = {
-    "METADATA": f"Metadata-Version: 2.1\nName: peft\nVersion: {FORMAT_VERSION}\nSummary: peftrs under the name of PEFT\n",
+    "METADATA": (
+        f"Metadata-Version: 2.1\nName: peft\nVersion: {FORMAT_VERSION}\nSummary: peftrs under the name of"
+        " PEFT\n"
+    ),
     "top_level.txt": "peft\n",
 }
 
@@ -23,7 +26,9 @@ METADATA = {
 class Finder(DistributionFinder):
     """Answers for `peft` and its modules as far as the tables of names go."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
         """The spec of a module of the alias, or None for any other module."""
         if name not in MODULES:
             return None
@@ -37,7 +42,10 @@ class Finder(DistributionFinder):
     def exec_module(self, module: ModuleType) -> None:
         """Nothing to run: the module answers by the tables."""
 
-    def find_distributions(self, context: DistributionFinder.Context = DistributionFinder.Context()) -> Iterable[Distribution]:  # noqa: B008
+    def find_distributions(
+        self,
+        context: DistributionFinder.Context = DistributionFinder.Context(),  # noqa: B008
+    ) -> Iterable[Distribution]:
         """The distribution `peft`, of the version whose files and names are followed."""
         return [AliasDistribution()] if (context.name or "peft").lower() == "peft" else []
 
@@ -60,7 +68,10 @@ class Alias(ModuleType):
 
     def _found(self, name: str) -> Any:
         """What a name means in this module, or None."""
-        if self.__name__ in HOMES and (found := getattr(import_module(HOMES[self.__name__]), name, None)) is not None:
+        if (
+            self.__name__ in HOMES
+            and (found := getattr(import_module(HOMES[self.__name__]), name, None)) is not None
+        ):
             return found
         folder = self.__name__.removeprefix("peft.tuners.").partition(".")[0]
         if folder in METHODS and (found := import_module(LAYERS).layer_class(folder, name)) is not None:
@@ -71,7 +82,11 @@ class Alias(ModuleType):
         if name == "LoraLayer":
             return import_module(LAYERS).layer_class("lora", name)
         # What asks for libraries is imported into many of PEFT's modules.
-        return getattr(import_module(HOMES["peft.import_utils"]), name, None) if name.startswith("is_") else part(name)
+        return (
+            getattr(import_module(HOMES["peft.import_utils"]), name, None)
+            if name.startswith("is_")
+            else part(name)
+        )
 
     def __dir__(self) -> list[str]:
         return sorted(NAMES)
@@ -83,7 +98,9 @@ def under(module: str) -> Callable[[str], Any]:
 
     def find(name: str) -> Any:
         if f"{module}.{name}" in MODULES:
-            raise AttributeError(f"peftrs has no module of its own for `{module}.{name}`; hint: peftrs.compat.install()")
+            raise AttributeError(
+                f"peftrs has no module of its own for `{module}.{name}`; hint: peftrs.compat.install()"
+            )
         return getattr(alias, name)
 
     return find

@@ -1,4 +1,6 @@
-"""`peft.import_utils`: which optional libraries are there, asked by `is_<library>_available` and `is_<library>_ge_v<version>`."""
+"""`peft.import_utils`: which optional libraries are there, asked by `is_<library>_available` and
+`is_<library>_ge_v<version>`.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,11 @@ def __getattr__(name: str) -> Callable[..., bool]:
         return DEVICES[name]
     if asked is None or asked["name"] not in PACKAGES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    package, order, bound = PACKAGES[asked["name"]], asked["order"], _numbers((asked["version"] or "0").replace("_", "."))
+    package, order, bound = (
+        PACKAGES[asked["name"]],
+        asked["order"],
+        _numbers((asked["version"] or "0").replace("_", ".")),
+    )
 
     def answer(*_: object) -> bool:
         if importlib.util.find_spec(package) is None:

@@ -1,4 +1,6 @@
-"""Helpers of PEFT's inner modules that are a line or a few: names and patterns, devices, and what quantized tensors are."""
+"""Helpers of PEFT's inner modules that are a line or a few: names and patterns, devices, and what quantized
+tensors are.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,19 @@ MIN_EXPECTED_CONFIG_KEYS = {"peft_type"}
 
 def str_to_bool(value: str) -> int:
     """1 for yes and its like, 0 for no. Raises `ValueError` for anything else."""
-    answers = {**dict.fromkeys(("y", "yes", "t", "true", "on", "1"), 1), **dict.fromkeys(("n", "no", "f", "false", "off", "0"), 0)}
+    answers = {
+        **dict.fromkeys(("y", "yes", "t", "true", "on", "1"), 1),
+        **dict.fromkeys(("n", "no", "f", "false", "off", "0"), 0),
+    }
     if value.lower() not in answers:
         raise ValueError(f"invalid truth value {value.lower()}")
     return answers[value.lower()]
 
 
 def check_file_exists_on_hf_hub(repo_id: str, filename: str, **kwargs: Any) -> bool | None:
-    """Whether a repository has a file, or None where that cannot be told; with HF_HUB_OFFLINE nobody is asked."""
+    """Whether a repository has a file, or None where that cannot be told; with HF_HUB_OFFLINE nobody is
+    asked.
+    """
     if str_to_bool(os.environ.get("HF_HUB_OFFLINE", "0")):
         return None
     from huggingface_hub import file_exists
@@ -84,7 +91,9 @@ def dequantize_bnb_weight(weight: Any, state: Any = None) -> Tensor:
     if get_bnb_param_type(weight) == "4bit":
         return cast(Tensor, functional.dequantize_4bit(weight.data, weight.quant_state))
     if state is None:
-        raise ValueError("No `state` was passed for bnb 8bit quantized weights: it is the attribute `state` of their layer")
+        raise ValueError(
+            "No `state` was passed for bnb 8bit quantized weights: it is the attribute `state` of their layer"
+        )
     scales = weight.SCB if state.SCB is None else state.SCB
     return cast(Tensor, functional.int8_vectorwise_dequant(weight.data, scales.to(weight.device)))
 
@@ -151,7 +160,8 @@ def find_parameter_name_by_module(model: nn.Module, reference_module: nn.Module)
 
 
 def starcoder_model_postprocess_past_key_value(past_key_values: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Keys and values, (2, batch, heads, tokens, size) a layer, as the first StarCoder models kept them for their one head.
+    """Keys and values, (2, batch, heads, tokens, size) a layer, as the first StarCoder models kept them for
+    their one head.
 
     (batch, tokens, 2 * size), of the first head.
     """
@@ -169,10 +179,18 @@ def check_import_allowlist(allowlist: Sequence[str], parent_name: str) -> bool:
 
 
 def register_peft_method(
-    *, name: str, config_cls: Any, model_cls: Any, prefix: str | None = None, is_mixed_compatible: bool = False
+    *,
+    name: str,
+    config_cls: Any,
+    model_cls: Any,
+    prefix: str | None = None,
+    is_mixed_compatible: bool = False,
 ) -> None:
-    """Refuses, with a `ConfigError`: a method of PEFT's form wraps layers itself, which methods do not here."""
+    """Refuses, with a `ConfigError`: a method of PEFT's form wraps layers itself, which methods do not
+    here.
+    """
     raise ConfigError(
-        f"register_peft_method({name!r}): methods made of PEFT's tuner classes do not run on peftrs; hint: state what the method "
-        "changes in a subclass of `peftrs.core.method.Method`, and put `peftrs.registry.register` before it"
+        f"register_peft_method({name!r}): methods made of PEFT's tuner classes do not run on peftrs; hint:"
+        " state what the method changes in a subclass of `peftrs.core.method.Method`, and put"
+        " `peftrs.registry.register` before it"
     )

@@ -1,4 +1,6 @@
-"""PEFT's layer classes as questions: `isinstance(module, LoraLayer)` asks what adapters a layer holds, not how it was made."""
+"""PEFT's layer classes as questions: `isinstance(module, LoraLayer)` asks what adapters a layer holds, not
+how it was made.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,8 @@ QUANTIZED = ("Linear4bit", "Linear8bitLt")
 """Classes for layers of bitsandbytes, whose names they share."""
 
 LIBRARIES = {
-    "AqlmLoraLinear": "aqlm", "AwqLoraLinear": "awq", "EetqLoraLinear": "eetq", "GPTQLoraLinear": "gptq", "HqqLoraLinear": "hqq",
+    "AqlmLoraLinear": "aqlm", "AwqLoraLinear": "awq", "EetqLoraLinear": "eetq", "GPTQLoraLinear": "gptq",
+    "HqqLoraLinear": "hqq",
     "TeLinear": "te", "TorchaoLoraLinear": "torchao",
 }  # fmt: skip
 """LoRA's classes for layers of other libraries, and the file of the base that presents those."""
@@ -47,7 +50,9 @@ class Virtual(type):
     base: str | None
 
     def __instancecheck__(cls, module: Any) -> bool:
-        if not isinstance(module, AdaptedLayer) or (cls.kind is not None and module.spec.kind is not cls.kind):
+        if not isinstance(module, AdaptedLayer) or (
+            cls.kind is not None and module.spec.kind is not cls.kind
+        ):
             return False
         if cls.base in LIBRARIES:
             if type(module.base).__module__ != f"peftrs.bases.{LIBRARIES[cls.base]}":
@@ -105,4 +110,6 @@ def layer_class(folder: str, name: str) -> type | None:
 
 
 def _refuse(cls: type, *arguments: Any, **options: Any) -> Any:
-    raise TypeError(f"{cls.__name__} only tells layers apart; hint: adapters come into a model by `get_peft_model`")
+    raise TypeError(
+        f"{cls.__name__} only tells layers apart; hint: adapters come into a model by `get_peft_model`"
+    )

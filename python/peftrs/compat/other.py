@@ -33,7 +33,9 @@ DUMMY_MODEL_CONFIG = {"model_type": "custom"}
 
 
 class BufferDict(nn.Module, MutableMapping[str, Tensor]):
-    """Tensors by name that go where their module goes and are not trained; `persistent` says whether `state_dict` has them."""
+    """Tensors by name that go where their module goes and are not trained; `persistent` says whether
+    `state_dict` has them.
+    """
 
     def __init__(self, buffers: MutableMapping[str, Tensor] | None = None, persistent: bool = False) -> None:
         super().__init__()
@@ -76,7 +78,10 @@ def check_target_module_exists(config: TargetedConfig, key: str) -> bool:
 
 
 def dequantize_module_weight(module: nn.Module) -> Tensor:
-    """A layer's weight, `(out, in)`, computed from what a quantized one stores. Raises `ConfigError` for what is no layer."""
+    """A layer's weight, `(out, in)`, computed from what a quantized one stores.
+
+    Raises `ConfigError` for what is no layer.
+    """
     base = resolve(module)
     if base is None:
         raise ConfigError(f"a {type(module).__name__} has no weight that peftrs knows")
@@ -94,7 +99,9 @@ def init_empty_weights(include_buffers: bool | None = None) -> AbstractContextMa
 
 
 def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.Module | None = None) -> Any:
-    """A context in which parameters that DeepSpeed ZeRO-3 keeps in shards are whole; without it, one that does nothing."""
+    """A context in which parameters that DeepSpeed ZeRO-3 keeps in shards are whole; without it, one that
+    does nothing.
+    """
     first = param if isinstance(param, Tensor) else next(iter(param), None)
     if not hasattr(first, "ds_id"):
         return nullcontext()
@@ -104,7 +111,8 @@ def gather_params_ctx(param: Any, modifier_rank: int | None = 0, fwd_module: nn.
 
 
 def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
-    """Two numbers whose product is `dimension`: `factor` and the rest if that goes, else the two nearest to each other.
+    """Two numbers whose product is `dimension`: `factor` and the rest if that goes, else the two nearest to
+    each other.
 
     The lesser comes first, and is at most `factor` where that is given.
     """
@@ -116,10 +124,12 @@ def factorization(dimension: int, factor: int = -1) -> tuple[int, int]:
 
 
 def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
-    """Which modules of a model are units of FSDP: its blocks, by `_no_split_modules` or FSDP_TRANSFORMER_CLS_TO_WRAP.
+    """Which modules of a model are units of FSDP: its blocks, by `_no_split_modules` or
+    FSDP_TRANSFORMER_CLS_TO_WRAP.
 
-    Adapters belong to the unit of their block, whose frozen and trained parameters lie together: FSDP needs `use_orig_params=True`,
-    accelerate's default. Raises `ConfigError` where that variable names a class that the model has no module of.
+    Adapters belong to the unit of their block, whose frozen and trained parameters lie together: FSDP needs
+    `use_orig_params=True`, accelerate's default. Raises `ConfigError` where that variable names a class that
+    the model has no module of.
     """
     from torch.distributed.fsdp.wrap import transformer_auto_wrap_policy
 
@@ -128,7 +138,10 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
     if stated:
         names = [name for name in stated.split(",") if name]
         if lost := [name for name in names if name not in classes]:
-            raise ConfigError(f"FSDP_TRANSFORMER_CLS_TO_WRAP={stated!r}: the model has no module of the class {listed(lost)}")
+            raise ConfigError(
+                f"FSDP_TRANSFORMER_CLS_TO_WRAP={stated!r}: the model has no module of the class"
+                f" {listed(lost)}"
+            )
     else:
         names = [name for name in getattr(model, "_no_split_modules", None) or () if name in classes]
     return partial(transformer_auto_wrap_policy, transformer_layer_cls={classes[name] for name in names})
@@ -136,7 +149,9 @@ def fsdp_auto_wrap_policy(model: nn.Module) -> Callable[..., bool]:
 
 @contextmanager
 def disable_input_dtype_casting(model: nn.Module, active: bool = True) -> Iterator[None]:
-    """`peft.helpers.disable_input_dtype_casting`: adapters cast their inputs as they must, so there is nothing to turn off."""
+    """`peft.helpers.disable_input_dtype_casting`: adapters cast their inputs as they must, so there is
+    nothing to turn off.
+    """
     yield
 
 

@@ -1,1 +1,3 @@
-"""The machinery that every method shares: the contract, the adapted layer and its fold, injection, merging, management."""
+"""The machinery that every method shares: the contract, the adapted layer and its fold, injection, merging,
+management.
+"""

@@ -17,7 +17,10 @@ Table = dict[str, nn.Parameter | None]
 
 
 class Stores:
-    """Where parameters are: each one's table, and its name in it. Two lists, which take least time to go through."""
+    """Where parameters are: each one's table, and its name in it.
+
+    Two lists, which take least time to go through.
+    """
 
     __slots__ = ("names", "tables")
 
@@ -38,9 +41,11 @@ class Stores:
 
 
 class Activation:
-    """The active adapters, in order, and whether they act. A model's wrapped modules share one: switching is one write.
+    """The active adapters, in order, and whether they act. A model's wrapped modules share one: switching is
+    one write.
 
-    A copy has none of the modules: those that are copied with it join it themselves, and others stay where they are.
+    A copy has none of the modules: those that are copied with it join it themselves, and others stay where
+    they are.
     """
 
     __slots__ = ("active", "complete", "enabled", "joined", "merged", "overridden", "rows", "stores", "whole")
@@ -58,7 +63,9 @@ class Activation:
         self.rows: Rows | None = None
         """The adapters of the rows of the call that is running, where every row has its own."""
         self.stores: dict[str, Stores] = {}
-        """Where the tensors of each adapter are in all modules together, so far as it was asked for since the adapter changed."""
+        """Where the tensors of each adapter are in all modules together, so far as it was asked for since the
+        adapter changed.
+        """
         self.complete = False
         """Whether that is so for all adapters."""
 
@@ -121,7 +128,9 @@ class Activation:
 
 
 class Switched:
-    """A wrapped module whose adapters can be switched: with its model, or alone, as transformers and diffusers do."""
+    """A wrapped module whose adapters can be switched: with its model, or alone, as transformers and
+    diffusers do.
+    """
 
     activation: Activation
     override: Activation | None = None
@@ -188,7 +197,10 @@ class Switched:
         return None
 
     def before_switch(self, state: Activation) -> None:
-        """Called when this module alone is about to change its active adapters. Raises `AdapterError` for a conflict."""
+        """Called when this module alone is about to change its active adapters.
+
+        Raises `AdapterError` for a conflict.
+        """
         if fault := self.conflict(state.active):
             raise AdapterError(fault)
 
@@ -209,7 +221,9 @@ class Switched:
         self.require_grad(names, requires_grad=requires_grad)
 
     def forget(self, adapter: str) -> None:
-        """Drops a deleted adapter from this module's own state; the first one left takes its place if none is."""
+        """Drops a deleted adapter from this module's own state; the first one left takes its place if none
+        is.
+        """
         if self.override is not None:
             active = tuple(name for name in self.override.active if name != adapter)
             self.override.active = active or self.adapter_names()[:1]

@@ -1,8 +1,8 @@
 """Mixed batches: another adapter, or none, for every row of one call of a model.
 
-A layer runs the rows of each adapter as that adapter alone would, whatever its method. Where all change a linear layer by factors
-of low rank, the frozen layer runs once for the whole batch and two batched products make all the changes, however many adapters
-there are.
+A layer runs the rows of each adapter as that adapter alone would, whatever its method. Where all change a
+linear layer by factors of low rank, the frozen layer runs once for the whole batch and two batched products
+make all the changes, however many adapters there are.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ NONE = "__base__"
 
 
 class Rows:
-    """The adapters of a batch's rows. What is given to a layer may hold each row several times in a row: as beams, or as tokens."""
+    """The adapters of a batch's rows.
+
+    What is given to a layer may hold each row several times in a row: as beams, or as tokens.
+    """
 
     def __init__(self, names: Sequence[str]) -> None:
         self.names = tuple(names)
@@ -37,11 +40,16 @@ class Rows:
         """How many times `x` holds each row. Raises `AdapterError` if it is not a whole number."""
         times, rest = divmod(len(x), len(self.names))
         if rest or not times:
-            raise AdapterError(f"{where}: its input has {len(x)} rows, which are not those of {len(self.names)} `adapter_names`")
+            raise AdapterError(
+                f"{where}: its input has {len(x)} rows, which are not those of {len(self.names)}"
+                " `adapter_names`"
+            )
         return times
 
     def groups(self, x: Tensor, held: Container[str], where: str) -> tuple[dict[str, Tensor], Tensor]:
-        """The rows of `x` by the adapter that changes them among those held, and where each row is once the groups are joined."""
+        """The rows of `x` by the adapter that changes them among those held, and where each row is once the
+        groups are joined.
+        """
         kept = tuple(name if name in held else NONE for name in self.names)
         key = (kept, len(x), x.device)
         if key not in self.known:
@@ -54,7 +62,9 @@ class Rows:
         return self.known[key]
 
 
-def each(rows: Rows, held: Container[str], x: Tensor, run: Callable[[str, Tensor], Any], where: str) -> Tensor:
+def each(
+    rows: Rows, held: Container[str], x: Tensor, run: Callable[[str, Tensor], Any], where: str
+) -> Tensor:
     """The output of a module that runs the rows of each adapter by themselves."""
     groups, back = rows.groups(x, held, where)
     if len(groups) == 1:
@@ -62,12 +72,17 @@ def each(rows: Rows, held: Container[str], x: Tensor, run: Callable[[str, Tensor
         return cast(Tensor, run(name, x))
     outputs = [run(name, x.index_select(0, its)) for name, its in groups.items()]
     if not all(isinstance(output, Tensor) for output in outputs):
-        raise AdapterError(f"{where}: gives more than one tensor, so that its rows cannot have adapters of their own")
+        raise AdapterError(
+            f"{where}: gives more than one tensor, so that its rows cannot have adapters of their own"
+        )
     return torch.cat(outputs).index_select(0, back)
 
 
 def run(layer: AdaptedLayer, rows: Rows, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """The output of an adapted layer in a mixed batch. Raises `AdapterError` where inputs have no rows of their own."""
+    """The output of an adapted layer in a mixed batch.
+
+    Raises `AdapterError` where inputs have no rows of their own.
+    """
     adapters = {name: layer.adapters[name] for name in rows.names if name in layer.adapters}
     if not adapters:
         return layer.base_layer(*inputs, **options)
@@ -75,10 +90,19 @@ def run(layer: AdaptedLayer, rows: Rows, inputs: tuple[Any, ...], options: dict[
         inputs = (options.pop(layer.base.first),)
     x, *rest = inputs
     if any(isinstance(value, Tensor) for value in (*rest, *options.values())):
-        raise AdapterError(f"{layer.spec.name}: is given more than one tensor, so that rows cannot have adapters of their own")
+        raise AdapterError(
+            f"{layer.spec.name}: is given more than one tensor, so that rows cannot have adapters of"
+            " their own"
+        )
     if (len(adapters) > 1 or NONE in rows.names) and all(map(_is_low_rank, adapters.values())):
         return _at_once(layer, rows, adapters, x, tuple(rest), options)
-    return each(rows, adapters, x, lambda name, its: layer.through((name,), its, tuple(rest), options), layer.spec.name)
+    return each(
+        rows,
+        adapters,
+        x,
+        lambda name, its: layer.through((name,), its, tuple(rest), options),
+        layer.spec.name,
+    )
 
 
 def _is_low_rank(adapter: FittedAdapter) -> bool:
@@ -101,11 +125,19 @@ def _at_once(
     rest: tuple[Any, ...],
     options: dict[str, Any],
 ) -> Tensor:
-    """The frozen layer's output and, for every row, the change by its adapter; none is nothing times nothing."""
+    """The frozen layer's output and, for every row, the change by its adapter; none is nothing times
+    nothing.
+    """
     rows.times(x, layer.spec.name)
-    factors = {name: cast("tuple[Tensor, Tensor]", cast(Additive, one.method).factors(one)) for name, one in adapters.items()}
+    factors = {
+        name: cast("tuple[Tensor, Tensor]", cast(Additive, one.method).factors(one))
+        for name, one in adapters.items()
+    }
     rank = max(up.shape[1] for up, _ in factors.values())
-    scaled = {name: (_wide(up, rank, 1), _wide(down, rank, 0), adapters[name].scaling) for name, (up, down) in factors.items()}
+    scaled = {
+        name: (_wide(up, rank, 1), _wide(down, rank, 0), adapters[name].scaling)
+        for name, (up, down) in factors.items()
+    }
     up, down, _ = next(iter(scaled.values()))
     scaled[NONE] = torch.zeros_like(up), torch.zeros_like(down), 0.0
     ups, downs, strengths = zip(*(scaled.get(name, scaled[NONE]) for name in rows.names), strict=True)

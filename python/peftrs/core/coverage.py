@@ -7,7 +7,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 MANY = 8
-"""From how many layers on a list of which half at most are adapted is worth a warning: shorter ones are often of unlike parts."""
+"""From how many layers on a list of which half at most are adapted is worth a warning: shorter ones are often
+of unlike parts.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,9 @@ class Coverage:
 
 
 def coverage(modules: Iterable[str], targets: Iterable[str]) -> list[Coverage]:
-    """The outermost lists of layers that any target lies in, by the names of all modules and of the targets."""
+    """The outermost lists of layers that any target lies in, by the names of all modules and of the
+    targets.
+    """
     lists: dict[str, dict[int, int]] = {}
     for name in modules:
         owner, _, last = name.rpartition(".")
@@ -42,7 +46,9 @@ def coverage(modules: Iterable[str], targets: Iterable[str]) -> list[Coverage]:
     for (owner, number), count in counts.items():
         if number in lists.get(owner, {}):
             lists[owner][number] = count
-    return [Coverage(name, dict(sorted(layers.items()))) for name, layers in lists.items() if any(layers.values())]
+    return [
+        Coverage(name, dict(sorted(layers.items()))) for name, layers in lists.items() if any(layers.values())
+    ]
 
 
 def _layer(name: str) -> tuple[str, int] | None:

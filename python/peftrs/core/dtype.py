@@ -6,13 +6,18 @@ import torch
 from torch import Tensor
 
 NARROW = frozenset(
-    kind for kind in vars(torch).values() if isinstance(kind, torch.dtype) and kind.is_floating_point and kind.itemsize < 4
+    kind
+    for kind in vars(torch).values()
+    if isinstance(kind, torch.dtype) and kind.is_floating_point and kind.itemsize < 4
 )
-"""Floating-point dtypes too coarse to train in: adapters over such weights are kept in float32 unless told otherwise."""
+"""Floating-point dtypes too coarse to train in: adapters over such weights are kept in float32 unless told
+otherwise.
+"""
 
 
 def adapter_dtype(weight: Tensor, autocast_adapter_dtype: bool) -> torch.dtype:
-    """The dtype of adapters over a weight: its own, or float32 where that is narrower and `autocast_adapter_dtype` is set.
+    """The dtype of adapters over a weight: its own, or float32 where that is narrower and
+    `autocast_adapter_dtype` is set.
 
     Weights that are not floating point (quantized ones) get float32.
     """

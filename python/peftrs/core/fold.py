@@ -1,7 +1,7 @@
 """The fold that both forward and merging are: adapters over a frozen layer, the innermost first.
 
-Active adapters `[a, b]`: of two that act on the input, `a` meets it first, being the outermost; of two that act on the output,
-`a` acts first, being the innermost.
+Active adapters `[a, b]`: of two that act on the input, `a` meets it first, being the outermost; of two that
+act on the output, `a` acts first, being the innermost.
 """
 
 from __future__ import annotations
@@ -28,7 +28,9 @@ class Beneath:
 
     __slots__ = ("chain", "layer", "options", "rest")
 
-    def __init__(self, layer: AdaptedLayer, chain: Chain, rest: tuple[Any, ...], options: dict[str, Any]) -> None:
+    def __init__(
+        self, layer: AdaptedLayer, chain: Chain, rest: tuple[Any, ...], options: dict[str, Any]
+    ) -> None:
         self.layer = layer
         self.chain = chain
         self.rest = rest
@@ -56,14 +58,18 @@ class Beneath:
             joined = outermost.method.together(self.chain, x, bare)
             if joined is not None:
                 return joined
-        return outermost.method.forward(outermost, x, Beneath(self.layer, self.chain[:-1], self.rest, self.options))
+        return outermost.method.forward(
+            outermost, x, Beneath(self.layer, self.chain[:-1], self.rest, self.options)
+        )
 
     def dense(self) -> Affine:
         affine = self.layer.dense()
         return fold(self.chain, affine) if self.chain else affine
 
     def weight(self, dtype: torch.dtype) -> tuple[Tensor | Unstored, Tensor | None]:
-        if self.chain or not self.layer.base.quantized:  # a flag: abstract classes take long to tell instances
+        if (
+            self.chain or not self.layer.base.quantized
+        ):  # a flag: abstract classes take long to tell instances
             return self.dense()
         base = cast(Quantized, self.layer.base)
         module = self.layer.base_layer
@@ -88,7 +94,11 @@ class Beneath:
 
     def takes(self, chain: Chain) -> bool:
         """Whether several adapters are to run as one operation with what is here."""
-        if len(chain) < 2 or self.layer.parallel is not None or any(one.method is not chain[0].method for one in chain):
+        if (
+            len(chain) < 2
+            or self.layer.parallel is not None
+            or any(one.method is not chain[0].method for one in chain)
+        ):
             return False
         return chain[0].method.apart(chain, self) is None
 

@@ -32,11 +32,22 @@ log = logging.getLogger("peftrs")
 
 
 def check_name(state: Activation, adapter: str) -> None:
-    """Raises `AdapterError` for a name that is taken, or that could not be a part of parameter names and folders."""
-    if not adapter or adapter != adapter.strip() or any(mark in adapter for mark in "./\\\0") or adapter == "__base__":
-        raise AdapterError(f"adapter name {adapter!r} must be one path component without dots or surrounding spaces")
+    """Raises `AdapterError` for a name that is taken, or that could not be a part of parameter names and
+    folders.
+    """
+    if (
+        not adapter
+        or adapter != adapter.strip()
+        or any(mark in adapter for mark in "./\\\0")
+        or adapter == "__base__"
+    ):
+        raise AdapterError(
+            f"adapter name {adapter!r} must be one path component without dots or surrounding spaces"
+        )
     if hasattr(nn.ModuleDict(), adapter) or hasattr(nn.ParameterDict(), adapter):
-        raise AdapterError(f"adapter name {adapter!r} is the name of a method of torch's containers; choose another")
+        raise AdapterError(
+            f"adapter name {adapter!r} is the name of a method of torch's containers; choose another"
+        )
     if adapter in state.adapters():
         raise AdapterError(f"Adapter with name {adapter!r} already exists.")
 
@@ -63,12 +74,13 @@ def inject(
     fill: bool = True,
     autocast_adapter_dtype: bool = True,
 ) -> None:
-    """Puts the adapter into the model as planned, with its prompt if it has one. `state` is what the model's adapters share.
+    """Puts the adapter into the model as planned, with its prompt if it has one. `state` is what the model's
+    adapters share.
 
     Its tensors get first values, or with `fill=False` none (device meta).
 
-    The first adapter of a model becomes the active one, and all parameters that are not its own are frozen, but for biases that
-    the config trains. What others train stays as it is.
+    The first adapter of a model becomes the active one, and all parameters that are not its own are frozen,
+    but for biases that the config trains. What others train stays as it is.
     """
     check_name(state, adapter)
     first = not state.adapters()
@@ -83,10 +95,16 @@ def inject(
             base.prepare(module)
     with torch.no_grad():
         for target in plan.targets:
-            fitted[target.spec.name] = _fit(_wrap(target, state), target, config, adapter, fitted, fill, autocast_adapter_dtype)
+            fitted[target.spec.name] = _fit(
+                _wrap(target, state), target, config, adapter, fitted, fill, autocast_adapter_dtype
+            )
     copies: dict[str, nn.Module] = {}
     for place, tied in plan.saved:
-        replaced = place.module if isinstance(place.module, ReplacedModule) else ReplacedModule(place.module, state, place.name)
+        replaced = (
+            place.module
+            if isinstance(place.module, ReplacedModule)
+            else ReplacedModule(place.module, state, place.name)
+        )
         if replaced is not place.module:
             place.put(replaced)
         copies[place.name] = replaced.add(adapter, copies.get(tied) if tied else None)
@@ -118,11 +136,12 @@ def _wrap(target: Target, state: Activation) -> AdaptedLayer:
 
 
 def _site(target: Target) -> tuple[list[AdaptedLayer], nn.Module]:
-    """The wrappers above that of a target, outermost first, and what is beneath them: the target's own, or what it goes around.
+    """The wrappers above that of a target, outermost first, and what is beneath them: the target's own, or
+    what it goes around.
 
-    Innermost is the wrapper of the module as a whole, which so sees its weights as the others change them. Those of its parameters
-    follow in the order in which the module has these, as PEFT nests them for one adapter. So names in memory follow from what is
-    wrapped, not from what came first.
+    Innermost is the wrapper of the module as a whole, which so sees its weights as the others change them.
+    Those of its parameters follow in the order in which the module has these, as PEFT nests them for one
+    adapter. So names in memory follow from what is wrapped, not from what came first.
     """
     # Another target may have wrapped the place since it was found.
     current = cast(nn.Module, target.place.parent._modules[target.place.attribute])
@@ -153,8 +172,9 @@ def _check_order(plan: Plan) -> None:
         names, layers = zip(*beneath, strict=True)
         merged = {name: None for layer in layers for name in layer.merged_adapters}
         raise AdapterError(
-            f"{listed(list(dict.fromkeys(names)), 4)}: cannot be adapted while {listed(list(merged))} is merged into "
-            "parameters that stand after it in its module; hint: unmerge_adapter(), and merge again afterwards"
+            f"{listed(list(dict.fromkeys(names)), 4)}: cannot be adapted while {listed(list(merged))} is"
+            " merged into parameters that stand after it in its module; hint: unmerge_adapter(), and merge"
+            " again afterwards"
         )
 
 
@@ -207,16 +227,21 @@ def _check_rebasing(plan: Plan, config: TargetedConfig, fill: bool) -> None:
     targets = [target for target in plan.targets if target.method.rebases(config)]
     held = [target.spec.name for target in targets if isinstance(target.place.module, AdaptedLayer)]
     if held:
-        raise ConfigError(f"{listed(held)}: other adapters are for the weights that {config.peft_type} would change here")
+        raise ConfigError(
+            f"{listed(held)}: other adapters are for the weights that {config.peft_type} would change here"
+        )
     if fill and (coarse := [target.spec.name for target in targets if target.base.quantized]):
         raise ConfigError(
-            f"{listed(coarse)}: LoftQ starts from weights that are not quantized yet; hint: init_lora_weights=True, then "
-            "replace_lora_weights_loftq(model, path of the unquantized checkpoint)"
+            f"{listed(coarse)}: LoftQ starts from weights that are not quantized yet; hint:"
+            " init_lora_weights=True, then replace_lora_weights_loftq(model, path of the unquantized"
+            " checkpoint)"
         )
 
 
 def nearer(device: torch.device, config: TargetedConfig) -> torch.device:
-    """Where to compute the first values of adapters that belong on `device`: on an accelerator where the config asks for that."""
+    """Where to compute the first values of adapters that belong on `device`: on an accelerator where the
+    config asks for that.
+    """
     runtime = getattr(config, "runtime_config", None)
     if not getattr(runtime, "ephemeral_gpu_offload", False) or device.type != "cpu":
         return device
@@ -224,9 +249,13 @@ def nearer(device: torch.device, config: TargetedConfig) -> torch.device:
 
 
 def base_parameters(model: nn.Module, found: Iterable[Place]) -> list[nn.Parameter]:
-    """The parameters of a model without its adapters', each once; `found` are all its modules but the root."""
+    """The parameters of a model without its adapters', each once; `found` are all its modules but the
+    root.
+    """
     modules = [model, *(original(place.module) for place in found)]
-    held = [parameter for module in modules for parameter in module._parameters.values() if parameter is not None]
+    held = [
+        parameter for module in modules for parameter in module._parameters.values() if parameter is not None
+    ]
     return list({id(parameter): parameter for parameter in held}.values())
 
 
@@ -243,7 +272,11 @@ def biases(model: nn.Module, config: TargetedConfig) -> list[tuple[str, nn.Param
     mode = getattr(config, "bias", "none")
     if mode == "all":
         own = own_parameters(model)
-        return [(name, one) for name, one in model.named_parameters() if name.rpartition(".")[2] == "bias" and id(one) not in own]
+        return [
+            (name, one)
+            for name, one in model.named_parameters()
+            if name.rpartition(".")[2] == "bias" and id(one) not in own
+        ]
     found = []
     if mode.endswith("_only"):
         for name, wrapper in wrappers(model):
@@ -263,7 +296,9 @@ def _keep_calling(model: nn.Module, found: list[Place]) -> None:
             for module in parent.modules():
                 if isinstance(module, AdaptedLayer) and _nothing not in module._forward_pre_hooks.values():
                     module.register_forward_pre_hook(_nothing)
-        elif isinstance(parent, nn.TransformerEncoder) and any(isinstance(module, AdaptedLayer) for module in parent.modules()):
+        elif isinstance(parent, nn.TransformerEncoder) and any(
+            isinstance(module, AdaptedLayer) for module in parent.modules()
+        ):
             # Nested tensors are made for the fused path alone.
             parent.use_nested_tensor = False
 

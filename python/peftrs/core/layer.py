@@ -39,7 +39,9 @@ class AdaptedLayer(Switched, nn.Module):
     parallel: Parallel | None = None
     """How the layer lies over processes, where a plan of tensor parallelism spreads it."""
     read_by_owner = False
-    """Whether the module above reads `weight` and `bias` instead of calling the layer: it then gets the changed ones."""
+    """Whether the module above reads `weight` and `bias` instead of calling the layer: it then gets the
+    changed ones.
+    """
 
     def __init__(self, base_layer: nn.Module, base: Base, activation: Activation, spec: LayerSpec) -> None:
         empty(self)
@@ -92,7 +94,12 @@ class AdaptedLayer(Switched, nn.Module):
             held = self.__dict__  # as attributes, torch would look for them elsewhere first
             activation = held["activation"]
             state = held.get("override") or activation
-            if state.enabled and len(state.active) == 1 and activation.rows is None and held.get("ledger") is None:
+            if (
+                state.enabled
+                and len(state.active) == 1
+                and activation.rows is None
+                and held.get("ledger") is None
+            ):
                 only = held["adapters"].get(state.active[0])
                 if only is not None and (y := only.shortcut(inputs[0])) is not None:
                     return y
@@ -108,19 +115,26 @@ class AdaptedLayer(Switched, nn.Module):
             inputs = (options.pop(self.base.first),)
         if self.parallel is None and len(chain) == 1:
             outermost = chain[-1]
-            return outermost.method.forward(outermost, inputs[0], Beneath(self, chain[:-1], inputs[1:], options))
+            return outermost.method.forward(
+                outermost, inputs[0], Beneath(self, chain[:-1], inputs[1:], options)
+            )
         return self.through_processes(Beneath(self, chain, inputs[1:], options), inputs[0])
 
     def through_processes(self, beneath: Beneath, x: Tensor) -> Tensor:
         """The output for `x`, taken and given as the layer lies over processes, where it does."""
         return beneath(x) if self.parallel is None else self.parallel.leave(beneath(self.parallel.enter(x)))
 
-    def through(self, names: Sequence[str], x: Tensor, rest: tuple[Any, ...], options: dict[str, Any]) -> Tensor:
+    def through(
+        self, names: Sequence[str], x: Tensor, rest: tuple[Any, ...], options: dict[str, Any]
+    ) -> Tensor:
         """The output for `x` with the adapters of these names alone, whatever is active."""
         return self.through_processes(Beneath(self, self.chain(names), rest, options), x)
 
     def acting(self) -> Chain:
-        """The adapters to run beside the weights now. Adapters that are merged are unmerged where none is to act."""
+        """The adapters to run beside the weights now.
+
+        Adapters that are merged are unmerged where none is to act.
+        """
         state = self.override or self.activation
         if self.ledger is not None:
             if not state.enabled:
@@ -156,11 +170,15 @@ class AdaptedLayer(Switched, nn.Module):
 
     @property
     def weight_stored(self) -> nn.Parameter:
-        """The weight as it is stored: of device meta while it is kept elsewhere, a part where it lies over processes."""
+        """The weight as it is stored: of device meta while it is kept elsewhere, a part where it lies over
+        processes.
+        """
         return self.base.parameters(self.base_layer)[0]
 
     def dense(self) -> Affine:
-        """The frozen layer as an affine map, to be read: whole, or as a whole that lies over processes as the layer does."""
+        """The frozen layer as an affine map, to be read: whole, or as a whole that lies over processes as the
+        layer does.
+        """
         affine = self.base.dense(self._modules["base_layer"])  # type: ignore[arg-type]
         if self.parallel is not None or not in_parts(affine.weight):
             return affine
@@ -168,7 +186,9 @@ class AdaptedLayer(Switched, nn.Module):
 
     @contextmanager
     def at_hand(self, *, write: bool = False) -> Iterator[None]:
-        """Brings in weights that are kept elsewhere inside the `with`; with `write` what is put into them is kept."""
+        """Brings in weights that are kept elsewhere inside the `with`; with `write` what is put into them is
+        kept.
+        """
         with onloaded(self.base_layer, write=write), gathered(self.parameters(), write=write):
             yield
 
@@ -184,21 +204,30 @@ class AdaptedLayer(Switched, nn.Module):
     def conflict(self, names: Sequence[str]) -> str | None:
         chain = self.chain(names)
         methods = {adapter.method.name: adapter.method for adapter in chain}
-        faults = [method.conflict([adapter for adapter in chain if adapter.method is method]) for method in methods.values()]
+        faults = [
+            method.conflict([adapter for adapter in chain if adapter.method is method])
+            for method in methods.values()
+        ]
         return next((f"{self.spec.name}: {fault}" for fault in faults if fault), None)
 
     def before_switch(self, state: Activation) -> None:
         super().before_switch(state)
         here = tuple(name for name in state.active if name in self.adapters)
         if self.ledger is not None and self.ledger.names != here:
-            warnings.warn(f"{self.spec.name}: {self.merged_adapters} were merged and are unmerged now", PeftrsWarning, 4)
+            warnings.warn(
+                f"{self.spec.name}: {self.merged_adapters} were merged and are unmerged now", PeftrsWarning, 4
+            )
             self.unmerge()
 
     def adapter_names(self) -> tuple[str, ...]:
         return tuple(self.adapters)
 
     def tensors(self, adapter: str) -> list[nn.Parameter]:
-        return [parameter for _, parameter in self.adapters[adapter].parameters()] if adapter in self.adapters else []
+        return (
+            [parameter for _, parameter in self.adapters[adapter].parameters()]
+            if adapter in self.adapters
+            else []
+        )
 
     def store(self, adapter: str, stores: Stores) -> None:
         fitted = self.adapters.get(adapter)
@@ -219,7 +248,9 @@ class AdaptedLayer(Switched, nn.Module):
         if adapter_name not in self.adapters:
             return
         if adapter_name in self.merged_adapters:
-            raise AdapterError(f"{self.spec.name}: adapter {adapter_name!r} is merged; unmerge it before deleting it")
+            raise AdapterError(
+                f"{self.spec.name}: adapter {adapter_name!r} is merged; unmerge it before deleting it"
+            )
         self.adapters[adapter_name].remove()
         del self.adapters[adapter_name]
         self.forget(adapter_name)
@@ -237,7 +268,8 @@ class AdaptedLayer(Switched, nn.Module):
         return [] if self.ledger is None else list(self.ledger.names)
 
     def merge(self, safe_merge: bool = False, adapter_names: Sequence[str] | None = None) -> None:
-        """Merges adapters (the active ones unless named) into the weights, rounding once. See `peftrs.core.merge`.
+        """Merges adapters (the active ones unless named) into the weights, rounding once. See
+        `peftrs.core.merge`.
 
         Weights that would not be finite are refused whatever `safe_merge` says. Raises `MergeError`.
         """
@@ -287,7 +319,9 @@ class AdaptedLayer(Switched, nn.Module):
             adapter.rescale(adapter.scaling * scale)
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divides the strength of the active adapters, or without `scale` sets it back to what their configs give."""
+        """Divides the strength of the active adapters, or without `scale` sets it back to what their configs
+        give.
+        """
         for adapter in self.chain(self.active_adapters):
             adapter.rescale(adapter.own_scaling if scale is None else adapter.scaling / scale)
 
@@ -299,7 +333,9 @@ class AdaptedLayer(Switched, nn.Module):
     @property
     def adapter_layer_names(self) -> tuple[str, ...]:
         """The attributes that hold adapters' tensors."""
-        return tuple(dict.fromkeys(place[0] for adapter in self.adapters.values() for place in adapter.places.values()))
+        return tuple(
+            dict.fromkeys(place[0] for adapter in self.adapters.values() for place in adapter.places.values())
+        )
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """From the names of an adapter's tensors in a file to their names here, both within this layer."""
@@ -309,7 +345,9 @@ class AdaptedLayer(Switched, nn.Module):
     @property
     def other_param_names(self) -> tuple[str, ...]:
         """The attributes that hold adapters' settings."""
-        return tuple(dict.fromkeys(name for adapter in self.adapters.values() for name in adapter.method.attributes))
+        return tuple(
+            dict.fromkeys(name for adapter in self.adapters.values() for name in adapter.method.attributes)
+        )
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -321,7 +359,9 @@ class AdaptedLayer(Switched, nn.Module):
 
 
 class Setting(MutableMapping[str, Any]):
-    """One setting of every adapter of a layer, by adapter name: `layer.r["default"]`, `layer.scaling["default"] = 2.0`."""
+    """One setting of every adapter of a layer, by adapter name: `layer.r["default"]`,
+    `layer.scaling["default"] = 2.0`.
+    """
 
     def __init__(self, adapters: dict[str, FittedAdapter], name: str) -> None:
         self.adapters = adapters

@@ -16,7 +16,10 @@ from peftrs.ops.lora_linear import Unstored
 
 
 class LowRank(Additive):
-    """Adds `scaling * up @ down`, over a linear layer as one operation with it where that goes. Supply `factors` and `path`."""
+    """Adds `scaling * up @ down`, over a linear layer as one operation with it where that goes.
+
+    Supply `factors` and `path`.
+    """
 
     @abstractmethod
     def factors(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
@@ -27,7 +30,9 @@ class LowRank(Additive):
         return 0.0
 
     def barrier(self, adapter: Adapter, below: Below) -> str | None:
-        """Why the adapter cannot run as one with the layer whatever the input, or None; a method adds reasons of its own."""
+        """Why the adapter cannot run as one with the layer whatever the input, or None; a method adds reasons
+        of its own.
+        """
         if adapter.spec.kind is not LayerKind.LINEAR:
             return "its kind of layer has no fused form"
         if isinstance(cast(Any, adapter.scaling), Tensor):
@@ -47,7 +52,10 @@ class LowRank(Additive):
         return super().forward(adapter, x, below) if y is None else y
 
     def joined(self, adapter: Adapter, x: Tensor, below: Below, *, biased: bool = True) -> Tensor | None:
-        """The output, computed together with the layer beneath; None where that does not go. `biased` adds that layer's bias."""
+        """The output, computed together with the layer beneath; None where that does not go.
+
+        `biased` adds that layer's bias.
+        """
         if self.barrier(adapter, below) is not None:
             return None
         shift = self.shift(adapter)
@@ -68,13 +76,15 @@ class LowRank(Additive):
     def together(self, adapters: Sequence[Adapter], x: Tensor, below: Below) -> Tensor | None:
         """As one adapter of the sum of their ranks.
 
-        Two LoRAs (r=16 and r=8, 256 tokens, 576 to 1536 and back, forward and backward, CPU) take 0.87 to 0.91 of the time of one
-        over the other.
+        Two LoRAs (r=16 and r=8, 256 tokens, 576 to 1536 and back, forward and backward, CPU) take 0.87 to
+        0.91 of the time of one over the other.
         """
         factors = [self.factors(adapter) for adapter in adapters]
         up = torch.cat([adapter.scaling * up for adapter, (up, _) in zip(adapters, factors, strict=True)], 1)
         down = torch.cat([down for _, down in factors])
-        shifts = [adapter.scaling * shift for adapter in adapters if (shift := self.shift(adapter)) is not None]
+        shifts = [
+            adapter.scaling * shift for adapter in adapters if (shift := self.shift(adapter)) is not None
+        ]
         return _joined(x, below, (up, down), 1.0, 0.0, torch.stack(shifts).sum(0) if shifts else None)
 
 
@@ -90,7 +100,11 @@ def _joined(
 ) -> Tensor | None:
     weight, bias = below.weight(x.dtype)
     computed = isinstance(weight, Unstored)
-    if computed and torch.is_autocast_enabled(x.device.type) and weight.dtype != torch.get_autocast_dtype(x.device.type):
+    if (
+        computed
+        and torch.is_autocast_enabled(x.device.type)
+        and weight.dtype != torch.get_autocast_dtype(x.device.type)
+    ):
         return None  # the library would take its product in the dtype of its own
     if not biased:
         bias = None

@@ -39,19 +39,24 @@ def check_known(model: nn.Module, names: Sequence[str]) -> None:
 
 def _check_known(state: Activation, names: Sequence[str]) -> None:
     for name in names:
-        if not any((member := held()) is not None and name in member.adapter_names() for held in state.joined):
+        if not any(
+            (member := held()) is not None and name in member.adapter_names() for held in state.joined
+        ):
             raise AdapterError(f"Adapter {name} not found. The model has {state.adapters()}.")
 
 
 def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bool = False) -> None:
     """Makes these the active adapters, in this order, and the only ones trained (none with `inference_mode`).
 
-    Merged adapters are unmerged, with a warning. Raises `AdapterError` for an unknown name, or for two that cannot act together.
+    Merged adapters are unmerged, with a warning. Raises `AdapterError` for an unknown name, or for two that
+    cannot act together.
     """
     chosen = [names] if isinstance(names, str) else list(names)
     state = activation(model)
     _check_known(state, chosen)
-    if len(chosen) > 1 and (faults := [fault for member in state.members if (fault := member.conflict(chosen))]):
+    if len(chosen) > 1 and (
+        faults := [fault for member in state.members if (fault := member.conflict(chosen))]
+    ):
         raise AdapterError("; ".join(faults[:4]))
     held = state.members if state.merged else ()
     merged = [member for member in held if isinstance(member, AdaptedLayer) and member.ledger is not None]
@@ -81,7 +86,10 @@ def set_enabled(model: nn.Module, enabled: bool) -> None:
 
 @contextmanager
 def disabled(model: nn.Module) -> Iterator[None]:
-    """The model without its adapters inside the `with`. What is trained stays as it is, so that this costs one write."""
+    """The model without its adapters inside the `with`.
+
+    What is trained stays as it is, so that this costs one write.
+    """
     state = activation(model)
     before, own = state.enabled, [(module, module.override) for module in state.overridden]
     state.clear()
@@ -99,21 +107,28 @@ def disabled(model: nn.Module) -> Iterator[None]:
 def mixed(model: nn.Module, names: Sequence[str], count: int | None = None) -> Iterator[None]:
     """The model with an adapter of its own for every row of a batch inside the `with`; "__base__" is none.
 
-    Which adapters are active does not matter then. `count` is the number of rows given to the model. Raises `AdapterError` for an
-    unknown name, another number of rows, a model in training, or what has no rows: merged weights, bare parameters, prompts.
+    Which adapters are active does not matter then. `count` is the number of rows given to the model. Raises
+    `AdapterError` for an unknown name, another number of rows, a model in training, or what has no rows:
+    merged weights, bare parameters, prompts.
     """
     if isinstance(names, str) or not names:
-        raise AdapterError(f"`adapter_names` is {names!r}; it has to be a list with a name for every row of the batch")
+        raise AdapterError(
+            f"`adapter_names` is {names!r}; it has to be a list with a name for every row of the batch"
+        )
     if count is not None and count != len(names):
         found = f"got {len(names)} and {count} respectively"
-        raise AdapterError(f"Length of `adapter_names` should be the same as the number of inputs, but {found}.")
+        raise AdapterError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but {found}."
+        )
     if model.training:
         raise AdapterError("Cannot pass `adapter_names` when the model is in training mode.")
     state = activation(model)
     used = [name for name in dict.fromkeys(names) if name != NONE]
     known = state.adapters()
     if unknown := [name for name in used if name not in known]:
-        raise AdapterError(f"Trying to infer with non-existing adapter(s): {listed(unknown)}. The model has {known}.")
+        raise AdapterError(
+            f"Trying to infer with non-existing adapter(s): {listed(unknown)}. The model has {known}."
+        )
     held = [member for member in state.members if any(name in member.adapter_names() for name in used)]
     if faults := [fault for member in held if (fault := _united(member))]:
         raise AdapterError("; ".join(faults[:4]))
@@ -130,22 +145,38 @@ def _united(member: Switched) -> str | None:
         return "a prompt is for the whole batch, and `adapter_names` names one"
     if isinstance(member, AdaptedLayer):
         if member.merged:
-            return "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            return (
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter`"
+                " first."
+            )
         if member.base.opaque or member.read_by_owner:
-            return f"{member.spec.name}: its weight is read by another module, so that rows cannot have adapters of their own"
+            return (
+                f"{member.spec.name}: its weight is read by another module, so that rows cannot have adapters"
+                " of their own"
+            )
         if EXPERT.search(member.spec.name):
-            return f"{member.spec.name}: an expert is given some tokens of a batch, so that rows cannot have adapters of their own"
+            return (
+                f"{member.spec.name}: an expert is given some tokens of a batch, so that rows cannot have"
+                " adapters of their own"
+            )
     return None
 
 
 def delete_adapter(model: nn.Module, name: str) -> None:
-    """Takes an adapter off every layer. The next one becomes active, with a warning, where it was the only active one."""
+    """Takes an adapter off every layer.
+
+    The next one becomes active, with a warning, where it was the only active one.
+    """
     check_known(model, [name])
     state = activation(model)
     members, was_active = state.members, name in state.active
-    merged = [one.spec.name for one in members if isinstance(one, AdaptedLayer) and name in one.merged_adapters]
+    merged = [
+        one.spec.name for one in members if isinstance(one, AdaptedLayer) and name in one.merged_adapters
+    ]
     if merged:
-        raise AdapterError(f"Cannot delete adapter {name!r} while it is merged into {len(merged)} layers; unmerge it first")
+        raise AdapterError(
+            f"Cannot delete adapter {name!r} while it is merged into {len(merged)} layers; unmerge it first"
+        )
     for member in members:
         member.delete_adapter(name)
     state.active = tuple(other for other in state.active if other != name)
@@ -154,7 +185,9 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         state.active = (left[0],)
         following = [member for member in members if member.override is None]
         if following:
-            warnings.warn(f"adapter {name!r} was active and is deleted; {left[0]!r} is active now", PeftrsWarning, 3)
+            warnings.warn(
+                f"adapter {name!r} was active and is deleted; {left[0]!r} is active now", PeftrsWarning, 3
+            )
         for member in following:
             member.require_grad(state.active, only=True)
 
@@ -167,27 +200,36 @@ def merge(
     keep: bool = True,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Merges adapters (the active ones unless named) into all layers, or into none. `track` sees the layers go by.
+    """Merges adapters (the active ones unless named) into all layers, or into none. `track` sees the layers
+    go by.
 
-    Quantized layers are quantized again, which tells what that loses and is refused where most would be, or with `dtype`, for
-    good, become dense ones.
+    Quantized layers are quantized again, which tells what that loses and is refused where most would be, or
+    with `dtype`, for good, become dense ones.
 
-    All is checked first, and a failure on the way takes back what was merged; without `keep`, which is for good, only what no
-    check can foresee fails (an interrupt, the end of memory), and merging again then finishes the work. Weights that other modules
-    share are copied for the merge, with a warning that says how many bytes; unmerging ties them again. Raises `AdapterError` for
-    an unknown name, `MergeError` for what cannot be merged.
+    All is checked first, and a failure on the way takes back what was merged; without `keep`, which is for
+    good, only what no check can foresee fails (an interrupt, the end of memory), and merging again then
+    finishes the work. Weights that other modules share are copied for the merge, with a warning that says how
+    many bytes; unmerging ties them again. Raises `AdapterError` for an unknown name, `MergeError` for what
+    cannot be merged.
     """
     prompts = prompts_of(model)
     if prompts is not None:
         named = prompts.active_adapters if names is None else names
         if found := [name for name in named if name in prompts]:
-            raise MergeError(f"{found[0]!r} is a prompt: it changes no weights to be merged into; hint: `unload()` takes it off")
+            raise MergeError(
+                f"{found[0]!r} is a prompt: it changes no weights to be merged into; hint: `unload()` takes"
+                " it off"
+            )
     reshard(model)
     layers = list(adapted_layers(model))
     chosen = {layer: merging.names_to_merge(layer, names) for layer in layers}
     if dtype is not None:
         # What was merged before goes into the layer as it is, not as it was rounded to a coarser dtype.
-        chosen |= {layer: [*layer.merged_adapters, *chosen[layer]] for layer in layers if rounding.rounded_twice(layer, dtype)}
+        chosen |= {
+            layer: [*layer.merged_adapters, *chosen[layer]]
+            for layer in layers
+            if rounding.rounded_twice(layer, dtype)
+        }
     check_known(model, names or ())
     chosen = {layer: found for layer, found in chosen.items() if found}
     merged = list(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
@@ -195,7 +237,11 @@ def merge(
         more = list(dict.fromkeys(name for found in chosen.values() for name in found))
         rest = f"merging {more} too" if more else "all adapters are already merged, nothing to do"
         warnings.warn(f"{merged} are merged already; {rest}", PeftrsWarning, 3)
-    if faults := [fault for layer, found in chosen.items() if (fault := layer.conflict([*layer.merged_adapters, *found]))]:
+    if faults := [
+        fault
+        for layer, found in chosen.items()
+        if (fault := layer.conflict([*layer.merged_adapters, *found]))
+    ]:
         raise MergeError("; ".join(faults[:4]))
     for layer, found in chosen.items():
         merging.check(layer, _chain(layer, found), keep=keep, dtype=dtype)
@@ -203,7 +249,9 @@ def merge(
     if shared:
         copied = [one.parameter.nbytes for its in shared.values() for one in its]
         warnings.warn(
-            f"{len(copied)} tensors that other modules share are copied for the merge: {sum(copied):,} bytes", PeftrsWarning, 3
+            f"{len(copied)} tensors that other modules share are copied for the merge: {sum(copied):,} bytes",
+            PeftrsWarning,
+            3,
         )
     done: dict[AdaptedLayer, list[str]] = {}
     # Quantized layers first: what rounding loses is known before a layer is changed for good.
@@ -248,10 +296,11 @@ def unload(
     track: Track = iter,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
-    """Takes all wrappers off the model, adapters merged into the weights or left out; trained whole modules stay in place.
+    """Takes all wrappers off the model, adapters merged into the weights or left out; trained whole modules
+    stay in place.
 
-    With `dtype`, all quantized layers of the model become dense ones, adapted or not. Of the others, those that adapters are merged
-    into get it where it is wider than their own.
+    With `dtype`, all quantized layers of the model become dense ones, adapted or not. Of the others, those
+    that adapters are merged into get it where it is wider than their own.
     """
     if merged:
         merge(model, names, track, keep=False, dtype=dtype)

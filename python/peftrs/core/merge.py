@@ -1,11 +1,13 @@
 """Merging adapters into the weights of a layer, and taking them out again to the bit.
 
-Arithmetic: from the stored bits, in float32 (float64 where the weights are float32), over all merged adapters, then rounded once.
-Merging further adapters starts again from the original bits, so that `merge(a); merge(b)` equals `merge([a, b])`.
+Arithmetic: from the stored bits, in float32 (float64 where the weights are float32), over all merged
+adapters, then rounded once. Merging further adapters starts again from the original bits, so that `merge(a);
+merge(b)` equals `merge([a, b])`.
 
-The ledger keeps what restores every bit even if the factors changed, were deleted, or the model moved to another device: for a
-change of low rank, its factors and which weights subtracting it does not bring back (`peftrs.ops.low_rank`); else the originals.
-A layer that is quantized gets another in its place (`peftrs.core.rounding`), and the ledger keeps the one from before.
+The ledger keeps what restores every bit even if the factors changed, were deleted, or the model moved to
+another device: for a change of low rank, its factors and which weights subtracting it does not bring back
+(`peftrs.ops.low_rank`); else the originals. A layer that is quantized gets another in its place
+(`peftrs.core.rounding`), and the ledger keeps the one from before.
 """
 
 from __future__ import annotations
@@ -49,10 +51,11 @@ class Shared:
 
 @dataclass(frozen=True)
 class Ledger:
-    """What it takes to undo a merge: the names, in the order in which they are active, and what the stored tensors were.
+    """What it takes to undo a merge: the names, in the order in which they are active, and what the stored
+    tensors were.
 
-    `kept` goes by the position in `stored`, where the merge changed it; None after a merge for good. What was shared is kept as it
-    was, and the layer has its own while merged.
+    `kept` goes by the position in `stored`, where the merge changed it; None after a merge for good. What was
+    shared is kept as it was, and the layer has its own while merged.
     """
 
     names: tuple[str, ...]
@@ -65,8 +68,14 @@ class Ledger:
     @property
     def bytes(self) -> int:
         """How much memory it takes."""
-        held = 0 if self.layer is None else sum(one.nbytes for one in (*self.layer.parameters(), *self.layer.buffers()))
-        return held + sum(one.bytes if isinstance(one, Correction) else one.nbytes for one in (self.kept or {}).values())
+        held = (
+            0
+            if self.layer is None
+            else sum(one.nbytes for one in (*self.layer.parameters(), *self.layer.buffers()))
+        )
+        return held + sum(
+            one.bytes if isinstance(one, Correction) else one.nbytes for one in (self.kept or {}).values()
+        )
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -93,8 +102,8 @@ def merge(
 ) -> None:
     """Merges the named adapters into a layer, beside those merged already; without `keep` for good.
 
-    A quantized layer is quantized again, or with `dtype` becomes a dense one for good; another gets a dtype that is wider than its
-    own. What `check` lets pass is assumed. Raises `MergeError`, changing nothing.
+    A quantized layer is quantized again, or with `dtype` becomes a dense one for good; another gets a dtype
+    that is wider than its own. What `check` lets pass is assumed. Raises `MergeError`, changing nothing.
     """
     if names:
         layer.activation.merged = True
@@ -102,8 +111,16 @@ def merge(
             _merge(layer, names, shared, keep=keep, dtype=dtype)
 
 
-def _merge(layer: AdaptedLayer, names: Sequence[str], shared: tuple[Shared, ...], *, keep: bool, dtype: torch.dtype | None) -> None:
-    # In the order of activation, from which the chain follows: an order taken from the chain would be turned round once more.
+def _merge(
+    layer: AdaptedLayer,
+    names: Sequence[str],
+    shared: tuple[Shared, ...],
+    *,
+    keep: bool,
+    dtype: torch.dtype | None,
+) -> None:
+    # In the order of activation, from which the chain follows: an order taken from the chain would be turned
+    # round once more.
     earlier = layer.merged_adapters
     together = tuple(dict.fromkeys([*earlier, *names]))
     chain = layer.chain(together)
@@ -128,7 +145,9 @@ def _merge(layer: AdaptedLayer, names: Sequence[str], shared: tuple[Shared, ...]
         if (wider := rounding.widened(parameter, dtype)) is not parameter.dtype:
             parameter.data = parameter.data.to(wider)
     try:
-        kept = _write(layer, chain, {*range(len(stored(layer)))} - {one.at for one in shared} if keep else set())
+        kept = _write(
+            layer, chain, {*range(len(stored(layer)))} - {one.at for one in shared} if keep else set()
+        )
     except BaseException:
         _share_again(shared)
         merge(layer, earlier, shared)
@@ -140,8 +159,8 @@ def _merge(layer: AdaptedLayer, names: Sequence[str], shared: tuple[Shared, ...]
 def unmerge(layer: AdaptedLayer) -> None:
     """Restores a layer's original bits, in the dtype that the layer has now. Warns if nothing is merged.
 
-    Weights that were changed since the merge cannot be restored: the adapters are subtracted from them, with a warning. Raises
-    `MergeError` after a merge for good.
+    Weights that were changed since the merge cannot be restored: the adapters are subtracted from them, with
+    a warning. Raises `MergeError` after a merge for good.
     """
     if layer.ledger is None:
         warnings.warn(f"{layer.spec.name}: nothing is merged, nothing to do", PeftrsWarning, 4)
@@ -162,8 +181,8 @@ def _unmerge(layer: AdaptedLayer, ledger: Ledger, kept: dict[int, Tensor | Corre
         rows = _rows(layer, parameter)
         if not was.restore_(rows):
             warnings.warn(
-                f"{layer.spec.name}: the weights were changed since the merge; the adapters are subtracted from them, which "
-                "does not restore every bit",
+                f"{layer.spec.name}: the weights were changed since the merge; the adapters are subtracted"
+                " from them, which does not restore every bit",
                 PeftrsWarning,
                 4,
             )
@@ -174,8 +193,13 @@ def _unmerge(layer: AdaptedLayer, ledger: Ledger, kept: dict[int, Tensor | Corre
 
 
 def judge(layers: Sequence[AdaptedLayer]) -> None:
-    """Tells what rounding did to the updates of layers that are merged. Raises `MergeError` if most of them is lost."""
-    rounding.judge([one.ledger.rounding for one in layers if one.ledger is not None and one.ledger.rounding is not None])
+    """Tells what rounding did to the updates of layers that are merged.
+
+    Raises `MergeError` if most of them is lost.
+    """
+    rounding.judge(
+        [one.ledger.rounding for one in layers if one.ledger is not None and one.ledger.rounding is not None]
+    )
 
 
 def unmerged(layer: AdaptedLayer) -> list[Tensor]:
@@ -187,7 +211,9 @@ def unmerged(layer: AdaptedLayer) -> list[Tensor]:
 
 
 def presented(layer: AdaptedLayer, device: torch.device) -> Affine:
-    """The whole layer as an affine map without what is merged, computed and brought to `device` where it is read."""
+    """The whole layer as an affine map without what is merged, computed and brought to `device` where it is
+    read.
+    """
 
     def brought() -> Affine:
         with layer.at_hand():
@@ -220,7 +246,9 @@ def _original(layer: AdaptedLayer, at: int, now: Tensor) -> Tensor:
 
 
 def before_cast(layer: AdaptedLayer, cast: Callable[[Tensor], Tensor]) -> None:
-    """Keeps the originals of a merged layer if `cast`, to be applied to its tensors, changes their dtype and so loses bits."""
+    """Keeps the originals of a merged layer if `cast`, to be applied to its tensors, changes their dtype and
+    so loses bits.
+    """
     if layer.ledger is None or layer.ledger.kept is None:
         return
     now, kept = stored(layer), layer.ledger.kept
@@ -232,8 +260,8 @@ def before_cast(layer: AdaptedLayer, cast: Callable[[Tensor], Tensor]) -> None:
 def _kept(layer: AdaptedLayer) -> dict[int, Tensor | Correction]:
     if layer.ledger is None or layer.ledger.kept is None:
         raise MergeError(
-            f"{layer.spec.name}: {layer.merged_adapters} were merged for good, and the originals were not kept; "
-            "hint: call merge_and_unload again to finish what was broken off"
+            f"{layer.spec.name}: {layer.merged_adapters} were merged for good, and the originals were not"
+            " kept; hint: call merge_and_unload again to finish what was broken off"
         )
     return layer.ledger.kept
 
@@ -253,10 +281,13 @@ def stored(layer: AdaptedLayer) -> list[nn.Parameter]:
     return [parameter for parameter in layer.base.parameters(layer.base_layer) if parameter is not None]
 
 
-def shared_weights(model: nn.Module, layers: Sequence[AdaptedLayer]) -> dict[AdaptedLayer, tuple[Shared, ...]]:
+def shared_weights(
+    model: nn.Module, layers: Sequence[AdaptedLayer]
+) -> dict[AdaptedLayer, tuple[Shared, ...]]:
     """The layers among these, not merged yet, whose weight or bias other modules of the model hold too.
 
-    Raises `MergeError` for a layer that hangs in another place as well, unadapted: there its weight cannot be told apart.
+    Raises `MergeError` for a layer that hangs in another place as well, unadapted: there its weight cannot be
+    told apart.
     """
     holders: dict[int, list[tuple[nn.Module, str]]] = {}
     for module in model.modules():
@@ -272,8 +303,8 @@ def shared_weights(model: nn.Module, layers: Sequence[AdaptedLayer]) -> dict[Ada
             for owner, attribute in (place for place in places if place[0] in inside):
                 if any(parent not in inside for parent, _ in holders.get(id(owner), [])):
                     raise MergeError(
-                        f"{layer.spec.name}: the layer beneath hangs in another place of the model too, which is not adapted "
-                        "and which merging would change; give that place a copy of the layer"
+                        f"{layer.spec.name}: the layer beneath hangs in another place of the model too, which"
+                        " is not adapted and which merging would change; give that place a copy of the layer"
                     )
                 if len(places) > 1 and not rounding.coarse(layer):
                     shared.append(Shared(owner, attribute, parameter, at))
@@ -284,10 +315,11 @@ def shared_weights(model: nn.Module, layers: Sequence[AdaptedLayer]) -> dict[Ada
 
 @torch.no_grad()
 def check(layer: AdaptedLayer, chain: Chain, *, keep: bool = True, dtype: torch.dtype | None = None) -> None:
-    """Raises `MergeError` for what can be known before a weight is touched: tensors that are not numbers, maps that do not fit.
+    """Raises `MergeError` for what can be known before a weight is touched: tensors that are not numbers,
+    maps that do not fit.
 
-    Weights that would not be finite are found here if the change is of low rank, or if nothing is to be kept by which the merge
-    could be taken back.
+    Weights that would not be finite are found here if the change is of low rank, or if nothing is to be kept
+    by which the merge could be taken back.
     """
     with layer.at_hand():
         _check(layer, chain, keep=keep, dtype=dtype)
@@ -297,9 +329,17 @@ def _check(layer: AdaptedLayer, chain: Chain, *, keep: bool, dtype: torch.dtype 
     weight, _ = layer.base.parameters(layer.base_layer)
     update = low_rank(layer, chain)
     if update is None or not isfinite(update.reach):
-        broken = [f"{a.name}: {slot}" for a in chain for slot, _ in a.parameters() if not bool(a[slot].isfinite().all())]
+        broken = [
+            f"{a.name}: {slot}"
+            for a in chain
+            for slot, _ in a.parameters()
+            if not bool(a[slot].isfinite().all())
+        ]
         if broken:
-            raise MergeError(f"{layer.spec.name}: {listed(broken)} holds NaN or infinite values; the adapter seems to be broken")
+            raise MergeError(
+                f"{layer.spec.name}: {listed(broken)} holds NaN or infinite values; the adapter seems to be"
+                " broken"
+            )
     for adapter in chain:
         fault = adapter.method.unmergeable(adapter)
         if fault:
@@ -342,11 +382,13 @@ def _write(layer: AdaptedLayer, chain: Chain, keep: set[int]) -> dict[int, Tenso
 
 
 def _folded(layer: AdaptedLayer, chain: Chain, rounded: torch.dtype | None = None) -> list[Tensor]:
-    """What the stored tensors are to be, rounded once. Raises `MergeError` where they are not finite though they were before.
+    """What the stored tensors are to be, rounded once. Raises `MergeError` where they are not finite though
+    they were before.
 
     They are rounded to their own dtype unless told otherwise.
     """
-    # Where processes share the layer out, all that is computed with must be shared out, or all of it be whole.
+    # Where processes share the layer out, all that is computed with must be shared out, or all of it be
+    # whole.
     adapters = [tensor for adapter in chain for _, tensor in adapter.parameters()]
     now = [alike(tensor, adapters) for tensor in stored(layer)]
     dtype = wide(now[0].dtype)
@@ -358,18 +400,27 @@ def _folded(layer: AdaptedLayer, chain: Chain, rounded: torch.dtype | None = Non
     folded = [weight] if bias is None or affine.bias is None else [weight, affine.bias]
     folded = [value.to(rounded or parameter.dtype) for parameter, value in zip(now, folded, strict=True)]
     if not all(bool(value.isfinite().all()) for value in folded):
-        if any(bool((before.isfinite() & ~value.isfinite()).any()) for before, value in zip(now, folded, strict=True)):
+        if any(
+            bool((before.isfinite() & ~value.isfinite()).any())
+            for before, value in zip(now, folded, strict=True)
+        ):
             raise _overflow(layer, chain, rounded)
         _tell_not_finite(layer)
     return folded
 
 
 def _tell_not_finite(layer: AdaptedLayer) -> None:
-    warnings.warn(f"{layer.spec.name}: some weights were infinite or NaN before the merge and are so still", PeftrsWarning, 4)
+    warnings.warn(
+        f"{layer.spec.name}: some weights were infinite or NaN before the merge and are so still",
+        PeftrsWarning,
+        4,
+    )
 
 
 def low_rank(layer: AdaptedLayer, chain: Chain) -> Update | None:
-    """The whole chain's change of the stored weight, if it is of low rank, leaves the bias alone, and can be added in place."""
+    """The whole chain's change of the stored weight, if it is of low rank, leaves the bias alone, and can be
+    added in place.
+    """
     weight, _ = layer.base.parameters(layer.base_layer)
     held = [weight, *(tensor for adapter in chain for _, tensor in adapter.parameters())]
     if rounding.coarse(layer) or not weight.dtype.is_floating_point or any(map(is_distributed, held)):
@@ -379,7 +430,11 @@ def low_rank(layer: AdaptedLayer, chain: Chain) -> Update | None:
     terms: list[tuple[Tensor, Tensor, float]] = []
     for adapter in chain:
         method = adapter.method
-        if not isinstance(method, Additive) or type(method).apply is not Additive.apply or method.shift(adapter) is not None:
+        if (
+            not isinstance(method, Additive)
+            or type(method).apply is not Additive.apply
+            or method.shift(adapter) is not None
+        ):
             return None
         factors = method.factors(adapter)
         if factors is None:
@@ -389,6 +444,8 @@ def low_rank(layer: AdaptedLayer, chain: Chain) -> Update | None:
         update = Update(*terms[0])
     else:
         dtype = torch.float64 if weight.dtype is not torch.bfloat16 else torch.float32
-        ups, downs = zip(*((up.to(dtype) * scaling, down.to(dtype)) for up, down, scaling in terms), strict=True)
+        ups, downs = zip(
+            *((up.to(dtype) * scaling, down.to(dtype)) for up, down, scaling in terms), strict=True
+        )
         update = Update(torch.cat(ups, -1), torch.cat(downs, -2), 1.0)
     return update.transposed() if layer.base.transposed else update

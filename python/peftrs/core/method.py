@@ -1,9 +1,11 @@
 """The contract between a method and the core: a change to a frozen layer, stated in two views.
 
-The weight view is `apply`, an affine map in and one out; the activation view is `forward`. Merging folds the first over the
-active adapters, the layer's forward folds the second, in the same order, so that the two cannot disagree.
+The weight view is `apply`, an affine map in and one out; the activation view is `forward`. Merging folds the
+first over the active adapters, the layer's forward folds the second, in the same order, so that the two
+cannot disagree.
 
-Weights are presented as `(out, in, *kernel)` whatever way a layer stores them; stacks of experts as `(experts, out, in)`.
+Weights are presented as `(out, in, *kernel)` whatever way a layer stores them; stacks of experts as
+`(experts, out, in)`.
 """
 
 from __future__ import annotations
@@ -57,13 +59,19 @@ class Below(Protocol):
         """The same as an affine map; to be read, never written."""
 
     def weight(self, dtype: torch.dtype) -> tuple[Tensor | Unstored, Tensor | None]:
-        """As `dense`, but a quantized weight is yet to be computed, in the dtype in which the layer takes an input of `dtype`."""
+        """As `dense`, but a quantized weight is yet to be computed, in the dtype in which the layer takes an
+        input of `dtype`.
+        """
 
     def obstacle(self) -> str | None:
-        """Why the output for `x` is more than the affine map of `dense` applied to it, or None if that is all."""
+        """Why the output for `x` is more than the affine map of `dense` applied to it, or None if that is
+        all.
+        """
 
     def op(self, x: Tensor, affine: Affine) -> Tensor:
-        """The layer's own operation (its strides, padding, lookup) with another affine map, in the dtype of `x`."""
+        """The layer's own operation (its strides, padding, lookup) with another affine map, in the dtype of
+        `x`.
+        """
 
 
 class Adapter(Protocol):
@@ -93,12 +101,16 @@ class Method(ABC):
     attributes: tuple[str, ...] = ()
     """Settings that a layer shows by adapter name, as `layer.r["default"]`."""
     tied_slots: Mapping[str, tuple[str, bool]] = MappingProxyType({})
-    """For an output layer tied to an adapted embedding: each of its slots, the embedding's that it is, and whether transposed."""
+    """For an output layer tied to an adapted embedding: each of its slots, the embedding's that it is, and
+    whether transposed.
+    """
     tied_kinds: frozenset[LayerKind] = frozenset({LayerKind.LINEAR})
     """The kinds of layers that may be so tied."""
     side: Side = Side.OUTPUT
     parallel = False
-    """Whether its formulas work on layers spread over processes, which torch's `DTensor` must know all their operations for."""
+    """Whether its formulas work on layers spread over processes, which torch's `DTensor` must know all their
+    operations for.
+    """
 
     def side_of(self, adapter: Adapter) -> Side:
         """Where this adapter acts; the same for all unless a layer's settings decide."""
@@ -109,11 +121,17 @@ class Method(ABC):
         return self
 
     def choose(self, config: Any, modules: Sequence[str]) -> set[str] | None:
-        """The names of the modules to change, or None where the config's patterns say. Raises `ConfigError`."""
+        """The names of the modules to change, or None where the config's patterns say.
+
+        Raises `ConfigError`.
+        """
         return None
 
     def settle(self, config: Any, spec: LayerSpec) -> dict[str, Any]:
-        """The settings of this layer, with the config's patterns resolved. Raises `ConfigError` for what it cannot do."""
+        """The settings of this layer, with the config's patterns resolved.
+
+        Raises `ConfigError` for what it cannot do.
+        """
         return {}
 
     def scale(self, config: Any, values: dict[str, Any]) -> float:
@@ -122,14 +140,18 @@ class Method(ABC):
 
     @abstractmethod
     def slots(self, config: Any, spec: LayerSpec, values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor that is trained and saved, by slot name as files spell it (`lora_A.weight`)."""
+        """The shape of each tensor that is trained and saved, by slot name as files spell it
+        (`lora_A.weight`).
+        """
 
     @abstractmethod
     def init(self, adapter: Adapter, base: Affine) -> None:
         """Fills the slots, allocated but not set, with their first values; `base` is read, never written."""
 
     def origin(self, adapter: Adapter, base: Affine) -> dict[str, Tensor]:
-        """Tensors kept beside the slots but neither trained nor saved, since they follow from `base`; default none."""
+        """Tensors kept beside the slots but neither trained nor saved, since they follow from `base`; default
+        none.
+        """
         return {}
 
     def rebases(self, config: Any) -> bool:
@@ -142,7 +164,10 @@ class Method(ABC):
 
     @abstractmethod
     def apply(self, adapter: Adapter, affine: Affine) -> Affine:
-        """The weight view: the changed map, in the dtype of `affine` or a wider one. Must be differentiable."""
+        """The weight view: the changed map, in the dtype of `affine` or a wider one.
+
+        Must be differentiable.
+        """
 
     def conflict(self, adapters: Sequence[Adapter]) -> str | None:
         """Why these adapters of this method cannot act on one layer together, or None if they can."""
@@ -157,15 +182,21 @@ class Method(ABC):
         return f"{self.name} has no fused form"
 
     def apart(self, adapters: Sequence[Adapter], below: Below) -> str | None:
-        """Why these several adapters of this method do not run as one operation with the layer beneath, or None if they do."""
+        """Why these several adapters of this method do not run as one operation with the layer beneath, or
+        None if they do.
+        """
         return f"{self.name} has no form for several"
 
     def together(self, adapters: Sequence[Adapter], x: Tensor, below: Below) -> Tensor | None:
-        """The output with all of them as one operation, where `apart` has nothing against it; None where `x` has."""
+        """The output with all of them as one operation, where `apart` has nothing against it; None where `x`
+        has.
+        """
         return None
 
     def product(self, adapter: Adapter) -> Product | None:
-        """What the adapter is where it is a product of two slots over a linear layer and nothing else, for `core.shortcut`."""
+        """What the adapter is where it is a product of two slots over a linear layer and nothing else, for
+        `core.shortcut`.
+        """
         return None
 
     def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
@@ -177,7 +208,9 @@ class Additive(Method):
     """Adds `scaling * delta` to the weight. Supply `factors` if the change is of low rank, else `delta`."""
 
     def factors(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
-        """`(out, r)` and `(r, in * kernel)` whose product is the change before scaling (stacks: one more dimension first)."""
+        """`(out, r)` and `(r, in * kernel)` whose product is the change before scaling (stacks: one more
+        dimension first).
+        """
         return None
 
     def delta(self, adapter: Adapter, dtype: torch.dtype) -> Tensor:
@@ -193,7 +226,9 @@ class Additive(Method):
         return None
 
     def path(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
-        """The change of the output before scaling; supply it where it is cheaper than going through `delta`."""
+        """The change of the output before scaling; supply it where it is cheaper than going through
+        `delta`.
+        """
         return below.op(x, Affine(self.delta(adapter, x.dtype), self.shift(adapter)))
 
     def apply(self, adapter: Adapter, affine: Affine) -> Affine:
@@ -209,7 +244,8 @@ class Additive(Method):
         y, path, scaling = below(x), self.path(adapter, x, below), cast(Any, adapter.scaling)
         if isinstance(scaling, Tensor):
             return (y + scaling * path).to(y.dtype)
-        # One operation: a product with a number makes a tensor of its own and keeps the number for the backward pass.
+        # One operation: a product with a number makes a tensor of its own and keeps the number for the
+        # backward pass.
         return torch.add(y, path, alpha=scaling).to(y.dtype)
 
 
@@ -218,7 +254,9 @@ class Rotation(Method):
 
     @abstractmethod
     def turn(self, adapter: Adapter, x: Tensor, *, transpose: bool = False, training: bool = False) -> Tensor:
-        """`R x` for the vectors along the last dimension of `x`, or `Rᵀ x`; dropout of the map itself acts if `training`."""
+        """`R x` for the vectors along the last dimension of `x`, or `Rᵀ x`; dropout of the map itself acts if
+        `training`.
+        """
 
     def side_of(self, adapter: Adapter) -> Side:
         return Side.OUTPUT if adapter.spec.kind is LayerKind.EMBEDDING else Side.INPUT
@@ -230,7 +268,8 @@ class Rotation(Method):
         weight = affine.weight.to(torch.promote_types(affine.weight.dtype, torch.float32))
         if self.side_of(adapter) is Side.OUTPUT:
             return Affine(self.turn(adapter, weight.mT, training=training).mT, affine.bias)
-        # Row i of W·R is Rᵀ applied to row i of W; a convolution's patch is one vector of in * kernel features.
+        # Row i of W·R is Rᵀ applied to row i of W; a convolution's patch is one vector of in * kernel
+        # features.
         rows = self.turn(adapter, weight.flatten(1), transpose=True, training=training)
         return Affine(rows.reshape(weight.shape), affine.bias)
 
@@ -254,10 +293,13 @@ class Scaling(Method):
         vector = self.vector(adapter)
         trailing = affine.weight.ndim - 2
         if self.side_of(adapter) is Side.INPUT:
-            # A grouped convolution's weight has the input channels of one group only: each group takes its own factors.
+            # A grouped convolution's weight has the input channels of one group only: each group takes its
+            # own factors.
             groups = adapter.spec.groups
             rows = vector.view(groups, 1, -1).expand(-1, affine.weight.shape[0] // groups, -1)
-            return Affine(affine.weight * rows.reshape(*affine.weight.shape[:2], *[1] * trailing), affine.bias)
+            return Affine(
+                affine.weight * rows.reshape(*affine.weight.shape[:2], *[1] * trailing), affine.bias
+            )
         bias = None if affine.bias is None else affine.bias * vector
         return Affine(affine.weight * vector.view(-1, 1, *[1] * trailing), bias)
 

@@ -20,17 +20,28 @@ from peftrs.core.method import Method
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.target import Target, aim
 from peftrs.core.tree import Place, original
-from peftrs.errors import ConfigError, NoMatchingPeftModuleError, Strict, TargetError, UnfitError, complain, listed, shown
+from peftrs.errors import (
+    ConfigError,
+    NoMatchingPeftModuleError,
+    Strict,
+    TargetError,
+    UnfitError,
+    complain,
+    listed,
+    shown,
+)
 
 ALL_LINEAR = "all-linear"
 PROJECTION = 2.0
-"""PEFT adds the change of an attention's output projection twice when the attention is a target, in its forward and in merging.
-The files of such adapters were trained for that, so that it is what they mean."""
+"""PEFT adds the change of an attention's output projection twice when the attention is a target, in its
+forward and in merging. The files of such adapters were trained for that, so that it is what they mean.
+"""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The layers that an adapter changes, the modules it replaces, each with the one it is tied to, and what matched.
+    """The layers that an adapter changes, the modules it replaces, each with the one it is tied to, and what
+    matched.
 
     `found` are all modules of the model.
     """
@@ -59,9 +70,10 @@ def make(
 ) -> Plan:
     """Finds what the adapter changes among a model's modules, changing nothing.
 
-    `output_layers` are left out of "all-linear"; `input_embeddings` names the table that a plain list of `trainable_token_indices`
-    is for. Raises `TargetError` where nothing matches or entries of a list match nothing (a warning unless `strict`), `ConfigError`
-    where layers cannot be adapted as asked: every fault of a kind at once.
+    `output_layers` are left out of "all-linear"; `input_embeddings` names the table that a plain list of
+    `trainable_token_indices` is for. Raises `TargetError` where nothing matches or entries of a list match
+    nothing (a warning unless `strict`), `ConfigError` where layers cannot be adapted as asked: every fault of
+    a kind at once.
     """
     selection = select(found, config, output_layers)
     _check_matches(selection, config, strict)
@@ -72,14 +84,20 @@ def make(
     led = {(one.spec.name, one.method.name) for one in followers}
     targets = [one for one in targets if (one.spec.name, one.method.name) not in led] + followers
     twice = [name for name, count in Counter(target.spec.name for target in targets).items() if count > 1]
-    faults += [f"{name}: `trainable_token_indices` replaces rows of a layer that is a target too; choose one" for name in twice]
+    faults += [
+        f"{name}: `trainable_token_indices` replaces rows of a layer that is a target too; choose one"
+        for name in twice
+    ]
     for target in targets:
         try:
             target.method.settle(config, target.spec)
         except ConfigError as error:
             faults.append(f"{target.spec.name}: {error}")
         if target.tied and not target.method.tied_slots:
-            faults.append(f"{target.spec.name}: {target.method.name} cannot share its tensors with the tied layer {target.tied!r}")
+            faults.append(
+                f"{target.spec.name}: {target.method.name} cannot share its tensors with the tied layer"
+                f" {target.tied!r}"
+            )
     # The first module's parent is the model itself.
     targets = [_lying(found[0].parent, target, faults) for target in targets]
     saved = tying.saved(found, config, selection.modules_to_save)
@@ -102,13 +120,19 @@ def _lying(model: nn.Module, target: Target, faults: list[str]) -> Target:
 
 
 def _saved_faults(saved: list[tuple[Place, str | None]], targets: list[Target]) -> list[str]:
-    """Why modules cannot be trained whole, or layers not adapted, since one wrapper would stand inside the other."""
+    """Why modules cannot be trained whole, or layers not adapted, since one wrapper would stand inside the
+    other.
+    """
     faults, whole = [], {place.name for place, _ in saved}
     for place, _ in saved:
         if isinstance(place.module, nn.ModuleList | nn.ModuleDict | nn.ParameterList | nn.ParameterDict):
-            faults.append(f"{place.name}: a {type(place.module).__name__} cannot be trained whole; name its members")
+            faults.append(
+                f"{place.name}: a {type(place.module).__name__} cannot be trained whole; name its members"
+            )
         elif any(isinstance(module, AdaptedLayer) for module in place.module.modules()):
-            faults.append(f"{place.name}: holds layers that other adapters change, so it cannot be trained whole")
+            faults.append(
+                f"{place.name}: holds layers that other adapters change, so it cannot be trained whole"
+            )
         elif coarse := [name for name, one in place.module.named_parameters() if not one.is_floating_point()]:
             faults.append(f"{place.name}: {listed(coarse)} are quantized, which cannot be trained whole")
     for target in targets:
@@ -120,7 +144,9 @@ def _saved_faults(saved: list[tuple[Place, str | None]], targets: list[Target]) 
     return faults
 
 
-def select(found: list[Place], config: TargetedConfig, output_layers: frozenset[str] = frozenset()) -> _native.Selection:
+def select(
+    found: list[Place], config: TargetedConfig, output_layers: frozenset[str] = frozenset()
+) -> _native.Selection:
     """The config's patterns applied to the names of these modules."""
     layers = getattr(config, "layers_to_transform", None)
     pattern = getattr(config, "layers_pattern", None)
@@ -129,19 +155,31 @@ def select(found: list[Place], config: TargetedConfig, output_layers: frozenset[
         [place.name for place in found],
         target_modules=_in_order(config.target_modules),
         exclude_modules=_in_order(config.exclude_modules),
-        linear=[place.name for place in found if is_linear(place) and place.name not in output_layers] if is_all(config) else [],
+        linear=(
+            [place.name for place in found if is_linear(place) and place.name not in output_layers]
+            if is_all(config)
+            else []
+        ),
         layers_to_transform=[layers] if isinstance(layers, int) else layers,
         layers_pattern=[pattern] if isinstance(pattern, str) and pattern else pattern or None,
         modules_to_save=config.modules_to_save,
         feedforward_modules=_in_order(getattr(config, "feedforward_modules", None)),
-        parameters=[f"{p.name}.{name}" for p in found for name in original(p.module)._parameters] if parameters else [],
+        parameters=(
+            [f"{p.name}.{name}" for p in found for name in original(p.module)._parameters]
+            if parameters
+            else []
+        ),
         target_parameters=parameters,
         patterns={name: list(getattr(config, name) or {}) for name in config.pattern_fields},
     )
 
 
 def _targets(
-    found: list[Place], selection: _native.Selection, config: TargetedConfig, method: Method, faults: list[str]
+    found: list[Place],
+    selection: _native.Selection,
+    config: TargetedConfig,
+    method: Method,
+    faults: list[str],
 ) -> list[Target]:
     by_name = {place.name: place for place in found}
     modules = set(selection.targets)
@@ -160,13 +198,14 @@ def _targets(
         if base is None or base.kind not in method.layers:
             kind = type(original(place.module)).__name__
             faults.append(
-                f"Target module {name} is not supported: {method.name} adapts {', '.join(sorted(method.layers))} layers, not {kind}"
+                f"Target module {name} is not supported: {method.name} adapts"
+                f" {', '.join(sorted(method.layers))} layers, not {kind}"
             )
             continue
         if base.opaque and offload.hook_of(original(place.module)) is not None:
             faults.append(
-                f"{name}: accelerate keeps it elsewhere between calls, and what calls it reads it past its adapter; "
-                "hint: keep this module in memory in the device map"
+                f"{name}: accelerate keeps it elsewhere between calls, and what calls it reads it past its"
+                " adapter; hint: keep this module in memory in the device map"
             )
             continue
         targets.append(aim(place, base, method, matched, name=name))
@@ -184,11 +223,15 @@ def _base(place: Place, parameter: str | None) -> Base | None:
     weight = getattr(inner, parameter)
     if weight.ndim not in (2, 3):
         return None
-    return dense.Parameter(parameter, transposed=weight.ndim == 3 and bool(getattr(inner, "is_transposed", False)))
+    return dense.Parameter(
+        parameter, transposed=weight.ndim == 3 and bool(getattr(inner, "is_transposed", False))
+    )
 
 
 def _matched(selection: _native.Selection, config: TargetedConfig, count: int) -> list[dict[str, Any]]:
-    """The value that each pattern field of the config gives each of the layers selected, where a key of it matched."""
+    """The value that each pattern field of the config gives each of the layers selected, where a key of it
+    matched.
+    """
     matched: list[dict[str, Any]] = [{} for _ in range(count)]
     for field in config.pattern_fields:
         values = list((getattr(config, field) or {}).values())
@@ -222,7 +265,9 @@ def _in_order(value: Any) -> Any:
 
 def _check_matches(selection: _native.Selection, config: TargetedConfig, strict: Strict) -> None:
     targets = _in_order(config.target_modules)
-    wants_none = targets in (NO_TARGETS, [NO_TARGETS]) or (not targets and bool(getattr(config, "trainable_token_indices", None)))
+    wants_none = targets in (NO_TARGETS, [NO_TARGETS]) or (
+        not targets and bool(getattr(config, "trainable_token_indices", None))
+    )
     if not selection.targets and not selection.parameters and not wants_none:
         raise NoMatchingPeftModuleError(_nothing(selection, config))
     lost = [
@@ -238,8 +283,14 @@ def _nothing(selection: _native.Selection, config: TargetedConfig) -> str:
     named = config.target_modules
     targets = f"[{listed(sorted(named))}]" if isinstance(named, (list, set)) else shown(named or "")
     if selection.excluded:
-        return f"All modules were excluded: {targets} matches only {listed(selection.excluded)}, which `exclude_modules` takes out"
-    message = f"Target modules {targets} not found in the base model. Please check the target modules and try again."
+        return (
+            f"All modules were excluded: {targets} matches only {listed(selection.excluded)}, which"
+            " `exclude_modules` takes out"
+        )
+    message = (
+        f"Target modules {targets} not found in the base model. Please check the target modules and try"
+        " again."
+    )
     for name in ("layers_to_transform", "layers_pattern"):
         if getattr(config, name, None):
             message += f" `{name}` is {getattr(config, name)!r:.120}."

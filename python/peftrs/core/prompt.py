@@ -1,8 +1,9 @@
 """Prompts: what an adapter trains that changes no layer, but what the model is given to read.
 
-An encoder holds one adapter's tensors and makes the prompt of them: virtual tokens, put before the embeddings of the text, or keys
-and values, put before those that attention makes of it. `Prompts` holds the encoders of a model as its child `prompt_encoder`, and
-the hooks of `peftrs.core.prompt_call` put the active one's prompt into every call of the model.
+An encoder holds one adapter's tensors and makes the prompt of them: virtual tokens, put before the embeddings
+of the text, or keys and values, put before those that attention makes of it. `Prompts` holds the encoders of
+a model as its child `prompt_encoder`, and the hooks of `peftrs.core.prompt_call` put the active one's prompt
+into every call of the model.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ IGNORED = -100
 class Encoder(nn.Module):
     """One adapter's prompt. `embedding` holds the prompt itself, or what a network makes it of.
 
-    With `word_embeddings` the first values may be taken from them, as the config says; without, nothing that the config names is
-    opened. Files hold the prompt and not the network: what is loaded goes on as the prompt itself.
+    With `word_embeddings` the first values may be taken from them, as the config says; without, nothing that
+    the config names is opened. Files hold the prompt and not the network: what is loaded goes on as the
+    prompt itself.
     """
 
     network: ClassVar[tuple[str, ...]] = ()
@@ -63,7 +65,9 @@ class Encoder(nn.Module):
     def prompt(self, task_ids: Tensor | None = None) -> Tensor:
         """All rows, (1, rows, width), or of each task with `task_ids`, (tasks, rows, width)."""
         rows = torch.arange(self.shape(self.config)[0], device=self.device)
-        return cast(Tensor, self(rows.unsqueeze(0)) if task_ids is None else self(rows.unsqueeze(0), task_ids))
+        return cast(
+            Tensor, self(rows.unsqueeze(0)) if task_ids is None else self(rows.unsqueeze(0), task_ids)
+        )
 
     @property
     def device(self) -> torch.device:
@@ -72,7 +76,9 @@ class Encoder(nn.Module):
 
     def labels(self, call: dict[str, Any], labels: Tensor) -> Tensor:
         """The labels of a text, (batch, tokens), with those of the virtual tokens before them."""
-        return torch.cat((labels.new_full((len(labels), self.config.num_virtual_tokens), IGNORED), labels), dim=1)
+        return torch.cat(
+            (labels.new_full((len(labels), self.config.num_virtual_tokens), IGNORED), labels), dim=1
+        )
 
     def finish(self, output: Any) -> Any:
         """What the model returned, with the loss as this kind of prompt defines it."""
@@ -90,7 +96,10 @@ class Encoder(nn.Module):
         """Takes a tensor out of a file; `home` is where it belongs while this one waits for values."""
         if self.made:
             if any(parameter.requires_grad for parameter in self.trained()):
-                text = "files hold a prompt without the network that made it: training goes on with the prompt itself"
+                text = (
+                    "files hold a prompt without the network that made it: training goes on with the prompt"
+                    " itself"
+                )
                 warnings.warn(text, PeftrsWarning, stacklevel=4)
             for module in self.network:
                 self._modules.pop(module, None)
@@ -104,7 +113,11 @@ def put(module: nn.Module, name: str, value: Tensor, home: torch.device) -> None
     """Copies a value into a parameter, or makes the parameter of it where that still waits for values."""
     held = cast(nn.Parameter, getattr(module, name))
     if held.device.type == "meta":
-        setattr(module, name, nn.Parameter(value.to(home, held.dtype, copy=True), requires_grad=held.requires_grad))
+        setattr(
+            module,
+            name,
+            nn.Parameter(value.to(home, held.dtype, copy=True), requires_grad=held.requires_grad),
+        )
     else:
         with torch.no_grad():
             held.copy_(value)
@@ -113,11 +126,15 @@ def put(module: nn.Module, name: str, value: Tensor, home: torch.device) -> None
 def rows_of(word_embeddings: nn.Module, tokens: Tensor) -> Tensor:
     """What a model makes of these tokens, (tokens, embedding), in float32."""
     with torch.no_grad():
-        return cast(Tensor, word_embeddings(tokens.to(home_of(word_embeddings)))).to("cpu", torch.float32, copy=True)
+        return cast(Tensor, word_embeddings(tokens.to(home_of(word_embeddings)))).to(
+            "cpu", torch.float32, copy=True
+        )
 
 
 class CacheEncoder(Encoder):
-    """A prompt of keys and values: a row holds those of all layers for one virtual token, (layers * 2 * heads * head size)."""
+    """A prompt of keys and values: a row holds those of all layers for one virtual token, (layers * 2 * heads
+    * head size).
+    """
 
     lent = False
     """Whether the model was given a cache by a caller who wants none."""
@@ -136,19 +153,30 @@ class CacheEncoder(Encoder):
         """Each layer's keys and values, (batch, heads, tokens, head size)."""
         config = self.config
         count = 2 * config.num_layers
-        rows = self.prompt().to(dtype).view(1, config.num_virtual_tokens, count, config.num_attention_heads, -1)
+        rows = (
+            self.prompt().to(dtype).view(1, config.num_virtual_tokens, count, config.num_attention_heads, -1)
+        )
         rows = rows.permute(2, 0, 3, 1, 4).expand(-1, batch, -1, -1, -1)
-        # The format of encoder-decoders: every layer has rows for its cross-attention too, which repeat the first and are not used.
+        # The format of encoder-decoders: every layer has rows for its cross-attention too, which repeat the
+        # first and are not used.
         step = 2 * config.num_transformer_submodules
-        return [(rows[step * layer % count], rows[(step * layer + 1) % count]) for layer in range(config.num_layers)]
+        return [
+            (rows[step * layer % count], rows[(step * layer + 1) % count])
+            for layer in range(config.num_layers)
+        ]
 
     def load_prompt_embeddings(self, prompt_embeddings: Tensor) -> None:
-        """Takes keys and values from elsewhere, a row for each token. Raises `ValueError` if they do not fit."""
+        """Takes keys and values from elsewhere, a row for each token.
+
+        Raises `ValueError` if they do not fit.
+        """
         if self.made:
             raise ValueError("Cannot load flattened prompt embeddings when `prefix_projection=True`.")
         if prompt_embeddings.shape != self.shape(self.config):
             expected = self.shape(self.config)
-            raise ValueError(f"`prompt_embeddings` has shape {tuple(prompt_embeddings.shape)}, the prompt needs {expected}")
+            raise ValueError(
+                f"`prompt_embeddings` has shape {tuple(prompt_embeddings.shape)}, the prompt needs {expected}"
+            )
         self.load(PROMPT, prompt_embeddings, self.device)
 
 
@@ -170,9 +198,14 @@ class PromptMethod(Method, ABC):
         return affine
 
     def build(self, config: Any, word_embeddings: nn.Module, *, fill: bool) -> Encoder:
-        """The adapter's encoder; with `fill=False` it waits for values (device meta), and nothing that the config names is read."""
+        """The adapter's encoder; with `fill=False` it waits for values (device meta), and nothing that the
+        config names is read.
+        """
         if not fill and (named := [name for name in config.sources if getattr(config, name, None)]):
-            text = f"{', '.join(named)}: kept, but never used to open, fetch or import anything where an adapter is loaded"
+            text = (
+                f"{', '.join(named)}: kept, but never used to open, fetch or import anything where an adapter"
+                " is loaded"
+            )
             warnings.warn(text, PeftrsWarning, stacklevel=7)
         with torch.device("cpu" if fill else "meta"):
             encoder = self.encoder(config, word_embeddings if fill and not config.inference_mode else None)
@@ -202,7 +235,9 @@ class Prompts(Switched, nn.ModuleDict):
 
     def acting(self) -> str | None:
         """The adapter whose prompt is to be read now."""
-        return next((name for name in self.state.active if name in self), None) if self.state.enabled else None
+        return (
+            next((name for name in self.state.active if name in self), None) if self.state.enabled else None
+        )
 
     def conflict(self, names: Sequence[str]) -> str | None:
         held = [name for name in names if name in self]

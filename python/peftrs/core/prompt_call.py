@@ -1,4 +1,6 @@
-"""Putting a prompt into the calls of a model, by hooks: the same for training, plain calls and every step of `generate`."""
+"""Putting a prompt into the calls of a model, by hooks: the same for training, plain calls and every step of
+`generate`.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +54,17 @@ DECODER = Side("decoder_input_ids", "decoder_inputs_embeds", "decoder_attention_
 
 
 class Before:
-    """The hook that puts the active prompt into a module's calls, if it belongs there (`path` from the model)."""
+    """The hook that puts the active prompt into a module's calls, if it belongs there (`path` from the
+    model).
+    """
 
     def __init__(self, prompts: Prompts, path: str) -> None:
         self.prompts = prompts
         self.path = path
 
-    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def __call__(
+        self, module: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         name = self.prompts.acting()
         if name is None or self.prompts.hosts[name] != self.path:
             return None
@@ -108,7 +114,8 @@ def uproot(model: nn.Module) -> None:
 
 
 def host_of(model: nn.Module, encoder: Encoder) -> str:
-    """The path of the module whose calls get the prompt: the model, or for keys and values what takes those inside it.
+    """The path of the module whose calls get the prompt: the model, or for keys and values what takes those
+    inside it.
 
     Raises `AdapterError` where nothing takes keys and values.
     """
@@ -118,7 +125,9 @@ def host_of(model: nn.Module, encoder: Encoder) -> str:
     inner = model._modules.get(backbone) if isinstance(backbone, str) else None
     if inner is not None and "past_key_values" in parameters(inner):
         return cast(str, backbone)
-    raise AdapterError(f"{type(model).__name__} does not support past key values, which are required for prefix tuning")
+    raise AdapterError(
+        f"{type(model).__name__} does not support past key values, which are required for prefix tuning"
+    )
 
 
 def parameters(module: nn.Module) -> tuple[str, ...]:
@@ -137,7 +146,9 @@ def is_paired(module: nn.Module) -> bool:
 
 
 def enter(module: nn.Module, encoder: Encoder, call: dict[str, Any], task_ids: Tensor | None = None) -> None:
-    """Puts a prompt into a call's arguments: where a cache holds it already, only the mask and the positions make room for it."""
+    """Puts a prompt into a call's arguments: where a cache holds it already, only the mask and the positions
+    make room for it.
+    """
     config, paired = encoder.config, is_paired(module)
     if not TASKS[config.task_type].typed and call.pop("token_type_ids", None) is not None:
         _warn("Token type ids are not supported for parameter efficient tuning. Ignoring token type ids")
@@ -164,7 +175,9 @@ def enter(module: nn.Module, encoder: Encoder, call: dict[str, Any], task_ids: T
             prepend(module, encoder, call, DECODER, task_ids)
 
 
-def prepend(module: nn.Module, encoder: Encoder, call: dict[str, Any], side: Side, task_ids: Tensor | None) -> None:
+def prepend(
+    module: nn.Module, encoder: Encoder, call: dict[str, Any], side: Side, task_ids: Tensor | None
+) -> None:
     """Puts virtual tokens before what one side reads, with all that is said of its tokens."""
     count, paired = encoder.config.num_virtual_tokens, is_paired(module)
     ids, embeds, labels = call.pop(side.ids, None), call.get(side.embeds), call.get("labels")
@@ -184,7 +197,9 @@ def prepend(module: nn.Module, encoder: Encoder, call: dict[str, Any], side: Sid
     positions, types = call.get(side.positions), call.get("token_type_ids")
     widen(call, side, count)
     if positions is not None:
-        first = torch.arange(count, device=positions.device, dtype=positions.dtype).expand(*positions.shape[:-1], count)
+        first = torch.arange(count, device=positions.device, dtype=positions.dtype).expand(
+            *positions.shape[:-1], count
+        )
         call[side.positions] = torch.cat((first, positions + count), dim=-1)
     if types is not None and side is ONLY:
         call["token_type_ids"] = torch.cat((types.new_zeros(len(types), count), types), dim=1)
@@ -199,8 +214,8 @@ def widen(call: dict[str, Any], side: Side, count: int) -> None:
         if not isinstance(mask, Tensor) or mask.ndim != 2:
             kind = f"{mask.ndim} dimensions" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
             raise AdapterError(
-                f"`{side.mask}` has {kind}, where a prompt needs (batch, tokens) to make room in; hint: pass the mask of the text, "
-                "and to fill a static cache call `generate` of the PeftModel"
+                f"`{side.mask}` has {kind}, where a prompt needs (batch, tokens) to make room in; hint: pass"
+                " the mask of the text, and to fill a static cache call `generate` of the PeftModel"
             )
         call[side.mask] = torch.cat((mask.new_ones(len(mask), count), mask), dim=1)
     if positions is not None:
@@ -212,7 +227,9 @@ def word_embeddings(model: nn.Module) -> nn.Module:
     try:
         return cast(nn.Module, cast(Any, model).get_input_embeddings())
     except (AttributeError, NotImplementedError):
-        raise AdapterError(f"{type(model).__name__} does not say what embeds its tokens (`get_input_embeddings`)") from None
+        raise AdapterError(
+            f"{type(model).__name__} does not say what embeds its tokens (`get_input_embeddings`)"
+        ) from None
 
 
 def load_tokenizer(name: str, options: dict[str, Any]) -> Any:
@@ -223,7 +240,10 @@ def load_tokenizer(name: str, options: dict[str, Any]) -> Any:
 
 
 def read_tensors(path: str) -> dict[str, Tensor]:
-    """The floating-point tensors of a safetensors file, by name. Raises `CheckpointError`; pickles are not read."""
+    """The floating-point tensors of a safetensors file, by name.
+
+    Raises `CheckpointError`; pickles are not read.
+    """
     file = _native.Checkpoint.model(path)
     kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     rows = [(name, kinds[kind], shape) for name, kind, shape in file.entries() if kind in kinds]
@@ -249,7 +269,11 @@ def fill(held: Any, module: nn.Module, encoder: CacheEncoder, batch: int) -> Any
     settings = cast(Any, module).config
     settings = settings.get_text_config(decoder=True) if hasattr(settings, "get_text_config") else settings
     if held is None or isinstance(held, tuple | list):
-        held = DynamicCache(config=settings) if "config" in inspect.signature(DynamicCache).parameters else DynamicCache()
+        held = (
+            DynamicCache(config=settings)
+            if "config" in inspect.signature(DynamicCache).parameters
+            else DynamicCache()
+        )
         held = EncoderDecoderCache(held, DynamicCache()) if is_paired(module) else held
     own = held.self_attention_cache if isinstance(held, EncoderDecoderCache) else held
     last = (getattr(settings, "num_hidden_layers", None) or encoder.config.num_layers) - (
@@ -267,23 +291,39 @@ def fill(held: Any, module: nn.Module, encoder: CacheEncoder, batch: int) -> Any
             left_out.append(layer)
     if len(left_out) == encoder.config.num_layers:
         heads, width = encoder.config.num_attention_heads, encoder.config.token_dim
-        raise AdapterError(f"no layer takes keys and values of {heads} heads and {width} channels; hint: set both in the config")
+        raise AdapterError(
+            f"no layer takes keys and values of {heads} heads and {width} channels; hint: set both in the"
+            " config"
+        )
     if left_out:
-        _warn(f"the prompt is left out of layers {left_out}, which take other keys and values or share another layer's")
+        _warn(
+            f"the prompt is left out of layers {left_out}, which take other keys and values or share another"
+            " layer's"
+        )
     return held
 
 
 def layer_devices(module: nn.Module) -> dict[int, Any]:
-    """Where each numbered layer of a model that is spread over devices computes; offloaded ones do on the first of them."""
+    """Where each numbered layer of a model that is spread over devices computes; offloaded ones do on the
+    first of them.
+    """
     held: dict[str, Any] = getattr(module, "hf_device_map", None) or {}
     main = next((device for device in held.values() if device not in ("cpu", "disk")), None)
-    numbered = [([part for part in name.split(".") if part.isdigit()], device) for name, device in held.items()]
-    found = {int(numbers[0]): main if device in ("cpu", "disk") else device for numbers, device in numbered if numbers}
+    numbered = [
+        ([part for part in name.split(".") if part.isdigit()], device) for name, device in held.items()
+    ]
+    found = {
+        int(numbers[0]): main if device in ("cpu", "disk") else device
+        for numbers, device in numbered
+        if numbers
+    }
     return {} if main is None else found
 
 
 def _shape(settings: Any, layer: int) -> tuple[int, int] | None:
-    """The heads and head size of one layer's keys, where a model's layers differ and their configs say both."""
+    """The heads and head size of one layer's keys, where a model's layers differ and their configs say
+    both.
+    """
     own = getattr(settings, "per_layer_config", None)
     if own is None or not getattr(settings, "layer_types", None):
         return None
@@ -298,9 +338,14 @@ def _batch(call: dict[str, Any], paired: bool) -> int:
 
 
 def refuse_checkpointing(module: nn.Module) -> None:
-    """Raises `AdapterError` where a module recomputes activations in training, for which it keeps no cache."""
+    """Raises `AdapterError` where a module recomputes activations in training, for which it keeps no
+    cache.
+    """
     if any(getattr(inner, "gradient_checkpointing", False) for inner in module.modules()):
-        raise AdapterError("a prompt of keys and values does not work with gradient checkpointing, which drops them; turn it off")
+        raise AdapterError(
+            "a prompt of keys and values does not work with gradient checkpointing, which drops them; turn"
+            " it off"
+        )
 
 
 def _warn(text: str) -> None:

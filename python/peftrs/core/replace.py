@@ -60,11 +60,17 @@ class ReplacedModule(Switched, nn.Module):
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         rows = self.activation.rows
-        if rows is None or not self.state.enabled or not any(name in self.modules_to_save for name in rows.names):
+        if (
+            rows is None
+            or not self.state.enabled
+            or not any(name in self.modules_to_save for name in rows.names)
+        ):
             return self.current()(*inputs, **options)
         x, *rest = inputs
         if any(isinstance(value, Tensor) for value in (*rest, *options.values())):
-            raise AdapterError(f"{self.name}: is given more than one tensor, so that rows cannot have modules of their own")
+            raise AdapterError(
+                f"{self.name}: is given more than one tensor, so that rows cannot have modules of their own"
+            )
 
         copies = dict(self.modules_to_save.items())
 
@@ -76,7 +82,11 @@ class ReplacedModule(Switched, nn.Module):
 
     def conflict(self, names: Sequence[str]) -> str | None:
         held = [name for name in names if name in self.modules_to_save]
-        return f"{self.name}: {held} each replace this module; only one of them can be active" if len(held) > 1 else None
+        return (
+            f"{self.name}: {held} each replace this module; only one of them can be active"
+            if len(held) > 1
+            else None
+        )
 
     def adapter_names(self) -> tuple[str, ...]:
         return tuple(self.modules_to_save)
@@ -101,7 +111,9 @@ class ReplacedModule(Switched, nn.Module):
         return {name: own for name, own, _ in self.parameters_of(adapter_name)}
 
     def parameters_of(self, adapter: str) -> Iterator[tuple[str, str, nn.Parameter]]:
-        """Each tensor of an adapter's copy as (name within the module, name within this one, tensor), buffers included."""
+        """Each tensor of an adapter's copy as (name within the module, name within this one, tensor), buffers
+        included.
+        """
         if adapter in self.modules_to_save:
             for name, tensor in self.modules_to_save[adapter].state_dict(keep_vars=True).items():
                 yield name, f"modules_to_save.{adapter}.{name}", tensor

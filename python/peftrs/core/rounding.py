@@ -1,8 +1,8 @@
 """Merging into layers whose weights are quantized: what rounding to their format again makes of an update.
 
-A stored weight lies on its format's grid, so that an update of less than half a step rounds away in full; formats that choose
-another grid add an error that may be far larger than the update. Both are measured, and a merge that would lose most of the update
-or drown it is refused: the same weights in 16 bits keep it.
+A stored weight lies on its format's grid, so that an update of less than half a step rounds away in full;
+formats that choose another grid add an error that may be far larger than the update. Both are measured, and a
+merge that would lose most of the update or drown it is refused: the same weights in 16 bits keep it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ LEAST, LARGEST = 0.5, 10.0
 
 @dataclass(frozen=True)
 class Rounding:
-    """What a format made of an update `D` of one weight, as sums over its entries. `E` is the change that was stored."""
+    """What a format made of an update `D` of one weight, as sums over its entries.
+
+    `E` is the change that was stored.
+    """
 
     layer: str
     format: str
@@ -61,11 +64,15 @@ def coarse(layer: AdaptedLayer) -> bool:
 
 def widened(tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype that holds all numbers of the tensor's own and of another one, if there is one."""
-    return tensor.dtype if dtype is None or is_distributed(tensor) else torch.promote_types(tensor.dtype, dtype)
+    return (
+        tensor.dtype if dtype is None or is_distributed(tensor) else torch.promote_types(tensor.dtype, dtype)
+    )
 
 
 def rounded_twice(layer: AdaptedLayer, dtype: torch.dtype | None) -> bool:
-    """Whether what is merged was rounded to a coarser dtype than `dtype`, and the layer's originals are there."""
+    """Whether what is merged was rounded to a coarser dtype than `dtype`, and the layer's originals are
+    there.
+    """
     if layer.ledger is None or layer.ledger.kept is None:
         return False
     stored = [one for one in layer.base.parameters(layer.base_layer) if one is not None]
@@ -79,7 +86,10 @@ def before(layer: AdaptedLayer) -> nn.Module:
 
 
 def folded(layer: AdaptedLayer, chain: Chain) -> tuple[Tensor, Affine]:
-    """The frozen layer's weight in float32, and its map with the chain in it. Raises `MergeError` where that is not finite."""
+    """The frozen layer's weight in float32, and its map with the chain in it.
+
+    Raises `MergeError` where that is not finite.
+    """
     weight, bias = layer.base.dense(before(layer))
     first = weight.float()
     affine = Affine(first, None if bias is None else bias.float())
@@ -93,7 +103,10 @@ def folded(layer: AdaptedLayer, chain: Chain) -> tuple[Tensor, Affine]:
 
 @torch.no_grad()
 def requantize(layer: AdaptedLayer, chain: Chain) -> tuple[nn.Module, Rounding]:
-    """A layer in the frozen one's format with the chain in it, and what rounding did to the change. Raises `MergeError`."""
+    """A layer in the frozen one's format with the chain in it, and what rounding did to the change.
+
+    Raises `MergeError`.
+    """
     base, module = cast(Quantized, layer.base), before(layer)
     first, affine = folded(layer, chain)
     merged = base.requantized(module, affine)
@@ -121,20 +134,28 @@ def dequantize(layer: AdaptedLayer, chain: Chain, dtype: torch.dtype) -> None:
 
 
 def check(layer: AdaptedLayer, chain: Chain, dtype: torch.dtype | None) -> None:
-    """Raises `MergeError` for a format that cannot be written again, or for weights that would not be finite."""
+    """Raises `MergeError` for a format that cannot be written again, or for weights that would not be
+    finite.
+    """
     base = cast(Quantized, layer.base)
     if dtype is None and not base.writes:
         raise MergeError(
-            f"{layer.spec.name}: {base.format(layer.base_layer)} is written by its library's calibration alone; hint: {IN_A_DTYPE}"
+            f"{layer.spec.name}: {base.format(layer.base_layer)} is written by its library's calibration"
+            f" alone; hint: {IN_A_DTYPE}"
         )
     if dtype is not None:
         _, affine = folded(layer, chain)
         if not bool(affine.weight.to(dtype).isfinite().all()):
-            raise MergeError(f"{layer.spec.name}: merging gives weights beyond {dtype}; hint: merge into a wider dtype")
+            raise MergeError(
+                f"{layer.spec.name}: merging gives weights beyond {dtype}; hint: merge into a wider dtype"
+            )
 
 
 def judge(found: Sequence[Rounding]) -> None:
-    """Tells what rounding did to the updates of a merge. Raises `MergeError` (a warning where not strict) if it is lost."""
+    """Tells what rounding did to the updates of a merge.
+
+    Raises `MergeError` (a warning where not strict) if it is lost.
+    """
     asked = sum(one.asked for one in found)
     if not asked:
         return
@@ -143,8 +164,8 @@ def judge(found: Sequence[Rounding]) -> None:
     worst = min(found, key=lambda one: one.kept)
     formats = ", ".join(sorted({one.format for one in found}))
     told = (
-        f"{len(found)} merged layers are quantized again ({formats}): {kept:.0%} of the update is left, with an error of "
-        f"{noise:.0%} of its size; least in {worst.layer}: {worst.kept:.0%}"
+        f"{len(found)} merged layers are quantized again ({formats}): {kept:.0%} of the update is left, with"
+        f" an error of {noise:.0%} of its size; least in {worst.layer}: {worst.kept:.0%}"
     )
     if kept < LEAST or noise > LARGEST:
         complain(f"{told}. That rounds the update away; hint: {IN_A_DTYPE}", MergeError)

@@ -1,7 +1,9 @@
-"""The way of small inputs through one product of factors over an `nn.Linear`, where looking things up costs more than computing.
+"""The way of small inputs through one product of factors over an `nn.Linear`, where looking things up costs
+more than computing.
 
-What stays put from call to call is looked up once. What may change unseen (parameters and their dtypes, hooks, modules, what torch
-is doing) is read at each call, and all that is out of the ordinary goes the long way of `AdaptedLayer.forward`.
+What stays put from call to call is looked up once. What may change unseen (parameters and their dtypes,
+hooks, modules, what torch is doing) is read at each call, and all that is out of the ordinary goes the long
+way of `AdaptedLayer.forward`.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ def declined(x: Tensor) -> Tensor | None:
 
 
 def shortcut(adapter: FittedAdapter) -> Shortcut:
-    """Gives the output of the adapter's layer, with it alone, for `x (..., in)`, or None where `x` must go the long way."""
+    """Gives the output of the adapter's layer, with it alone, for `x (..., in)`, or None where `x` must go
+    the long way.
+    """
     layer, product = adapter.layer, adapter.method.product(adapter)
     modules: dict[str, Any] = layer._modules
     frozen = modules["base_layer"]
@@ -58,21 +62,38 @@ def shortcut(adapter: FittedAdapter) -> Shortcut:
     reach = 1 + layer.spec.out_features / layer.spec.in_features
 
     def run(x: Tensor) -> Tensor | None:
-        if modules["base_layer"] is not frozen or lowers.get(name) is not lower or uppers.get(name) is not upper:
+        if (
+            modules["base_layer"] is not frozen
+            or lowers.get(name) is not lower
+            or uppers.get(name) is not upper
+        ):
             del adapter.shortcut  # it is made anew for the modules that are there now
             return None
         if any(hooks) or "forward" in own or type(frozen) is not kind or not is_fused():
             return None
         weight, bias, down, up = stored.get("weight"), stored.get("bias"), downs.get(low), ups.get(high)
-        if not (type(x) is Tensor and type(weight) is type(down) is type(up) is nn.Parameter and down.is_cpu and up.is_cpu):
+        if not (
+            type(x) is Tensor
+            and type(weight) is type(down) is type(up) is nn.Parameter
+            and down.is_cpu
+            and up.is_cpu
+        ):
             return None
         dtype, wide, scaling = x.dtype, down.dtype, adapter.scaling
-        if weight.dtype is not dtype or (wide is not dtype and (wide is not torch.float32 or dtype not in lora_linear.NARROW)):
+        if weight.dtype is not dtype or (
+            wide is not dtype and (wide is not torch.float32 or dtype not in lora_linear.NARROW)
+        ):
             return None
         if (bias is not None and bias.dtype is not dtype) or type(scaling) is not float:
             return None
-        if torch._C._is_tracing() or torch.is_autocast_enabled("cpu") or x.numel() * reach > lora_linear.SMALL:
+        if (
+            torch._C._is_tracing()
+            or torch.is_autocast_enabled("cpu")
+            or x.numel() * reach > lora_linear.SMALL
+        ):
             return None
-        return lora_linear.composed(x, weight, bias, down, up, scaling, product.dropout if settings["training"] else 0.0)
+        return lora_linear.composed(
+            x, weight, bias, down, up, scaling, product.dropout if settings["training"] else 0.0
+        )
 
     return run

@@ -1,7 +1,8 @@
-"""Where an adapter's tensors live: as real parameters of the layer, slot first, then adapter (`lora_A.default.weight`).
+"""Where an adapter's tensors live: as real parameters of the layer, slot first, then adapter
+(`lora_A.default.weight`).
 
-A slot is named as files name it: `lora_A.weight` is the leaf `weight` of the container `lora_A`, `ia3_l` is a container whose
-entries are the tensors themselves. In memory the adapter's name stands after the container's.
+A slot is named as files name it: `lora_A.weight` is the leaf `weight` of the container `lora_A`, `ia3_l` is a
+container whose entries are the tensors themselves. In memory the adapter's name stands after the container's.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ _OWN = {name: type(value) for name, value in _EMPTY.items() if isinstance(value,
 
 
 def empty(module: nn.Module) -> None:
-    """What `nn.Module.__init__` does, in a third of its time: a layer has five modules, and a model hundreds of layers."""
+    """What `nn.Module.__init__` does, in a third of its time: a layer has five modules, and a model hundreds
+    of layers.
+    """
     attributes = module.__dict__
     attributes.update(_EMPTY)
     for name, kind in _OWN.items():
@@ -55,10 +58,14 @@ class Leaves(nn.Module):
         self._parameters["bias"] = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """The linear map that a `weight` of two dimensions is, for code that calls `layer.lora_A[name]` and its like itself."""
+        """The linear map that a `weight` of two dimensions is, for code that calls `layer.lora_A[name]` and
+        its like itself.
+        """
         weight, bias = (cast("Tensor | None", self._parameters.get(leaf)) for leaf in ("weight", "bias"))
         if weight is None or weight.ndim != 2:
-            raise NotImplementedError(f"{self.extra_repr()}: only a weight of two dimensions is a map by itself; call the layer")
+            raise NotImplementedError(
+                f"{self.extra_repr()}: only a weight of two dimensions is a map by itself; call the layer"
+            )
         return functional.linear(x, weight, bias)
 
     def __getattr__(self, name: str) -> Any:
@@ -76,7 +83,11 @@ class Container(nn.ModuleDict):
 
     def __getattr__(self, name: str) -> Any:
         held: dict[str, Leaves] = self.__dict__.get("_modules", {})
-        found = {adapter: leaves._parameters[name] for adapter, leaves in held.items() if name in leaves._parameters}
+        found = {
+            adapter: leaves._parameters[name]
+            for adapter, leaves in held.items()
+            if name in leaves._parameters
+        }
         # PEFT has the leaf before the adapter where it is not a linear map's.
         if found and name not in held and name not in ("weight", "bias"):
             return found
@@ -116,18 +127,23 @@ class FittedAdapter:
         return {name: value for name, value in self.__dict__.items() if name != "shortcut"}
 
     def on(self, replica: AdaptedLayer) -> FittedAdapter:
-        """The same on a replica of the layer, as `nn.DataParallel` makes them. Raises `AdapterError` where tensors are shared."""
+        """The same on a replica of the layer, as `nn.DataParallel` makes them.
+
+        Raises `AdapterError` where tensors are shared.
+        """
         if self.leader is not None:
             raise AdapterError(
-                f"{self.spec.name}: adapter {self.name!r} shares the tensors of {self.leader.spec.name}, which "
-                "nn.DataParallel cannot replicate; hint: use DistributedDataParallel, or one device"
+                f"{self.spec.name}: adapter {self.name!r} shares the tensors of {self.leader.spec.name},"
+                " which nn.DataParallel cannot replicate; hint: use DistributedDataParallel, or one device"
             )
         twin = copy.copy(self)
         twin.layer = replica
         return twin
 
     def rescale(self, scaling: float) -> None:
-        """Sets the strength; in place where it is a tensor, so that what was compiled with it goes on being right."""
+        """Sets the strength; in place where it is a tensor, so that what was compiled with it goes on being
+        right.
+        """
         if isinstance(self.scaling, Tensor):
             self.scaling.fill_(scaling)
         else:
@@ -168,7 +184,9 @@ class FittedAdapter:
         return (held._modules[self.name], leaf) if leaf else (held, self.name)
 
     def raw(self, slot: str) -> nn.Parameter:
-        """The parameter of a slot itself, which is on the device meta while a library keeps its values elsewhere."""
+        """The parameter of a slot itself, which is on the device meta while a library keeps its values
+        elsewhere.
+        """
         holder, name = self.holder(slot)
         tensor = holder._parameters.get(name)
         # Libraries that gather parameters for a while hang them beside the registered ones.
@@ -190,7 +208,8 @@ class FittedAdapter:
                 empty(held := Container.__new__(Container))
             else:
                 held = Entries()
-            # `add_module` would find the container of a layer adapted beneath this one, which answers for what this one lacks.
+            # `add_module` would find the container of a layer adapted beneath this one, which answers for
+            # what this one lacks.
             self.layer._modules[container] = held
         if leaf:
             leaves = held._modules.get(self.name)
@@ -236,13 +255,18 @@ class FittedAdapter:
         self.layer.activation.change(self.name)
 
     def spread(self) -> None:
-        """Spreads the tensors over processes as the layer is spread, if it is: along what follows the layer's own slices."""
+        """Spreads the tensors over processes as the layer is spread, if it is: along what follows the layer's
+        own slices.
+        """
         parallel = self.layer.parallel
         if parallel is None:
             return
         place = len(self.spec.shape) - (1 if parallel.by_inputs else 2)
         wider = tuple(size * (1 + (at == place)) for at, size in enumerate(self.spec.shape))
-        shapes = [self.method.slots(self.config, spec, self.values) for spec in (self.spec, replace(self.spec, shape=wider))]
+        shapes = [
+            self.method.slots(self.config, spec, self.values)
+            for spec in (self.spec, replace(self.spec, shape=wider))
+        ]
         for slot in self.places:
             held = self[slot]
             if not held.is_meta and not is_distributed(held):

@@ -35,8 +35,13 @@ def aim(
     tied: str | None = None,
     strength: float = 1.0,
 ) -> Target:
-    """The target for a place, described by its base. `name` is the place's, unless the target is a parameter of it."""
+    """The target for a place, described by its base.
+
+    `name` is the place's, unless the target is a parameter of it.
+    """
     inner = original(place.module)
     biased = base.parameters(inner)[1] is not None
-    spec = LayerSpec(name or place.name, base.kind, base.shape(inner), biased, base.groups(inner), strength, matched)
+    spec = LayerSpec(
+        name or place.name, base.kind, base.shape(inner), biased, base.groups(inner), strength, matched
+    )
     return Target(place, base, spec, method, tied)

@@ -19,14 +19,18 @@ _HOLDER = (*_WRAPPED, Prompts)
 
 
 class Place(NamedTuple):
-    """A module of the model: its name, itself (the outermost wrapper if it is adapted), and where it hangs."""
+    """A module of the model: its name, itself (the outermost wrapper if it is adapted), and where it
+    hangs.
+    """
 
     name: str
     module: nn.Module
     parent: nn.Module
     attribute: str
     also: list[Place]
-    """Where else it hangs, as far as the walk has come: one module may be called in several places of a model."""
+    """Where else it hangs, as far as the walk has come: one module may be called in several places of a
+    model.
+    """
 
     def put(self, module: nn.Module) -> None:
         """Puts another module in this one's place, and wherever else it hangs."""
@@ -35,7 +39,9 @@ class Place(NamedTuple):
 
 
 def places(model: nn.Module) -> Iterator[Place]:
-    """Every module below the root, parents first, each once; inside wrappers only what the original module holds."""
+    """Every module below the root, parents first, each once; inside wrappers only what the original module
+    holds.
+    """
     seen: dict[int, Place | None] = {id(model): None}
     # Not by recursion, which would pass every module up through every level.
     waiting = _children(model, "")
@@ -84,7 +90,9 @@ def wrappers(model: nn.Module) -> Iterator[tuple[str, Holder]]:
 
 
 def first_wrapper(model: nn.Module) -> Holder | None:
-    """Any of the wrappers of a model, the sooner found the earlier it stands: what all share can be asked of each."""
+    """Any of the wrappers of a model, the sooner found the earlier it stands: what all share can be asked of
+    each.
+    """
     seen: set[int] = set()
     waiting = [iter((model,))]
     while waiting:
@@ -100,7 +108,9 @@ def first_wrapper(model: nn.Module) -> Holder | None:
 
 
 def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module with its full name in memory, parents first, each once, but for what adapters hold themselves."""
+    """Every module with its full name in memory, parents first, each once, but for what adapters hold
+    themselves.
+    """
     seen: set[int] = set()
     waiting: list[tuple[str, nn.Module]] = [("", model)]
     while waiting:
@@ -115,7 +125,9 @@ def modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         elif not children:
             continue
         prefix = f"{name}." if name else ""
-        waiting += [(prefix + attribute, child) for attribute, child in reversed(list(children)) if child is not None]
+        waiting += [
+            (prefix + attribute, child) for attribute, child in reversed(list(children)) if child is not None
+        ]
 
 
 def _beneath(module: Wrapped) -> tuple[str, nn.Module]:

@@ -1,4 +1,6 @@
-"""Layers that share one weight, and what follows for adapters: a change to one is a change to the other, where that is wanted."""
+"""Layers that share one weight, and what follows for adapters: a change to one is a change to the other,
+where that is wanted.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,18 @@ def tied(found: list[Place], place: Place) -> list[Place]:
     """The other linear layers and embeddings whose weight is this place's very parameter."""
     weight = original(place.module).weight
     kinds = (nn.Linear, nn.Embedding)
-    return [p for p in found if p is not place and isinstance(inner := original(p.module), kinds) and inner.weight is weight]
+    return [
+        p
+        for p in found
+        if p is not place and isinstance(inner := original(p.module), kinds) and inner.weight is weight
+    ]
 
 
-def token_rows(found: list[Place], config: Any, input_embeddings: str | None, faults: list[str]) -> list[Target]:
-    """Targets for `trainable_token_indices`: the embeddings and output layers named, and what is tied to them.
+def token_rows(
+    found: list[Place], config: Any, input_embeddings: str | None, faults: list[str]
+) -> list[Target]:
+    """Targets for `trainable_token_indices`: the embeddings and output layers named, and what is tied to
+    them.
 
     What is tied shares its tensors, unless it is named with tokens of its own.
     """
@@ -32,7 +41,10 @@ def token_rows(found: list[Place], config: Any, input_embeddings: str | None, fa
         return []
     if not isinstance(indices, dict):
         if input_embeddings is None:
-            faults.append("`trainable_token_indices`: the model does not say which layer embeds its inputs; use {name: indices}")
+            faults.append(
+                "`trainable_token_indices`: the model does not say which layer embeds its inputs; use {name:"
+                " indices}"
+            )
             return []
         indices = {input_embeddings: indices}
     wanted: dict[str, tuple[Place, list[int]]] = {}
@@ -45,7 +57,10 @@ def token_rows(found: list[Place], config: Any, input_embeddings: str | None, fa
             if isinstance(inner, nn.Embedding | nn.Linear):
                 wanted[place.name] = place, list(tokens)
             else:
-                faults.append(f"`trainable_token_indices`: {place.name} is a {type(inner).__name__}, neither embedding nor linear")
+                faults.append(
+                    f"`trainable_token_indices`: {place.name} is a {type(inner).__name__}, neither embedding"
+                    " nor linear"
+                )
     method, targets = registry.method("TOKEN_ROWS"), dict[str, Target]()
     # Embeddings lead, whichever was named first.
     for place, tokens in sorted(wanted.values(), key=lambda one: _base(one[0]) is not dense.EMBEDDING):
@@ -59,8 +74,8 @@ def token_rows(found: list[Place], config: Any, input_embeddings: str | None, fa
                 targets[other.name] = aim(other, _base(other), method, matched, tied=place.name)
             elif getattr(config, "ensure_weight_tying", False):
                 faults.append(
-                    f"`trainable_token_indices`: {place.name} and {other.name} are tied (`ensure_weight_tying`) and cannot have "
-                    f"rows of their own, {tokens[:8]} and {own[:8]}"
+                    f"`trainable_token_indices`: {place.name} and {other.name} are tied"
+                    f" (`ensure_weight_tying`) and cannot have rows of their own, {tokens[:8]} and {own[:8]}"
                 )
     return list(targets.values())
 
@@ -70,7 +85,8 @@ def _base(place: Place) -> Base:
 
 
 def followers(found: list[Place], config: Any, targets: list[Target]) -> list[Target]:
-    """With `ensure_weight_tying`, targets for the layers tied to embeddings that are targets, sharing their tensors.
+    """With `ensure_weight_tying`, targets for the layers tied to embeddings that are targets, sharing their
+    tensors.
 
     They stand in place of targets for the same layers that would have tensors of their own.
     """
@@ -78,11 +94,17 @@ def followers(found: list[Place], config: Any, targets: list[Target]) -> list[Ta
         return []
     extra: dict[str, Target] = {}
     for target in targets:
-        if target.spec.kind is LayerKind.EMBEDDING and target.method.name != "TOKEN_ROWS" and target.spec.name not in extra:
+        if (
+            target.spec.kind is LayerKind.EMBEDDING
+            and target.method.name != "TOKEN_ROWS"
+            and target.spec.name not in extra
+        ):
             for place in tied(found, target.place):
                 if _base(place).kind in target.method.tied_kinds:
                     matched = dict(target.spec.matched)
-                    extra[place.name] = aim(place, _base(place), target.method, matched, tied=target.spec.name)
+                    extra[place.name] = aim(
+                        place, _base(place), target.method, matched, tied=target.spec.name
+                    )
     return list(extra.values())
 
 
@@ -100,23 +122,37 @@ def saved(found: list[Place], config: Any, names: list[str]) -> list[tuple[Place
     return list(bound.values())
 
 
-def notes(found: list[Place], config: Any, targets: list[Target], saved: list[tuple[Place, str | None]]) -> list[str]:
-    """What to warn of: modules trained whole that part from what they are tied to, and a wish to keep ties where there are none."""
+def notes(
+    found: list[Place], config: Any, targets: list[Target], saved: list[tuple[Place, str | None]]
+) -> list[str]:
+    """What to warn of: modules trained whole that part from what they are tied to, and a wish to keep ties
+    where there are none.
+    """
     ensured = vars(config).get("ensure_weight_tying")
     if ensured is None:
         return []
-    tables = {id(inner.weight) for place in found if isinstance(inner := original(place.module), nn.Embedding)}
+    tables = {
+        id(inner.weight) for place in found if isinstance(inner := original(place.module), nn.Embedding)
+    }
     whole = [place for place, _ in saved if id(getattr(original(place.module), "weight", None)) in tables]
     if ensured:
         kept = any(tied(found, place) for place in whole) or any(
-            tied(found, one.place) for one in targets if id(getattr(original(one.place.module), "weight", None)) in tables
+            tied(found, one.place)
+            for one in targets
+            if id(getattr(original(one.place.module), "weight", None)) in tables
         )
-        return [] if kept else ["`ensure_weight_tying` has no effect: nothing that the adapter changes shares its weight"]
+        return (
+            []
+            if kept
+            else ["`ensure_weight_tying` has no effect: nothing that the adapter changes shares its weight"]
+        )
     names = {place.name for place in whole}
-    parted = {place.name: [other.name for other in tied(found, place) if other.name not in names] for place in whole}
+    parted = {
+        place.name: [other.name for other in tied(found, place) if other.name not in names] for place in whole
+    }
     return [
-        f"{name} is trained whole, and parts from {listed(others)}, which it is tied to and which stays as it is; "
-        "hint: ensure_weight_tying=True changes both alike"
+        f"{name} is trained whole, and parts from {listed(others)}, which it is tied to and which stays as it"
+        " is; hint: ensure_weight_tying=True changes both alike"
         for name, others in parted.items()
         if others
     ]

@@ -1,8 +1,8 @@
 """Ways to start an adapter from the base weights, one file each; `start` finds the one that a config names.
 
-A start takes the adapter and the base's affine map and returns first values by slot. Where `changes_base` is set, its paper puts
-`W − s·B₀·A₀` beneath the adapter: here the base is not written, the first factors are kept beside the trained ones instead. LoftQ
-alone writes it, being for a base that is quantized.
+A start takes the adapter and the base's affine map and returns first values by slot. Where `changes_base` is
+set, its paper puts `W − s·B₀·A₀` beneath the adapter: here the base is not written, the first factors are
+kept beside the trained ones instead. LoftQ alone writes it, being for a base that is quantized.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ UNBUILT = ("eva", "corda", "lora_ga", "mica")
 
 
 def find(name: bool | str, loftq: dict[str, Any] | None = None) -> Start | None:
-    """The start of this name, or None for the plain ones (True, False, "gaussian"), with the settings of LoftQ for that.
+    """The start of this name, or None for the plain ones (True, False, "gaussian"), with the settings of
+    LoftQ for that.
 
     Raises `ConfigError` for an unknown name or settings that do not go.
     """
@@ -42,6 +43,6 @@ def find(name: bool | str, loftq: dict[str, Any] | None = None) -> Start | None:
     if name in UNBUILT:
         raise ConfigError(f"init_lora_weights={name!r} is not built yet in peftrs")
     raise ConfigError(
-        f"init_lora_weights={name!r} is unknown: use True, False, 'gaussian', 'orthogonal', 'olora', 'loftq', 'pissa' or "
-        "'pissa_niter_16'"
+        f"init_lora_weights={name!r} is unknown: use True, False, 'gaussian', 'orthogonal', 'olora', 'loftq',"
+        " 'pissa' or 'pissa_niter_16'"
     )

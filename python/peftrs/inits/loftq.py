@@ -17,7 +17,9 @@ BITS = (4, 8)
 
 @dataclass
 class LoftQConfig:
-    """How the base is quantized: to nf4 (`loftq_bits=4`) or int8 (8), with that many rounds of `loftq_iter`."""
+    """How the base is quantized: to nf4 (`loftq_bits=4`) or int8 (8), with that many rounds of
+    `loftq_iter`.
+    """
 
     loftq_bits: int = 4
     loftq_iter: int = 1
@@ -25,10 +27,11 @@ class LoftQConfig:
 
 @dataclass(frozen=True)
 class Loftq(Start):
-    """Li et al. 2023, https://arxiv.org/abs/2310.08659, algorithm 1: `Q = quantized(W - s·B·A)`, then `s·B·A ≈ W - Q` of rank `r`.
+    """Li et al. 2023, https://arxiv.org/abs/2310.08659, algorithm 1: `Q = quantized(W - s·B·A)`, then `s·B·A
+    ≈ W - Q` of rank `r`.
 
-    The base becomes `Q`, in its own dtype: what the adapter is for is a base quantized like this one. The factors are divided by
-    the scaling, which PEFT leaves out.
+    The base becomes `Q`, in its own dtype: what the adapter is for is a base quantized like this one. The
+    factors are divided by the scaling, which PEFT leaves out.
     """
 
     bits: int
@@ -39,10 +42,14 @@ class Loftq(Start):
     def of(settings: dict[str, Any]) -> Loftq:
         """The start that a config's `loftq_config` asks for. Raises `ConfigError`."""
         if not settings:
-            raise ConfigError("init_lora_weights='loftq' needs `loftq_config`, such as LoftQConfig(loftq_bits=4)")
+            raise ConfigError(
+                "init_lora_weights='loftq' needs `loftq_config`, such as LoftQConfig(loftq_bits=4)"
+            )
         bits, iterations = settings.get("loftq_bits", 4), settings.get("loftq_iter", 1)
         if bits not in BITS:
-            raise ConfigError(f"`loftq_bits` is {bits}: nf4 (4) and int8 (8) are what bitsandbytes quantizes to")
+            raise ConfigError(
+                f"`loftq_bits` is {bits}: nf4 (4) and int8 (8) are what bitsandbytes quantizes to"
+            )
         if not isinstance(iterations, int) or iterations < 1:
             raise ConfigError(f"`loftq_iter` is {iterations}, not a positive number of rounds")
         return Loftq(bits, iterations)
@@ -61,7 +68,9 @@ class Loftq(Start):
         found = rounded(weight, self.bits)
         for _ in range(self.iterations - 1):
             first = factors(weight - found, adapter)
-            found = rounded(weight - adapter.scaling * (first["lora_B.weight"] @ first["lora_A.weight"]), self.bits)
+            found = rounded(
+                weight - adapter.scaling * (first["lora_B.weight"] @ first["lora_A.weight"]), self.bits
+            )
         return found
 
 

@@ -1,4 +1,6 @@
-"""Factors whose product starts at zero although neither is: interleaved rows of one random orthogonal matrix."""
+"""Factors whose product starts at zero although neither is: interleaved rows of one random orthogonal
+matrix.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,13 @@ from peftrs.inits.start import Start
 
 @dataclass(frozen=True)
 class Orthogonal(Start):
-    """https://datta0.github.io/posts/rethink-lora-init/: `A = (G₁ Q_even)ᵀ / 10`, `B = G₂ Q_odd / 10`, G normal; `B·A = 0`."""
+    """https://datta0.github.io/posts/rethink-lora-init/: `A = (G₁ Q_even)ᵀ / 10`, `B = G₂ Q_odd / 10`, G
+    normal; `B·A = 0`.
+    """
 
-    kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR, LayerKind.ATTENTION, LayerKind.PARAMETER})
+    kinds: ClassVar[frozenset[LayerKind]] = frozenset(
+        {LayerKind.LINEAR, LayerKind.ATTENTION, LayerKind.PARAMETER}
+    )
 
     def fault(self, rank: int, spec: LayerSpec) -> str | None:
         return f"it needs an even rank, not {rank}" if rank % 2 else None

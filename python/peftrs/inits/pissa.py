@@ -14,10 +14,12 @@ from peftrs.inits.start import Start, principal
 
 @dataclass(frozen=True)
 class Pissa(Start):
-    """Meng et al. 2024, https://arxiv.org/abs/2404.02948: `A = √(S/s)·Vᵀ`, `B = U·√(S/s)` of the largest `r` components.
+    """Meng et al. 2024, https://arxiv.org/abs/2404.02948: `A = √(S/s)·Vᵀ`, `B = U·√(S/s)` of the largest `r`
+    components.
 
-    With `iterations` a randomised SVD of that many subspace iterations takes the place of the full one. It draws from a
-    generator of its own, so that loading an adapter finds the same first factors that training started from.
+    With `iterations` a randomised SVD of that many subspace iterations takes the place of the full one. It
+    draws from a generator of its own, so that loading an adapter finds the same first factors that training
+    started from.
     """
 
     iterations: int | None = None

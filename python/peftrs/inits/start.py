@@ -21,7 +21,9 @@ class Start(ABC):
     kinds: ClassVar[frozenset[LayerKind]] = frozenset({LayerKind.LINEAR})
 
     def unfit(self, spec: LayerSpec, values: Mapping[str, Any], scaling: float) -> str | None:
-        """Why an adapter of these values on a layer, and of this strength, cannot start like this, or None if it can."""
+        """Why an adapter of these values on a layer, and of this strength, cannot start like this, or None if
+        it can.
+        """
         if spec.kind not in self.kinds or spec.stacked:
             return f"not for {spec.kind} layers"
         if (fault := self.fault(values["r"], spec)) is not None:
@@ -45,7 +47,9 @@ class Start(ABC):
 
 
 def principal(left: Tensor, singular: Tensor, right: Tensor, adapter: Any) -> dict[str, Tensor]:
-    """The factors of the first components of `U·S·Vᵀ`, as many as the adapter's rank: `A = √(S/s)·Vᵀ`, `B = U·√(S/s)`."""
+    """The factors of the first components of `U·S·Vᵀ`, as many as the adapter's rank: `A = √(S/s)·Vᵀ`, `B =
+    U·√(S/s)`.
+    """
     rank = adapter.values["r"]
     root = (singular[:rank] / adapter.scaling).sqrt()
     return {"lora_A.weight": root[:, None] * right[:rank], "lora_B.weight": left[:, :rank] * root}

@@ -1,4 +1,6 @@
-"""One layer of an adapter, changed without its model: what `peftrs-merge` asks of methods that its core has no kernel for."""
+"""One layer of an adapter, changed without its model: what `peftrs-merge` asks of methods that its core has
+no kernel for.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ from peftrs.io.checkpoint import DTYPES
 
 
 class Layer(TypedDict):
-    """A layer as a checkpoint shows it: the weight's dtype and shape as stored, and the adapter's tensors for it.
+    """A layer as a checkpoint shows it: the weight's dtype and shape as stored, and the adapter's tensors for
+    it.
 
     `strength` multiplies the adapter's change; `transposed` says what the configs know of square weights.
     """
@@ -61,12 +64,18 @@ class Alone:
 
 
 def prefix(config: str) -> str:
-    """How the names of the adapter's tensors begin. Raises `ConfigError` for a config that peftrs cannot follow."""
+    """How the names of the adapter's tensors begin.
+
+    Raises `ConfigError` for a config that peftrs cannot follow.
+    """
     return registry.method(_config(config).peft_type or "").prefix
 
 
 def check(layer: Layer) -> tuple[bool, bool]:
-    """Whether the method only adds to the layer, and whether it changes its bias. Raises `MergeError` for what does not fit."""
+    """Whether the method only adds to the layer, and whether it changes its bias.
+
+    Raises `MergeError` for what does not fit.
+    """
     method, adapter, _ = _fit(layer)
     if fault := method.unmergeable(adapter):
         raise MergeError(f"{layer['path']}: {fault}")
@@ -74,15 +83,21 @@ def check(layer: Layer) -> tuple[bool, bool]:
         return False, layer["bias"]
     # A fake layer shows what becomes of the bias, for nothing.
     with torch.device("meta"):
-        affine = Affine(torch.empty(adapter.spec.shape), torch.empty(adapter.spec.out_features) if layer["bias"] else None)
+        affine = Affine(
+            torch.empty(adapter.spec.shape), torch.empty(adapter.spec.out_features) if layer["bias"] else None
+        )
         adapter.tensors |= {slot: torch.empty(shape) for slot, _, shape in layer["slots"]}
         changed = method.apply(adapter, affine)
     return isinstance(method, Additive), layer["bias"] and changed.bias is not affine.bias
 
 
 @torch.no_grad()
-def apply(layer: Layer, slots: Sequence[bytes], wide: str, weight: bytes, bias: bytes | None) -> tuple[bytes, bytes | None]:
-    """The layer's weight and bias with the adapter's change, from those without it: values of the dtype `wide`, as stored."""
+def apply(
+    layer: Layer, slots: Sequence[bytes], wide: str, weight: bytes, bias: bytes | None
+) -> tuple[bytes, bytes | None]:
+    """The layer's weight and bias with the adapter's change, from those without it: values of the dtype
+    `wide`, as stored.
+    """
     method, adapter, transposed = _fit(layer)
     stored = _tensor(weight, wide, layer["shape"])
     affine = Affine(stored.mT if transposed else stored, None if bias is None else _tensor(bias, wide, [-1]))
@@ -142,7 +157,8 @@ def _fit(layer: Layer) -> tuple[Method, Alone, bool]:
             faults.append(f"a layer of kind {kind} would have tensors {expected}")
     if not fitting:
         raise MergeError(
-            f"{layer['path']} has tensors {found} for a weight {layer['shape']}: {'; '.join(faults) or 'no layer of it'}"
+            f"{layer['path']} has tensors {found} for a weight {layer['shape']}:"
+            f" {'; '.join(faults) or 'no layer of it'}"
         )
     stated = layer["transposed"]
     transposed, adapter = next((one for one in fitting if one[0] == stated), fitting[0])

@@ -25,10 +25,13 @@ model = PeftModel.from_pretrained(base_model, "this folder or repository")
 """
 
 
-def card(existing: str | None, *, base: str, methods: Sequence[str], tags: Iterable[str], pipeline: str | None) -> str:
+def card(
+    existing: str | None, *, base: str, methods: Sequence[str], tags: Iterable[str], pipeline: str | None
+) -> str:
     """The text of a card: an existing one with its header brought up to date, or a new one.
 
-    The header gets `library_name`, `tags` and, if the base has a name, `base_model` as given; `pipeline_tag` where none is yet.
+    The header gets `library_name`, `tags` and, if the base has a name, `base_model` as given; `pipeline_tag`
+    where none is yet.
     """
     header, body = _split(existing or "")
     fields = {"base_model": _scalar(base)} if base else {}
@@ -41,7 +44,9 @@ def card(existing: str | None, *, base: str, methods: Sequence[str], tags: Itera
     for name, value in fields.items():
         header = _replaced(header, name, value)
     if not existing:
-        body = TEXT.format(methods=", ".join(sorted(set(methods))), base=f"`{_line(base)}`" if base else "a base model")
+        body = TEXT.format(
+            methods=", ".join(sorted(set(methods))), base=f"`{_line(base)}`" if base else "a base model"
+        )
     if VERSION not in body:
         body = f"{body.rstrip()}\n\n{VERSION}\n\n- peftrs {_native.__version__}\n"
     return f"---\n{header.strip()}\n---\n{body}"

@@ -1,4 +1,6 @@
-"""Tensors to and from safetensors files, without a copy in between: the Rust core fills and reads torch's memory."""
+"""Tensors to and from safetensors files, without a copy in between: the Rust core fills and reads torch's
+memory.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ PREFIX = "base_model.model."
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool,
 }  # fmt: skip
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -51,11 +54,18 @@ class Source(Protocol):
 
 
 class FileSource:
-    """The weights in an adapter's folder, or with `model` a model's. Opening it checks all headers; see `_native.Checkpoint`."""
+    """The weights in an adapter's folder, or with `model` a model's.
+
+    Opening it checks all headers; see `_native.Checkpoint`.
+    """
 
     def __init__(self, folder: str, *, model: bool = False) -> None:
         self.origin = folder if model else os.path.join(folder, WEIGHTS_NAME)
-        self._file = _native.Checkpoint.model(folder, follow_links=True) if model else _native.Checkpoint.adapter(folder)
+        self._file = (
+            _native.Checkpoint.model(folder, follow_links=True)
+            if model
+            else _native.Checkpoint.adapter(folder)
+        )
         self.notes = self._file.metadata()
         self._described: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
 
@@ -67,7 +77,10 @@ class FileSource:
             rows = self._file.entries()
             unknown = [f"{shown(name)} is {dtype}" for name, dtype, _ in rows if dtype not in DTYPES]
             if unknown:
-                raise CheckpointError(f"{self.origin}: holds tensors of a type that adapters do not have: {', '.join(unknown[:8])}")
+                raise CheckpointError(
+                    f"{self.origin}: holds tensors of a type that adapters do not have:"
+                    f" {', '.join(unknown[:8])}"
+                )
             self._described = {name: (DTYPES[dtype], tuple(shape)) for name, dtype, shape in rows}
         return self._described
 
@@ -82,7 +95,9 @@ class FileSource:
         dtype, shape = self.described()[name]
         data = self._file.read(name)
         # The tensor keeps the bytearray alive.
-        return torch.frombuffer(data, dtype=dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
+        return (
+            torch.frombuffer(data, dtype=dtype).view(shape) if len(data) else torch.empty(shape, dtype=dtype)
+        )
 
     def read_all(self, names: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
         described = self.described()
@@ -116,9 +131,11 @@ class MemorySource:
 
 
 class Renamed:
-    """Another source under other names, which `key_mapping` gives: patterns to replacements, the first that matches counts.
+    """Another source under other names, which `key_mapping` gives: patterns to replacements, the first that
+    matches counts.
 
-    The patterns see names without the prefix of files. Raises `CheckpointError` for names without it, or that become equal.
+    The patterns see names without the prefix of files. Raises `CheckpointError` for names without it, or that
+    become equal.
     """
 
     def __init__(self, source: Source, key_mapping: Mapping[str, str]) -> None:
@@ -136,10 +153,15 @@ class Renamed:
         for name in described:
             prefix = next((prefix for prefix in (PREFIX, "base_model.") if name.startswith(prefix)), None)
             if prefix is None:
-                raise CheckpointError(f"{self.origin}: `key_mapping` needs names that begin with {PREFIX!r}, unlike {shown(name)}")
+                raise CheckpointError(
+                    f"{self.origin}: `key_mapping` needs names that begin with {PREFIX!r}, unlike"
+                    f" {shown(name)}"
+                )
             new = _renamed(name.removeprefix(prefix), self._key_mapping)
             if prefix + new in self._names:
-                raise CheckpointError(f"{self.origin}: `key_mapping` gives two tensors the name {shown(prefix + new)}")
+                raise CheckpointError(
+                    f"{self.origin}: `key_mapping` gives two tensors the name {shown(prefix + new)}"
+                )
             self._names[prefix + new] = name
         return {new: described[old] for new, old in self._names.items()}
 
@@ -156,7 +178,10 @@ class Renamed:
 
 
 def is_finite(value: Tensor) -> bool:
-    """Whether all values are numbers. The smallest and the largest are found far faster than each value is looked at."""
+    """Whether all values are numbers.
+
+    The smallest and the largest are found far faster than each value is looked at.
+    """
     if not value.is_floating_point() or not value.numel():
         return True
     least, most = torch.aminmax(value)
@@ -203,7 +228,8 @@ def write(
     files: Mapping[str, bytes],
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes an adapter's config, weights and further files into a folder, all or nothing, synced to the disk.
+    """Writes an adapter's config, weights and further files into a folder, all or nothing, synced to the
+    disk.
 
     `notes` go into the metadata of the weights' file.
     """

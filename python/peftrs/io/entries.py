@@ -1,9 +1,11 @@
-"""What an adapter's file holds, told from the model's structure: each tensor's name in the file, in memory, and where it goes.
+"""What an adapter's file holds, told from the model's structure: each tensor's name in the file, in memory,
+and where it goes.
 
-An adapter's tensors are found by walking its layers, never by looking for its name in other names, so that neither an adapter
-called "0" nor a layer called "lora_head" is mistaken for something else.
+An adapter's tensors are found by walking its layers, never by looking for its name in other names, so that
+neither an adapter called "0" nor a layer called "lora_head" is mistaken for something else.
 
-Names in the file are those of the model with this adapter alone: which modules others wrap besides must not tell in it.
+Names in the file are those of the model with this adapter alone: which modules others wrap besides must not
+tell in it.
 """
 
 from __future__ import annotations
@@ -35,7 +37,9 @@ SHORT_PREFIX = "base_model."
 """How names in prompts' files begin: PEFT puts no tuner between its model and the user's there."""
 
 TOKEN_ROWS = "TOKEN_ROWS"
-"""The method whose tied layers are not written: what they share stands in the file once, under the embedding's name."""
+"""The method whose tied layers are not written: what they share stands in the file once, under the
+embedding's name.
+"""
 
 WRAPPINGS = ("_orig_mod.", "_fsdp_wrapped_module.")
 """What other libraries put into the names of modules that they wrap."""
@@ -45,7 +49,8 @@ WRAPPINGS = ("_orig_mod.", "_fsdp_wrapped_module.")
 class Entry:
     """One tensor of an adapter, or of the base where its file may hold those.
 
-    `required` entries belong to every file of the adapter. `shown` is the tensor to save; `bind` puts a loaded one in its place.
+    `required` entries belong to every file of the adapter. `shown` is the tensor to save; `bind` puts a
+    loaded one in its place.
     """
 
     key: str
@@ -78,7 +83,9 @@ class Entry:
         """The shape that the file's tensor has: that of the slot, whatever part of it a process holds."""
         if self.owner is None:
             return whole_shape(self.shown)
-        return tuple(self.owner.method.slots(self.owner.config, self.owner.spec, self.owner.values)[self.slot])
+        return tuple(
+            self.owner.method.slots(self.owner.config, self.owner.spec, self.owner.values)[self.slot]
+        )
 
     @property
     def empty(self) -> bool:
@@ -100,17 +107,27 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
     alone = _alone(held, adapter)
     # Where tied layers are written too, so is one layer under all of its names.
     tied = getattr(config, "ensure_weight_tying", False)
-    others = {place.module: [plain(other.name) for other in place.also] for place in list(places(model))} if tied else {}
+    others = (
+        {place.module: [plain(other.name) for other in place.also] for place in list(places(model))}
+        if tied
+        else {}
+    )
     for path, wrapper in held:
         if isinstance(wrapper, Prompts):
             yield from _prompt(model, path, wrapper, adapter)
         elif isinstance(wrapper, ReplacedModule):
             own = alone(path)
-            file = f"{SHORT_PREFIX}{own.removeprefix(PREFIX)}" if config.is_prompt_learning and own.startswith(PREFIX) else own
+            file = (
+                f"{SHORT_PREFIX}{own.removeprefix(PREFIX)}"
+                if config.is_prompt_learning and own.startswith(PREFIX)
+                else own
+            )
             for inner, name, tensor in wrapper.parameters_of(adapter):
                 # PEFT writes these biases once more where it writes all biases.
                 again = (f"{own}.modules_to_save.{inner}",) if inner.endswith("bias") else ()
-                yield Entry(f"{file}.{inner}", f"{path}.{name}", tensor, partial(overwrite, tensor), again=again)
+                yield Entry(
+                    f"{file}.{inner}", f"{path}.{name}", tensor, partial(overwrite, tensor), again=again
+                )
         elif adapter in wrapper.adapters:
             fitted = wrapper.adapters[adapter]
             if fitted.leader is None:
@@ -123,11 +140,19 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
     for name, bias in biases(model, config):
         name = plain(name)
         key = alone(name)
-        yield Entry(key, name, before.get(id(bias), bias), partial(overwrite, bias), required=".original_module." not in key)
+        yield Entry(
+            key,
+            name,
+            before.get(id(bias), bias),
+            partial(overwrite, bias),
+            required=".original_module." not in key,
+        )
 
 
 def _alone(held: Iterable[tuple[str, Holder]], adapter: str) -> Callable[[str], str]:
-    """What makes of a name in memory the one without the steps into wrappers that only other adapters need."""
+    """What makes of a name in memory the one without the steps into wrappers that only other adapters
+    need.
+    """
     others = {
         f"{path}.{_inner(wrapper)}"
         for path, wrapper in held
@@ -161,25 +186,38 @@ def _prompt(model: nn.Module, path: str, prompts: Prompts, adapter: str) -> Iter
 
 
 def _before_merging(held: Iterable[tuple[str, Holder]]) -> dict[int, Tensor]:
-    """The layers' biases as they were before adapters were merged into them, by the identity of the parameter."""
+    """The layers' biases as they were before adapters were merged into them, by the identity of the
+    parameter.
+    """
     layers = [wrapper for _, wrapper in held if isinstance(wrapper, AdaptedLayer) and wrapper.merged]
-    return {id(bias): before_merging(layer, at) for layer in layers for at, bias in enumerate(stored(layer)) if at > 0}
+    return {
+        id(bias): before_merging(layer, at)
+        for layer in layers
+        for at, bias in enumerate(stored(layer))
+        if at > 0
+    }
 
 
 def _slots(file: str, path: str, fitted: FittedAdapter) -> Iterator[Entry]:
     for slot, _ in fitted.parameters():
         name = f"{path}.{fitted.full_name(slot)}"
-        yield Entry(f"{file}.{slot}", name, fitted[slot], partial(_bind_slot, fitted, slot), owner=fitted, slot=slot)
+        yield Entry(
+            f"{file}.{slot}", name, fitted[slot], partial(_bind_slot, fitted, slot), owner=fitted, slot=slot
+        )
 
 
 def _same_slots(other: str, path: str, fitted: FittedAdapter) -> Iterator[Entry]:
     """The tensors of a layer that hangs in another place as well, under its name there."""
     for slot in fitted.slots:
-        yield Entry(f"{other}.{slot}", f"{path}.{fitted.full_name(slot)}", fitted[slot], _leave, required=False)
+        yield Entry(
+            f"{other}.{slot}", f"{path}.{fitted.full_name(slot)}", fitted[slot], _leave, required=False
+        )
 
 
 def _shared_slots(file: str, fitted: FittedAdapter, leading_path: str) -> Iterator[Entry]:
-    """The tensors of a layer tied to another: written under both names, in memory the other's alone, whose entry binds them."""
+    """The tensors of a layer tied to another: written under both names, in memory the other's alone, whose
+    entry binds them.
+    """
     leader = cast(FittedAdapter, fitted.leader)
     for slot in fitted.slots:
         leading, transposed = fitted.method.tied_slots[slot]
@@ -193,7 +231,9 @@ def _bind_slot(fitted: FittedAdapter, slot: str, value: Tensor) -> None:
     if offload.hook_of(holder) is not None and held.is_meta:
         offload.put(holder, name, value.to(held.dtype))
     elif held.device.type == "meta":
-        fitted[slot] = nn.Parameter(value.to(device_of(fitted.layer), held.dtype), requires_grad=held.requires_grad)
+        fitted[slot] = nn.Parameter(
+            value.to(device_of(fitted.layer), held.dtype), requires_grad=held.requires_grad
+        )
         fitted.spread()
     else:
         overwrite(held, value)
@@ -209,12 +249,18 @@ def device_of(layer: AdaptedLayer) -> torch.device:
 
 
 def embeddings(model: nn.Module, adapter: str, *, targeted: bool = False) -> Iterator[Entry]:
-    """The tensors of the model's input and output embeddings; with `targeted` only of those that the adapter adapts."""
+    """The tensors of the model's input and output embeddings; with `targeted` only of those that the adapter
+    adapts.
+    """
     held = [(plain(path), wrapper) for path, wrapper in wrappers(model)]
     alone, before = _alone(held, adapter), _before_merging(held)
     for getter in ("get_input_embeddings", "get_output_embeddings"):
         module = _ask(model, getter)
-        path = None if module is None else next((plain(name) for name, other in modules(model) if other is module), None)
+        path = (
+            None
+            if module is None
+            else next((plain(name) for name, other in modules(model) if other is module), None)
+        )
         if path is None or (isinstance(module, ReplacedModule) and adapter in module.adapter_names()):
             continue
         own = None
@@ -230,7 +276,9 @@ def embeddings(model: nn.Module, adapter: str, *, targeted: bool = False) -> Ite
         for leaf, tensor in module.named_parameters(recurse=False):
             shown = before.get(id(tensor), tensor)
             bind = partial(overwrite, tensor)
-            yield Entry(f"{file}.{leaf}", f"{path}.{leaf}", shown, bind, required=False, undeclared=own is None)
+            yield Entry(
+                f"{file}.{leaf}", f"{path}.{leaf}", shown, bind, required=False, undeclared=own is None
+            )
 
 
 def _ask(model: nn.Module, getter: str) -> Any:

@@ -1,7 +1,7 @@
 """LoRA factors of experts one by one, as those of the parameter that holds them all.
 
-Of the layers that stand under each other in one expert's matrix, `A (r, in)` come one after the other and `B (out, r)` along the
-diagonal, so that each still changes its own rows: `[B₁ 0; 0 B₂] [A₁; A₂]`.
+Of the layers that stand under each other in one expert's matrix, `A (r, in)` come one after the other and `B
+(out, r)` along the diagonal, so that each still changes its own rows: `[B₁ 0; 0 B₂] [A₁; A₂]`.
 """
 
 from __future__ import annotations
@@ -37,11 +37,15 @@ def joined_up(factors: Sequence[Tensor]) -> Tensor:
 class Fused:
     """Another source whose factors of single experts are joined where the model needs that."""
 
-    def __init__(self, source: Source, parts: dict[str, tuple[str, list[list[str]]]], renamed: dict[str, str]) -> None:
+    def __init__(
+        self, source: Source, parts: dict[str, tuple[str, list[list[str]]]], renamed: dict[str, str]
+    ) -> None:
         self.origin = source.origin
         self._source = source
         self._parts = parts
-        """For each joined tensor: its side, and for each layer the names of its experts' factors in the source."""
+        """For each joined tensor: its side, and for each layer the names of its experts' factors in the
+        source.
+        """
         taken = {name for _, layers in parts.values() for names in layers for name in names}
         self._plain = {renamed.get(name, name): name for name in source.described() if name not in taken}
 
@@ -65,11 +69,17 @@ class Fused:
     def read_all(self, names: Sequence[str]) -> tuple[dict[str, Tensor], list[str]]:
         own = {name: self._own(name) for name in names}
         read, odd = self._source.read_all([one for held in own.values() for one in held])
-        return {name: self._made(name, read) for name in names}, [name for name in names if not set(odd).isdisjoint(own[name])]
+        return {name: self._made(name, read) for name in names}, [
+            name for name in names if not set(odd).isdisjoint(own[name])
+        ]
 
     def _own(self, name: str) -> list[str]:
         """The names in the source of what a tensor is made of."""
-        return [one for names in self._parts[name][1] for one in names] if name in self._parts else [self._plain[name]]
+        return (
+            [one for names in self._parts[name][1] for one in names]
+            if name in self._parts
+            else [self._plain[name]]
+        )
 
     def _made(self, name: str, read: dict[str, Tensor]) -> Tensor:
         if name not in self._parts:
@@ -83,14 +93,20 @@ class Fused:
 
 
 def fused(model: nn.Module, adapter: str, config: TargetedConfig, source: Source) -> Source:
-    """The source as the model needs it: itself, unless it holds factors of experts that are one parameter here."""
+    """The source as the model needs it: itself, unless it holds factors of experts that are one parameter
+    here.
+    """
     inner = cast(nn.Module, cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model
     experts = experts_of(inner)
     if not experts.fusions:
         return source
     modules = {place.name: original(place.module) for place in places(inner)}
-    held = {(holder.name, layer): holder for holder in holders(experts, modules) for layer in holder.fusion.layers}
-    keys = {(e.owner.spec.name, e.slot): e.key for e in entries(model, adapter, config) if e.owner is not None}
+    held = {
+        (holder.name, layer): holder for holder in holders(experts, modules) for layer in holder.fusion.layers
+    }
+    keys = {
+        (e.owner.spec.name, e.slot): e.key for e in entries(model, adapter, config) if e.owner is not None
+    }
     described = source.described()
     found: dict[tuple[Holder, str], dict[str, dict[int, str]]] = {}
     renamed = {}
@@ -106,10 +122,17 @@ def fused(model: nn.Module, adapter: str, config: TargetedConfig, source: Source
     parts = {}
     for (holder, side), layers in found.items():
         key = keys.get((holder.parameter, f"lora_{side}.weight"))
-        ordered = [[layers.get(layer, {}).get(at, "") for at in range(holder.experts)] for layer in holder.fusion.layers]
+        ordered = [
+            [layers.get(layer, {}).get(at, "") for at in range(holder.experts)]
+            for layer in holder.fusion.layers
+        ]
         alike = [{described[name] for name in names if name} for names in ordered]
         # What is not whole is left as it is, and told as what the model does not know.
-        if key is not None and all(all(names) for names in ordered) and all(len(kinds) == 1 for kinds in alike):
+        if (
+            key is not None
+            and all(all(names) for names in ordered)
+            and all(len(kinds) == 1 for kinds in alike)
+        ):
             parts[key] = side, ordered
     return Fused(source, parts, renamed) if parts or renamed else source
 

@@ -1,4 +1,6 @@
-"""Loading an adapter's tensors: every name, shape and dtype is checked before the first value is read or changed."""
+"""Loading an adapter's tensors: every name, shape and dtype is checked before the first value is read or
+changed.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,30 @@ from peftrs.bases.sharded import reshard, shape, whole
 from peftrs.config import TargetedConfig
 from peftrs.core import merge as merging
 from peftrs.core.slots import FittedAdapter
-from peftrs.errors import CheckpointError, MismatchError, PeftrsWarning, Strict, complain, is_strict, listed, shown
+from peftrs.errors import (
+    CheckpointError,
+    MismatchError,
+    PeftrsWarning,
+    Strict,
+    complain,
+    is_strict,
+    listed,
+    shown,
+)
 from peftrs.io.checkpoint import PREFIX, Source
 from peftrs.io.entries import Entry, device_of, embeddings, entries, plain
 
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 STRANGERS = 100_000
-"""More tensors than this that are not the adapter's are not looked at one by one: the file is another one, or an attack."""
+"""More tensors than this that are not the adapter's are not looked at one by one: the file is another one, or
+an attack.
+"""
 
 
 class Incompatible(NamedTuple):
-    """What did not fit, as torch's `load_state_dict` tells it: names in memory, and names as the source has them."""
+    """What did not fit, as torch's `load_state_dict` tells it: names in memory, and names as the source has
+    them.
+    """
 
     missing_keys: list[str]
     unexpected_keys: list[str]
@@ -36,7 +51,9 @@ class LoadReport(Incompatible):
     used: list[str]
     """Read under the names that files have for them, or the model."""
     remapped: dict[str, str]
-    """Read under another name, which is given: by `key_mapping`, or for a prefix that was missing or too much."""
+    """Read under another name, which is given: by `key_mapping`, or for a prefix that was missing or too
+    much.
+    """
     unused: list[str]
     """Not read: unexpected, of another shape, or the same values once more."""
 
@@ -61,7 +78,9 @@ class Match:
         pairs = [(old, new) for name, new in names.items() for old in source.originals(name)]
         found.used = [old for old, new in pairs if old == new]
         found.remapped = {old: new for old, new in pairs if old != new}
-        found.unused = [old for name in source.described() if name not in names for old in source.originals(name)]
+        found.unused = [
+            old for name in source.described() if name not in names for old in source.originals(name)
+        ]
         return found
 
 
@@ -77,13 +96,15 @@ def load(
 ) -> LoadReport:
     """Fills an adapter that the model has from a source, after checking all of it against the model.
 
-    Missing and unexpected tensors are an error (a warning unless `strict`), or with `report` only returned; so are values that are
-    no numbers, but for `report`. Slots that still wait for values and find none get the method's first ones. Raises
-    `MismatchError` listing every fault, with nothing changed.
+    Missing and unexpected tensors are an error (a warning unless `strict`), or with `report` only returned;
+    so are values that are no numbers, but for `report`. Slots that still wait for values and find none get
+    the method's first ones. Raises `MismatchError` listing every fault, with nothing changed.
     """
     reshard(model)
     match = compare(model, adapter, config, source)
-    _judge(match, adapter, source, strict=strict, report=report, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    _judge(
+        match, adapter, source, strict=strict, report=report, ignore_mismatched_sizes=ignore_mismatched_sizes
+    )
     read, odd = source.read_all([name for _, name in match.pairs])
     if odd:
         text = f"{source.origin}: {len(odd)} tensors hold NaN or infinite values: {listed(odd, 4)}"
@@ -98,12 +119,14 @@ def load(
             entry.bind(value)
             if entry.owner is not None:
                 values.setdefault(entry.owner, {})[entry.slot] = value
-        for fitted in dict.fromkeys(entry.owner for entry in match.missing if entry.owner is not None and entry.empty):
+        for fitted in dict.fromkeys(
+            entry.owner for entry in match.missing if entry.owner is not None and entry.empty
+        ):
             _fill(fitted, values.get(fitted, {}))
     if replaced:
         text = (
-            f"{source.origin}: replaces {listed(replaced, 4)} of the model, which adapter {adapter!r} does not adapt; "
-            "right where the vocabulary was resized for training, else do not trust the file"
+            f"{source.origin}: replaces {listed(replaced, 4)} of the model, which adapter {adapter!r} does"
+            " not adapt; right where the vocabulary was resized for training, else do not trust the file"
         )
         warnings.warn(text, PeftrsWarning, stacklevel=3)
     return match.report(source)
@@ -116,7 +139,10 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
     spelled = {name: entry for entry in reversed(expected) for name in (entry.name, entry.key)}
     again = {name for entry in expected for name in entry.again}
     if len(source) > len(expected) + STRANGERS:
-        raise MismatchError(f"{source.origin}: holds {len(source)} tensors, adapter {adapter!r} has {len(expected)} on this model")
+        raise MismatchError(
+            f"{source.origin}: holds {len(source)} tensors, adapter {adapter!r} has {len(expected)} on this"
+            " model"
+        )
     own: set[str] | None = None
     match, taken = Match(), set[str]()
     for name, (dtype, size) in source.described().items():
@@ -129,7 +155,9 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
         elif entry.key in taken:
             match.broken.append(f"{shown(name)} is there under two names")
         elif size != shape(entry.shown):
-            match.misshapen.append(f"{shown(name)} has shape {list(size)}, the model needs {list(shape(entry.shown))}")
+            match.misshapen.append(
+                f"{shown(name)} has shape {list(size)}, the model needs {list(shape(entry.shown))}"
+            )
         elif dtype != entry.shown.dtype and not {dtype, entry.shown.dtype} <= FLOATS:
             match.broken.append(f"{shown(name)} is {dtype}, the model needs {entry.shown.dtype}")
         else:
@@ -139,16 +167,21 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
     found = {entry.key for entry, _ in match.pairs}
     match.missing = [entry for entry in expected if entry.required and entry.key not in found]
     match.broken += [
-        f"{entry.key} is missing, which nothing stands in for" for entry in match.missing if entry.vital and entry.empty
+        f"{entry.key} is missing, which nothing stands in for"
+        for entry in match.missing
+        if entry.vital and entry.empty
     ]
     return match
 
 
-def _judge(match: Match, adapter: str, source: Source, *, strict: Strict, report: bool, ignore_mismatched_sizes: bool) -> None:
+def _judge(
+    match: Match, adapter: str, source: Source, *, strict: Strict, report: bool, ignore_mismatched_sizes: bool
+) -> None:
     fatal = [f"{len(match.broken)} do not fit: {_few(match.broken)}"] if match.broken else []
     if match.foreign:
         fatal.append(
-            f"{len(match.foreign)} would overwrite weights of the model that the config does not name: {listed(match.foreign, 4)}"
+            f"{len(match.foreign)} would overwrite weights of the model that the config does not name:"
+            f" {listed(match.foreign, 4)}"
         )
     if match.misshapen and not ignore_mismatched_sizes:
         fatal.append(f"{len(match.misshapen)} of another shape: {_few(match.misshapen)}")
@@ -201,16 +234,21 @@ def _nearest(name: str, match: Match) -> str | None:
 
 
 def _mapping(match: Match) -> str:
-    """The `key_mapping` that would make unexpected names the missing ones, where a prefix is all that differs."""
+    """The `key_mapping` that would make unexpected names the missing ones, where a prefix is all that
+    differs.
+    """
     wanted = {entry.key.removeprefix(PREFIX) for entry in match.missing}
     given = {name.removeprefix(PREFIX) for name in match.unexpected}
     first = min(given)
     for name in wanted:
         for long, short, mapping in ((first, name, "{{'^{}': ''}}"), (name, first, "{{'^': '{}'}}")):
             more = long[: len(long) - len(short)]
-            renamed = {one.removeprefix(more) for one in given} if long is first else {more + one for one in given}
+            renamed = (
+                {one.removeprefix(more) for one in given} if long is first else {more + one for one in given}
+            )
             if more.endswith(".") and long == more + short and renamed <= wanted:
-                return f"; hint: key_mapping={mapping.format(more.replace('.', chr(92) + '.') if long is first else more)}"
+                escaped = more.replace(".", chr(92) + ".") if long is first else more
+                return f"; hint: key_mapping={mapping.format(escaped)}"
     return ""
 
 

@@ -41,15 +41,18 @@ def get_peft_model_state_dict(
 ) -> dict[str, Tensor]:
     """The adapter's tensors by the names that files have, without its own name.
 
-    `state_dict` holds the model's tensors by their full names, gathered elsewhere (by a trainer, from shards); without it they
-    are read off the model. `save_embedding_layers` adds the model's embeddings: "auto" does if they are adapted, or if the
-    vocabulary is not the one that the base's config file has, as far as that file can be had without the network.
+    `state_dict` holds the model's tensors by their full names, gathered elsewhere (by a trainer, from
+    shards); without it they are read off the model. `save_embedding_layers` adds the model's embeddings:
+    "auto" does if they are adapted, or if the vocabulary is not the one that the base's config file has, as
+    far as that file can be had without the network.
 
-    Tensors that lie over processes are gathered, for which all of them must ask; ones that wait for values are on the device meta.
-    Raises `AdapterError` for an unknown adapter, for tensors of which only a part is there, or (unless the process is lenient) for
-    tensors that `state_dict` lacks.
+    Tensors that lie over processes are gathered, for which all of them must ask; ones that wait for values
+    are on the device meta. Raises `AdapterError` for an unknown adapter, for tensors of which only a part is
+    there, or (unless the process is lenient) for tensors that `state_dict` lacks.
     """
-    return collect(model, state_dict, adapter_name, save_embedding_layers, unwrap_compiled=unwrap_compiled, waiting=True)
+    return collect(
+        model, state_dict, adapter_name, save_embedding_layers, unwrap_compiled=unwrap_compiled, waiting=True
+    )
 
 
 def collect(
@@ -62,7 +65,8 @@ def collect(
     keep: bool = True,
     waiting: bool = False,
 ) -> dict[str, Tensor]:
-    """As `get_peft_model_state_dict`; without `keep` only takes part in what processes gather together, and gives nothing.
+    """As `get_peft_model_state_dict`; without `keep` only takes part in what processes gather together, and
+    gives nothing.
 
     Tensors that were never given values (`low_cpu_mem_usage`) are among what is given only if `waiting`.
     """
@@ -82,9 +86,15 @@ def collect(
     if save_embedding_layers:
         extra = list(embeddings(model, adapter_name, targeted=targeted))
         if not extra:
-            warnings.warn("the model does not say which layers are its embeddings; none are saved", PeftrsWarning, stacklevel=2)
+            warnings.warn(
+                "the model does not say which layers are its embeddings; none are saved",
+                PeftrsWarning,
+                stacklevel=2,
+            )
         found += extra
-    tensors = {entry.key: entry.shown for entry in found} if state_dict is None else _looked_up(found, state_dict)
+    tensors = (
+        {entry.key: entry.shown for entry in found} if state_dict is None else _looked_up(found, state_dict)
+    )
     gathered: dict[str, Tensor] = {}
     shapes = {entry.key: entry.shape for entry in found}
     parts = []
@@ -98,8 +108,9 @@ def collect(
             gathered[key] = tensor if tensor.is_meta or tensor.data_ptr() == held.data_ptr() else tensor.cpu()
     if parts:
         raise AdapterError(
-            f"{len(parts)} of the {len(tensors)} tensors of adapter {adapter_name!r} are not whole: {'; '.join(parts[:4])}; "
-            "hint: gather them and pass them as `state_dict` (accelerate: `accelerator.get_state_dict(model)`)"
+            f"{len(parts)} of the {len(tensors)} tensors of adapter {adapter_name!r} are not whole:"
+            f" {'; '.join(parts[:4])}; hint: gather them and pass them as `state_dict` (accelerate:"
+            " `accelerator.get_state_dict(model)`)"
         )
     return gathered
 
@@ -110,13 +121,19 @@ def _looked_up(found: list[Entry], state_dict: Mapping[str, Tensor]) -> dict[str
     for entry in found:
         tensor = given.get(entry.name, given.get(f"module.{entry.name}"))
         if tensor is not None:
-            tensors[entry.key] = tensor.detach().mT if entry.transposed and tensor.ndim > 1 else tensor.detach()
+            tensors[entry.key] = (
+                tensor.detach().mT if entry.transposed and tensor.ndim > 1 else tensor.detach()
+            )
         elif entry.computed:
             tensors[entry.key] = entry.shown.detach()
         elif entry.required:
             lost.append(entry.name)
     if lost:
-        complain(f"the `state_dict` given lacks {len(lost)} of the adapter's {len(found)} tensors: {listed(lost, 4)}", AdapterError)
+        complain(
+            f"the `state_dict` given lacks {len(lost)} of the adapter's {len(found)} tensors:"
+            f" {listed(lost, 4)}",
+            AdapterError,
+        )
     return tensors
 
 
@@ -127,21 +144,33 @@ def set_peft_model_state_dict(
     ignore_mismatched_sizes: bool = False,
     low_cpu_mem_usage: bool = False,
 ) -> Incompatible:
-    """Puts tensors by the names that files have, with or without their prefix, into an adapter that the model has.
+    """Puts tensors by the names that files have, with or without their prefix, into an adapter that the model
+    has.
 
-    Returns what was missing (names in memory) and unexpected. Raises `CheckpointError`, changing nothing, for tensors of another
-    shape (with `ignore_mismatched_sizes` they are left out and a warning names them) and for ones that would overwrite weights
-    of the model which the adapter's config does not name.
+    Returns what was missing (names in memory) and unexpected. Raises `CheckpointError`, changing nothing, for
+    tensors of another shape (with `ignore_mismatched_sizes` they are left out and a warning names them) and
+    for ones that would overwrite weights of the model which the adapter's config does not name.
     """
     config = config_of(model, adapter_name)
     source: Source = MemorySource(peft_model_state_dict, "the state dict")
     source = fused(model, adapter_name, config, source)
-    return load(model, adapter_name, config, source, strict=None, report=True, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    return load(
+        model,
+        adapter_name,
+        config,
+        source,
+        strict=None,
+        report=True,
+        ignore_mismatched_sizes=ignore_mismatched_sizes,
+    )
 
 
 def trains_rows(config: TargetedConfig) -> bool:
     """Whether the adapter's file holds all that it changes in embeddings, since it replaces rows of them."""
-    return bool(getattr(config, "trainable_token_indices", None)) or config.peft_type == PeftType.TRAINABLE_TOKENS
+    return (
+        bool(getattr(config, "trainable_token_indices", None))
+        or config.peft_type == PeftType.TRAINABLE_TOKENS
+    )
 
 
 def adapts_embeddings(model: nn.Module, config: Any) -> bool:
@@ -151,7 +180,11 @@ def adapts_embeddings(model: nn.Module, config: Any) -> bool:
         return False
     if not isinstance(targets, str):
         return any(name in targets for name in EMBEDDING_LAYER_NAMES)
-    found = [place for place in places(_base_model(model)) if place.name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES]
+    found = [
+        place
+        for place in places(_base_model(model))
+        if place.name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
+    ]
     return bool(found) and bool(select(found, config).targets)
 
 
@@ -161,7 +194,9 @@ def _base_model(model: nn.Module) -> nn.Module:
 
 
 def _resized(model: nn.Module) -> bool:
-    """Whether the model's vocabulary differs from the one that the config file states from which it was made."""
+    """Whether the model's vocabulary differs from the one that the config file states from which it was
+    made.
+    """
     settings = getattr(model, "config", None)
     own, base = getattr(settings, "vocab_size", None), getattr(settings, "_name_or_path", None)
     file = cached_file(base, "config.json") if own and base else None
@@ -175,7 +210,8 @@ def _resized(model: nn.Module) -> bool:
     if stated is None or stated == own:
         return False
     warnings.warn(
-        f"the vocabulary has {own} tokens, in {os.path.dirname(file)} it has {stated}: the embeddings are saved with the adapter",
+        f"the vocabulary has {own} tokens, in {os.path.dirname(file)} it has {stated}: the embeddings are"
+        " saved with the adapter",
         PeftrsWarning,
         stacklevel=3,
     )

@@ -1,1 +1,4 @@
-"""One file a method: its config, then its maths. The registry imports them by name when they are asked for."""
+"""One file a method: its config, then its maths.
+
+The registry imports them by name when they are asked for.
+"""

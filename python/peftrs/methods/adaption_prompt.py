@@ -1,4 +1,5 @@
-"""Adaption prompts (LLaMA-Adapter): in the topmost layers, attention also reads a trained prompt, through a gate that starts shut.
+"""Adaption prompts (LLaMA-Adapter): in the topmost layers, attention also reads a trained prompt, through a
+gate that starts shut.
 
 Zhang et al. 2023, https://arxiv.org/abs/2303.16199.
 """
@@ -25,7 +26,8 @@ PROMPT, GATE = "adaption_prompt", "adaption_gate"
 class AdaptionPromptConfig(TargetedConfig):
     """The settings of adaption prompts: PEFT's names, defaults and file format.
 
-    `target_modules` is what the attention modules are called; the last `adapter_layers` of them get a prompt of `adapter_len`.
+    `target_modules` is what the attention modules are called; the last `adapter_layers` of them get a prompt
+    of `adapter_len`.
     """
 
     exclude_modules: str | list[str] | set[str] | None = field(default=None, init=False, metadata=RUNTIME)
@@ -53,11 +55,14 @@ class AdaptionPrompt(Method):
         found = [name for name in modules if name.endswith(f".{config.target_modules}")]
         if len(found) < config.adapter_layers:
             raise ConfigError(
-                f"`adapter_layers` is {config.adapter_layers}, and the model has {len(found)} {config.target_modules!r}"
+                f"`adapter_layers` is {config.adapter_layers}, and the model has {len(found)}"
+                f" {config.target_modules!r}"
             )
         return set(found[len(found) - config.adapter_layers :])
 
-    def slots(self, config: AdaptionPromptConfig, spec: LayerSpec, values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    def slots(
+        self, config: AdaptionPromptConfig, spec: LayerSpec, values: dict[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
         return {PROMPT: (1, cast(int, config.adapter_len), spec.out_features), GATE: (1,)}
 
     def init(self, adapter: Adapter, base: Affine) -> None:

@@ -19,7 +19,10 @@ from peftrs.registry import register
 
 @dataclass
 class CartridgeConfig(PromptLearningConfig):
-    """The settings of a cartridge: PEFT's names, defaults and file format. The first `num_frozen_tokens` stay as they begin."""
+    """The settings of a cartridge: PEFT's names, defaults and file format.
+
+    The first `num_frozen_tokens` stay as they begin.
+    """
 
     num_frozen_tokens: int = 1
 
@@ -30,8 +33,9 @@ class CartridgeConfig(PromptLearningConfig):
             raise ConfigError(f"`num_frozen_tokens` must be >= 0, got {self.num_frozen_tokens}.")
         if self.num_virtual_tokens is not None and self.num_frozen_tokens > self.num_virtual_tokens:
             raise ConfigError(
-                f"`num_frozen_tokens` must be <= `num_virtual_tokens`, got num_frozen_tokens={self.num_frozen_tokens} and "
-                f"num_virtual_tokens={self.num_virtual_tokens}."
+                "`num_frozen_tokens` must be <= `num_virtual_tokens`, got"
+                f" num_frozen_tokens={self.num_frozen_tokens} and"
+                f" num_virtual_tokens={self.num_virtual_tokens}."
             )
 
 
@@ -93,25 +97,37 @@ def prompt_embeddings_from_past_key_values(past_key_values: Any, *, num_virtual_
     layers = [(layer[0], layer[1]) for layer in past_key_values]
     shapes = {tuple(states.shape) for layer in layers for states in layer}
     if len(shapes) != 1:
-        raise ValueError(f"a prompt needs keys and values of one shape in all layers, not {sorted(shapes)[:4]}")
+        raise ValueError(
+            f"a prompt needs keys and values of one shape in all layers, not {sorted(shapes)[:4]}"
+        )
     batch, _, tokens, _ = shapes.pop()
     if batch != 1 or tokens < num_virtual_tokens:
-        raise ValueError(f"the cache holds {batch} sequences of {tokens} tokens; needed is one of at least {num_virtual_tokens}")
+        raise ValueError(
+            f"the cache holds {batch} sequences of {tokens} tokens; needed is one of at least"
+            f" {num_virtual_tokens}"
+        )
     # (layers * 2, heads, tokens, size) to a row for each token.
     states = torch.cat([torch.cat(layer) for layer in layers])[:, :, :num_virtual_tokens]
     return states.permute(2, 0, 1, 3).reshape(num_virtual_tokens, -1)
 
 
 def initialize_kv_prefix_from_past_key_values(
-    model: Any, *, adapter_name: str | None = None, past_key_values: Any, num_virtual_tokens: int | None = None
+    model: Any,
+    *,
+    adapter_name: str | None = None,
+    past_key_values: Any,
+    num_virtual_tokens: int | None = None,
 ) -> Tensor:
-    """Begins a cartridge, or prefix tuning without a network, with the first tokens of a cache; gives what was taken.
+    """Begins a cartridge, or prefix tuning without a network, with the first tokens of a cache; gives what
+    was taken.
 
     Raises `ValueError` for an adapter of another kind, or a cache that does not fit.
     """
     encoder = model.prompt_encoder[model.active_adapter if adapter_name is None else adapter_name]
     if not isinstance(encoder, CacheEncoder):
-        raise ValueError(f"adapter must be a CARTRIDGE or PREFIX_TUNING adapter, not {encoder.config.peft_type}")
+        raise ValueError(
+            f"adapter must be a CARTRIDGE or PREFIX_TUNING adapter, not {encoder.config.peft_type}"
+        )
     count = encoder.config.num_virtual_tokens if num_virtual_tokens is None else num_virtual_tokens
     prompt = prompt_embeddings_from_past_key_values(past_key_values, num_virtual_tokens=count)
     encoder.load_prompt_embeddings(prompt)
@@ -128,7 +144,9 @@ def initialize_kv_prefix_from_text(
     use_chat_template: bool = True,
     max_length: int | None = None,
 ) -> Tensor:
-    """Begins a cartridge with the cache that the base model makes of a text; a chat template makes a system message of it."""
+    """Begins a cartridge with the cache that the base model makes of a text; a chat template makes a system
+    message of it.
+    """
     tokens = None
     if use_chat_template and getattr(tokenizer, "chat_template", None) is not None:
         message = [{"role": "system", "content": text}]
@@ -139,5 +157,8 @@ def initialize_kv_prefix_from_text(
     with torch.no_grad(), model.disable_adapter():
         output = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), use_cache=True)
     return initialize_kv_prefix_from_past_key_values(
-        model, adapter_name=adapter_name, past_key_values=cast(Any, output).past_key_values, num_virtual_tokens=num_virtual_tokens
+        model,
+        adapter_name=adapter_name,
+        past_key_values=cast(Any, output).past_key_values,
+        num_virtual_tokens=num_virtual_tokens,
     )

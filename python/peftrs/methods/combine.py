@@ -1,7 +1,7 @@
 """Sums of changes as factors of low rank, and the best such factors of a change that has none.
 
-A term is a pair `up (out, r)`, `down (r, in)` whose product is one change, scaling and weight included; stacks have one dimension
-more in front. Of terms that have factors no `(out, in)` matrix is ever formed.
+A term is a pair `up (out, r)`, `down (r, in)` whose product is one change, scaling and weight included;
+stacks have one dimension more in front. Of terms that have factors no `(out, in)` matrix is ever formed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,15 @@ from torch import Tensor
 
 Term = tuple[Tensor, Tensor]
 Triplets = tuple[Tensor, Tensor, Tensor]
-"""Left singular vectors `(out, r)`, singular values `(r,)` in falling order, right singular vectors `(r, in)`."""
+"""Left singular vectors `(out, r)`, singular values `(r,)` in falling order, right singular vectors `(r,
+in)`.
+"""
 
 DEPTH = 8
-"""Blocks of the Krylov space. Of 1024² normal noise, the worst case, 4 keep 96 % of the energy that rank 16 can, 8 keep 99.9 %."""
+"""Blocks of the Krylov space.
+
+Of 1024² normal noise, the worst case, 4 keep 96 % of the energy that rank 16 can, 8 keep 99.9 %.
+"""
 SPARE = 8
 """Columns of a block beyond the wanted rank."""
 FIRST = 16
@@ -35,10 +40,11 @@ def limit(term: Term) -> int:
 
 
 def truncated(term: Term, rank: int, clamp: float | None = None, driver: str | None = None) -> Term:
-    """The best approximation of the term that has this rank: `up = U·S`, `down = Vᵀ` of its singular value decomposition.
+    """The best approximation of the term that has this rank: `up = U·S`, `down = Vᵀ` of its singular value
+    decomposition.
 
-    The term itself where it has no larger rank. `clamp` is the quantile of the result's entries beyond which they are cut off, on
-    both sides alike; `driver` is torch's choice of solver on CUDA.
+    The term itself where it has no larger rank. `clamp` is the quantile of the result's entries beyond which
+    they are cut off, on both sides alike; `driver` is torch's choice of solver on CUDA.
     """
     rank = min(rank, limit(term))
     if rank >= term[0].shape[-1] and clamp is None:
@@ -53,7 +59,9 @@ def scaled(triplets: Triplets) -> Term:
 
 
 def thin(term: Term, rank: int, driver: str | None = None) -> Triplets:
-    """The first `rank` singular triplets of a term: of `U·K·Vᵀ`, from the QR decompositions of both, only `K` is decomposed."""
+    """The first `rank` singular triplets of a term: of `U·K·Vᵀ`, from the QR decompositions of both, only `K`
+    is decomposed.
+    """
     up, down = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in term)
     left, upper = torch.linalg.qr(up)
     right, lower = torch.linalg.qr(down.mT)
@@ -62,7 +70,8 @@ def thin(term: Term, rank: int, driver: str | None = None) -> Triplets:
 
 
 def leading(matrix: Tensor, rank: int) -> Triplets:
-    """The first `rank` singular triplets of a dense matrix, from a random block Krylov space where that is smaller than the matrix.
+    """The first `rank` singular triplets of a dense matrix, from a random block Krylov space where that is
+    smaller than the matrix.
 
     Musco & Musco 2015, https://arxiv.org/abs/1504.05477. The random numbers are its own and always the same.
     """
@@ -71,7 +80,9 @@ def leading(matrix: Tensor, rank: int) -> Triplets:
     if DEPTH * width >= min(matrix.shape[-2:]):
         u, s, v = torch.linalg.svd(matrix, full_matrices=False)
         return u[..., :rank], s[..., :rank], v[..., :rank, :]
-    start = torch.randn(matrix.shape[-1], width, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
+    start = torch.randn(
+        matrix.shape[-1], width, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype
+    )
     blocks = [torch.linalg.qr(matrix @ start.to(matrix.device))[0]]
     for _ in range(DEPTH - 1):
         blocks.append(torch.linalg.qr(matrix @ (matrix.mT @ blocks[-1]))[0])
@@ -80,9 +91,11 @@ def leading(matrix: Tensor, rank: int) -> Triplets:
 
 
 def approximated(change: Tensor | Term, rank: int | None, energy: float | None = None) -> tuple[Term, float]:
-    """The best term of this rank for a change, or with `energy` of the smallest rank up to it that keeps this part of `‖change‖²`.
+    """The best term of this rank for a change, or with `energy` of the smallest rank up to it that keeps this
+    part of `‖change‖²`.
 
-    Without `rank` any is allowed. Returns the term and the part that it keeps, from 0 to 1. A stack's matrices share one rank.
+    Without `rank` any is allowed. Returns the term and the part that it keeps, from 0 to 1. A stack's
+    matrices share one rank.
     """
     if isinstance(change, Tensor):
         whole, most = float(change.double().square().sum()), min(change.shape[-2:])
@@ -104,7 +117,9 @@ def approximated(change: Tensor | Term, rank: int | None, energy: float | None =
 
 
 def clamped(term: Term, quantile: float | None) -> Term:
-    """The term with entries cut off beyond a quantile of them all, which lies between two entries as torch's does."""
+    """The term with entries cut off beyond a quantile of them all, which lies between two entries as torch's
+    does.
+    """
     if quantile is None:
         return term
     up, down = term

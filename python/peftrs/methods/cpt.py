@@ -18,7 +18,9 @@ from peftrs.errors import ConfigError
 from peftrs.registry import register
 
 KINDS = 4
-"""Token types count up by example: input template 1, input 2, output template 3, output (the label) 4, then the next example's."""
+"""Token types count up by example: input template 1, input 2, output template 3, output (the label) 4, then
+the next example's.
+"""
 TEXT = 4
 SMALLEST = 1e-10
 
@@ -27,8 +29,9 @@ SMALLEST = 1e-10
 class CPTConfig(PromptLearningConfig):
     """The settings of context-aware prompt tuning: PEFT's names, defaults and file format.
 
-    The context's tokens, and the type of each (see `KINDS`, 0 for none) say how far it may move: by `opt_projection_epsilon` for
-    inputs, by `opt_projection_format_epsilon` for templates, not at all for labels.
+    The context's tokens, and the type of each (see `KINDS`, 0 for none) say how far it may move: by
+    `opt_projection_epsilon` for inputs, by `opt_projection_format_epsilon` for templates, not at all for
+    labels.
     """
 
     sources: ClassVar[tuple[str, ...]] = ("tokenizer_name_or_path",)
@@ -118,11 +121,15 @@ class CPTEmbedding(Encoder):
         return labels
 
     def finish(self, output: Any) -> Any:
-        """The loss over the labels of all examples, those of earlier ones weighing less with `opt_weighted_loss_type="decay"`."""
+        """The loss over the labels of all examples, those of earlier ones weighing less with
+        `opt_weighted_loss_type="decay"`.
+        """
         if self.pending is None:
             return output
         (labels, types), self.pending = (part[:, 1:].to(output.logits.device) for part in self.pending), None
-        loss = functional.cross_entropy(output.logits[:, :-1].mT, labels, ignore_index=IGNORED, reduction="none")
+        loss = functional.cross_entropy(
+            output.logits[:, :-1].mT, labels, ignore_index=IGNORED, reduction="none"
+        )
         counted = labels != IGNORED
         if self.config.opt_weighted_loss_type == "decay":
             loss = loss * self.decay(types)
@@ -130,7 +137,9 @@ class CPTEmbedding(Encoder):
         return output
 
     def decay(self, types: Tensor) -> Tensor:
-        """The weight of each token's loss: 1 in a row's last example, less by the factor for each one before."""
+        """The weight of each token's loss: 1 in a row's last example, less by the factor for each one
+        before.
+        """
         weights = torch.ones_like(types, dtype=torch.float32)
         for row, weight in zip(types, weights, strict=True):
             examples = row[(row > 0) & (row % KINDS == 0)].unique()

@@ -1,8 +1,10 @@
-"""DoRA: LoRA whose merged weight has rows of trained length, `m · (W + s·B·A) / ‖W + s·B·A‖`, the norm taken row by row.
+"""DoRA: LoRA whose merged weight has rows of trained length, `m · (W + s·B·A) / ‖W + s·B·A‖`, the norm taken
+row by row.
 
-Liu et al. 2024, https://arxiv.org/abs/2402.09353; the norm is constant in the backward pass (section 4.3). Rows are output
-features, output channels, or the columns of an embedding's table. The base's share of the output takes the input before
-dropout, unlike PEFT, which runs the base a second time on the dropped input; without dropout both agree.
+Liu et al. 2024, https://arxiv.org/abs/2402.09353; the norm is constant in the backward pass (section 4.3).
+Rows are output features, output channels, or the columns of an embedding's table. The base's share of the
+output takes the input before dropout, unlike PEFT, which runs the base a second time on the dropped input;
+without dropout both agree.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ from peftrs.registry import register
 
 MAGNITUDE = "lora_magnitude_vector"
 ROWS = 256
-"""Rows a block where the weight must be widened to take its norm, so that no wide copy of all of it exists."""
+"""Rows a block where the weight must be widened to take its norm, so that no wide copy of all of it
+exists.
+"""
 
 
 @register
@@ -38,10 +42,14 @@ class Dora(Lora):
 
     def settle(self, config: LoraConfig, spec: LayerSpec) -> dict[str, Any]:
         if spec.kind in (LayerKind.ATTENTION, LayerKind.PARAMETER):
-            raise ConfigError(f"`use_dora` does not work on an {spec.kind} weight; leave this layer out or use plain LoRA")
+            raise ConfigError(
+                f"`use_dora` does not work on an {spec.kind} weight; leave this layer out or use plain LoRA"
+            )
         return super().settle(config, spec)
 
-    def slots(self, config: LoraConfig, spec: LayerSpec, values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    def slots(
+        self, config: LoraConfig, spec: LayerSpec, values: dict[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
         channels: tuple[int, ...] = (spec.out_features,)
         if spec.kind in CONVOLUTIONS:
             channels = (1, spec.out_features, *[1] * (len(spec.shape) - 2))
@@ -78,12 +86,14 @@ class Dora(Lora):
     def norm(self, adapter: Adapter, weight: Tensor) -> Tensor:
         """The lengths of the rows of `W + s·B·A`, `(out,)`, without forming it.
 
-        `‖W + sBA‖² = ‖W‖² + 2s·Σ (W Aᵀ) ∘ B + s²·Σ (B·A Aᵀ) ∘ B`, the sums over columns: one `(out, r)` product with the weight.
+        `‖W + sBA‖² = ‖W‖² + 2s·Σ (W Aᵀ) ∘ B + s²·Σ (B·A Aᵀ) ∘ B`, the sums over columns: one `(out, r)`
+        product with the weight.
         """
         up, down = self.factors(adapter)
         rows = weight.flatten(1)
         if adapter.spec.groups > 1:
-            # No weight of the layer's shape does what these factors do. PEFT reads them as if one did, and trains by its length.
+            # No weight of the layer's shape does what these factors do. PEFT reads them as if one did, and
+            # trains by its length.
             change = (up.reshape(-1, len(down)) @ down).view_as(rows)
             lengths: Tensor = torch.linalg.vector_norm(rows.to(down.dtype) + adapter.scaling * change, dim=1)
             return lengths

@@ -1,4 +1,5 @@
-"""IA³: one trained factor for each output of a layer, `l ∘ (W·x + b)`, or for each input of a feedforward layer, `W·(l ∘ x) + b`.
+"""IA³: one trained factor for each output of a layer, `l ∘ (W·x + b)`, or for each input of a feedforward
+layer, `W·(l ∘ x) + b`.
 
 Liu et al. 2022, https://arxiv.org/abs/2205.05638.
 """
@@ -59,7 +60,9 @@ class Ia3(Scaling):
         return {FACTORS: (1, channels) if inputs else (channels, 1)}
 
     def init(self, adapter: Adapter, base: Affine) -> None:
-        nn.init.ones_(adapter[FACTORS]) if adapter.config.init_ia3_weights else nn.init.normal_(adapter[FACTORS])
+        nn.init.ones_(adapter[FACTORS]) if adapter.config.init_ia3_weights else nn.init.normal_(
+            adapter[FACTORS]
+        )
 
     def side_of(self, adapter: Adapter) -> Side:
         side: Side = adapter.values["side"]

@@ -1,8 +1,10 @@
-"""LoRA: a change of low rank beside a frozen weight, `W + s·B·A` with `A (r, in)`, `B (out, r)`, `s = alpha / r`.
+"""LoRA: a change of low rank beside a frozen weight, `W + s·B·A` with `A (r, in)`, `B (out, r)`, `s = alpha /
+r`.
 
-Hu et al. 2021, https://arxiv.org/abs/2106.09685; rank-stabilised scaling `alpha / √r`: https://arxiv.org/abs/2312.03732.
-A convolution's `A` has the layer's own kernel, stride and padding over all input channels, and `B` is a 1×1 convolution in the
-layer's groups. A stack of `E` experts keeps its factors in one pair: row `e·r + k` of `A`, column `k·E + e` of `B`.
+Hu et al. 2021, https://arxiv.org/abs/2106.09685; rank-stabilised scaling `alpha / √r`:
+https://arxiv.org/abs/2312.03732. A convolution's `A` has the layer's own kernel, stride and padding over all
+input channels, and `B` is a 1×1 convolution in the layer's groups. A stack of `E` experts keeps its factors
+in one pair: row `e·r + k` of `A`, column `k·E + e` of `B`.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ class LoraRuntimeConfig:
     """Settings of one process that no file keeps."""
 
     ephemeral_gpu_offload: bool = False
-    """Whether first values of adapters on the CPU (DoRA's norms, PiSSA's factors) are computed on the accelerator, where one is."""
+    """Whether first values of adapters on the CPU (DoRA's norms, PiSSA's factors) are computed on the
+    accelerator, where one is.
+    """
 
 
 @dataclass
@@ -41,7 +45,8 @@ class LoraConfig(LayeredConfig):
 
     pattern_fields: ClassVar[tuple[str, ...]] = ("rank_pattern", "alpha_pattern")
     UNBUILT: ClassVar[tuple[str, ...]] = (
-        "eva_config", "corda_config", "lora_ga_config", "megatron_config", "velora_config", "alora_invocation_tokens",
+        "eva_config", "corda_config", "lora_ga_config", "megatron_config", "velora_config",
+        "alora_invocation_tokens",
         "monteclora_config", "use_bdlora", "arrow_config", "kasa_config",
     )  # fmt: skip
 
@@ -81,9 +86,17 @@ class LoraConfig(LayeredConfig):
         if isinstance(settings := cast(Any, self.loftq_config), inits.LoftQConfig):
             self.loftq_config = vars(settings)
         super().__post_init__()
-        faults = [f"`{name}` is not built yet in peftrs: leave it unset" for name in self.UNBUILT if getattr(self, name)]
+        faults = [
+            f"`{name}` is not built yet in peftrs: leave it unset"
+            for name in self.UNBUILT
+            if getattr(self, name)
+        ]
         if self.loftq_config and self.init_lora_weights != "loftq":
-            warnings.warn("`loftq_config` is ignored when `init_lora_weights` is not 'loftq'", PeftrsWarning, stacklevel=3)
+            warnings.warn(
+                "`loftq_config` is ignored when `init_lora_weights` is not 'loftq'",
+                PeftrsWarning,
+                stacklevel=3,
+            )
             self.loftq_config = {}
         start = None
         try:
@@ -93,9 +106,15 @@ class LoraConfig(LayeredConfig):
         if self.lora_bias and self.use_dora:
             faults.append("`lora_bias` does not go with `use_dora`, whose magnitude acts on the weight alone")
         if self.use_qalora and (self.use_dora or start is not None):
-            faults.append(f"`use_qalora` goes neither with `use_dora` nor with init_lora_weights={self.init_lora_weights!r}")
+            faults.append(
+                "`use_qalora` goes neither with `use_dora` nor with"
+                f" init_lora_weights={self.init_lora_weights!r}"
+            )
         if self.lora_bias and not isinstance(self.init_lora_weights, bool):
-            faults.append(f"`lora_bias` does not go with init_lora_weights={self.init_lora_weights!r}: use True or False")
+            faults.append(
+                f"`lora_bias` does not go with init_lora_weights={self.init_lora_weights!r}: use True or"
+                " False"
+            )
         if faults:
             raise ConfigError("; ".join(faults))
 
@@ -107,10 +126,20 @@ class Lora(LowRank):
     name = "LORA"
     config = LoraConfig
     prefix = "lora_"
-    attributes: tuple[str, ...] = ("r", "lora_alpha", "scaling", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
+    attributes: tuple[str, ...] = (
+        "r",
+        "lora_alpha",
+        "scaling",
+        "lora_dropout",
+        "use_rslora",
+        "use_dora",
+        "lora_bias",
+    )
     layers = frozenset(LayerKind)
     parallel = True
-    tied_slots = MappingProxyType({"lora_A.weight": ("lora_embedding_B", True), "lora_B.weight": ("lora_embedding_A", True)})
+    tied_slots = MappingProxyType(
+        {"lora_A.weight": ("lora_embedding_B", True), "lora_B.weight": ("lora_embedding_A", True)}
+    )
 
     def variant(self, config: LoraConfig) -> Method:
         if config.use_qalora:
@@ -124,7 +153,9 @@ class Lora(LowRank):
         faults = []
         if values["r"] < 1:
             faults.append(f"rank {values['r']} is not a positive integer")
-        elif start is not None and (fault := start.unfit(spec, values, self.scale(config, values))) is not None:
+        elif (
+            start is not None and (fault := start.unfit(spec, values, self.scale(config, values))) is not None
+        ):
             faults.append(f"init_lora_weights={config.init_lora_weights!r}: {fault}")
         if config.lora_bias and spec.kind in (LayerKind.EMBEDDING, LayerKind.ATTENTION, LayerKind.PARAMETER):
             faults.append(f"`lora_bias` needs a layer with outputs of its own, not an {spec.kind} weight")
@@ -139,10 +170,15 @@ class Lora(LowRank):
     def scale(self, config: LoraConfig, values: dict[str, Any]) -> float:
         return float(values["lora_alpha"] / (math.sqrt(values["r"]) if config.use_rslora else values["r"]))
 
-    def slots(self, config: LoraConfig, spec: LayerSpec, values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    def slots(
+        self, config: LoraConfig, spec: LayerSpec, values: dict[str, Any]
+    ) -> dict[str, tuple[int, ...]]:
         rank, kernel = values["r"], spec.shape[2:]
         if spec.kind is LayerKind.EMBEDDING:
-            return {"lora_embedding_A": (rank, spec.in_features), "lora_embedding_B": (spec.out_features, rank)}
+            return {
+                "lora_embedding_A": (rank, spec.in_features),
+                "lora_embedding_B": (spec.out_features, rank),
+            }
         if spec.stacked:
             rank, kernel = rank * spec.shape[0], ()
         shapes = {
@@ -165,7 +201,11 @@ class Lora(LowRank):
         elif adapter.config.init_lora_weights is False:
             embedding = adapter.spec.kind is LayerKind.EMBEDDING
             for slot in (down, up):
-                nn.init.normal_(adapter[slot]) if embedding else nn.init.kaiming_uniform_(adapter[slot], a=math.sqrt(5))
+                (
+                    nn.init.normal_(adapter[slot])
+                    if embedding
+                    else nn.init.kaiming_uniform_(adapter[slot], a=math.sqrt(5))
+                )
         elif adapter.spec.kind is LayerKind.EMBEDDING:
             nn.init.zeros_(adapter[down])
             nn.init.normal_(adapter[up])
@@ -185,7 +225,8 @@ class Lora(LowRank):
             return {}
         if base.weight.device.type == "meta":
             raise ConfigError(
-                f"{adapter.spec.name}: init_lora_weights={adapter.config.init_lora_weights!r} needs the base's weights"
+                f"{adapter.spec.name}: init_lora_weights={adapter.config.init_lora_weights!r} needs the"
+                " base's weights"
             )
         factors = start(adapter, base)
         return {"origin_A.weight": factors["lora_A.weight"], "origin_B.weight": factors["lora_B.weight"]}
@@ -212,18 +253,25 @@ class Lora(LowRank):
         return (up.flatten(1), down.flatten(1)) if up.ndim > 2 else (up, down)
 
     def arranged(self, adapter: Adapter, up: Tensor, down: Tensor) -> dict[str, Tensor]:
-        """The values of the slots that have these factors, as `factors` gives them; views where they can be."""
+        """The values of the slots that have these factors, as `factors` gives them; views where they can
+        be.
+        """
         if adapter.spec.stacked:
             up = up.permute(1, 2, 0)
         shapes = self.slots(adapter.config, adapter.spec, adapter.values)
-        return {slot: value.reshape(shapes[slot]) for slot, value in zip(_names(adapter), (down, up), strict=True)}
+        return {
+            slot: value.reshape(shapes[slot]) for slot, value in zip(_names(adapter), (down, up), strict=True)
+        }
 
     def shift(self, adapter: Adapter) -> Tensor | None:
         return adapter["lora_B.bias"] if adapter.config.lora_bias else None
 
     def unmergeable(self, adapter: Adapter) -> str | None:
         if adapter.spec.groups > 1:
-            return f"a LoRA on {adapter.spec.groups} groups of channels reaches across groups, which the layer's weight cannot"
+            return (
+                f"a LoRA on {adapter.spec.groups} groups of channels reaches across groups, which the layer's"
+                " weight cannot"
+            )
         if "lora_B.bias" in adapter and not adapter.spec.bias and bool(adapter["lora_B.bias"].any()):
             return "it has a bias (`lora_bias`) and the layer has none to merge it into"
         return None
@@ -232,7 +280,9 @@ class Lora(LowRank):
         if type(self) is not Lora or adapter.spec.kind is not LayerKind.LINEAR:
             return None
         return (
-            None if adapter.config.lora_bias or "origin_A.weight" in adapter else Product(*_names(adapter), self.dropped(adapter))
+            None
+            if adapter.config.lora_bias or "origin_A.weight" in adapter
+            else Product(*_names(adapter), self.dropped(adapter))
         )
 
     def dropped(self, adapter: Adapter) -> float:
@@ -251,7 +301,8 @@ class Lora(LowRank):
         kept = functional.dropout(x, adapter.config.lora_dropout, below.training)
         y = _up(below.op(kept, Affine(down, None)), up, self.shift(adapter), adapter.spec)
         if "origin_A.weight" in adapter:
-            # The base is left alone, so what the start took out of it is taken out here, and never dropped out.
+            # The base is left alone, so what the start took out of it is taken out here, and never dropped
+            # out.
             first = below.op(x, Affine(adapter["origin_A.weight"], None))
             y = y - _up(first, adapter["origin_B.weight"], None, adapter.spec)
         return y

@@ -23,7 +23,9 @@ FACTORS = ("prefix_task_cols", "prefix_task_rows")
 
 
 class MultitaskPromptTuningInit(StrEnum):
-    """Where the first values come from; the last three take them from a file of another adapter, trained on source tasks."""
+    """Where the first values come from; the last three take them from a file of another adapter, trained on
+    source tasks.
+    """
 
     TEXT = "TEXT"
     RANDOM = "RANDOM"
@@ -39,7 +41,8 @@ SOURCES = tuple(MultitaskPromptTuningInit)[2:]
 class MultitaskPromptTuningConfig(PromptTuningConfig):
     """The settings of multitask prompt tuning: PEFT's names, defaults and file format.
 
-    `prompt_tuning_init_state_dict_path` is read when the adapter is made, never when it is loaded, and only as safetensors.
+    `prompt_tuning_init_state_dict_path` is read when the adapter is made, never when it is loaded, and only
+    as safetensors.
     """
 
     kind: ClassVar[PeftType] = PeftType.MULTITASK_PROMPT_TUNING
@@ -54,12 +57,15 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
         super().__post_init__()
         if self.prompt_tuning_init in SOURCES and self.prompt_tuning_init_state_dict_path is None:
             raise ConfigError(
-                f"prompt_tuning_init_state_dict_path needs to be specified with {self.prompt_tuning_init} init method"
+                f"prompt_tuning_init_state_dict_path needs to be specified with {self.prompt_tuning_init}"
+                " init method"
             )
 
 
 class MultitaskPromptEmbedding(PromptEmbedding):
-    """The shared tokens (tokens, embedding), and each task's factors (tasks, tokens, rank) and (tasks, rank, embedding)."""
+    """The shared tokens (tokens, embedding), and each task's factors (tasks, tokens, rank) and (tasks, rank,
+    embedding).
+    """
 
     in_decoder = True
 
@@ -74,7 +80,10 @@ class MultitaskPromptEmbedding(PromptEmbedding):
             self.take(config)
 
     def take(self, config: Any) -> None:
-        """Takes the first values out of the file of another adapter. Raises `ConfigError` where they do not fit."""
+        """Takes the first values out of the file of another adapter.
+
+        Raises `ConfigError` where they do not fit.
+        """
         source = read_tensors(config.prompt_tuning_init_state_dict_path)
         values = {PROMPT: source[PROMPT]}
         if config.prompt_tuning_init != MultitaskPromptTuningInit.ONLY_SOURCE_SHARED:
@@ -82,17 +91,22 @@ class MultitaskPromptEmbedding(PromptEmbedding):
         for name, value in values.items():
             if name in FACTORS:
                 one = config.prompt_tuning_init == MultitaskPromptTuningInit.EXACT_SOURCE_TASK
-                value = value[config.prompt_tuning_init_task].unsqueeze(0) if one else value.mean(0, keepdim=True)
+                value = (
+                    value[config.prompt_tuning_init_task].unsqueeze(0) if one else value.mean(0, keepdim=True)
+                )
             if value.shape != self.saved()[name].shape:
                 raise ConfigError(
-                    f"{config.prompt_tuning_init_state_dict_path}: {name} has shape {list(value.shape)}, the adapter needs "
-                    f"{list(self.saved()[name].shape)}; hint: `num_tasks` is 1 where the values come from source tasks"
+                    f"{config.prompt_tuning_init_state_dict_path}: {name} has shape {list(value.shape)}, the"
+                    f" adapter needs {list(self.saved()[name].shape)}; hint: `num_tasks` is 1 where the"
+                    " values come from source tasks"
                 )
             self.load(name, value, self.device)
 
     def forward(self, indices: Tensor, task_ids: Tensor | None = None) -> Tensor:
         if task_ids is None:
-            raise AdapterError("task_ids cannot be None: multitask prompts are told which task each row of the batch is of")
+            raise AdapterError(
+                "task_ids cannot be None: multitask prompts are told which task each row of the batch is of"
+            )
         task = self.prefix_task_cols[task_ids] @ self.prefix_task_rows[task_ids]
         return super().forward(indices) * task
 

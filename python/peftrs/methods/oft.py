@@ -1,10 +1,13 @@
-"""OFT: the layer's input is turned by an orthogonal map of small blocks, `W·(R·x) + b`; an embedding's output is, instead.
+"""OFT: the layer's input is turned by an orthogonal map of small blocks, `W·(R·x) + b`; an embedding's output
+is, instead.
 
-Qiu et al. 2023, https://arxiv.org/abs/2306.07280; the truncated series: Qiu et al. 2025, https://arxiv.org/abs/2506.19847.
+Qiu et al. 2023, https://arxiv.org/abs/2306.07280; the truncated series: Qiu et al. 2025,
+https://arxiv.org/abs/2506.19847.
 
-A block of `R` follows from the numbers above the diagonal of a skew matrix `Q` of the same size, by Cayley's map or by the first
-terms of its series. Blocks are stored so that a row vector is turned by multiplying from the right, `x·R`. Over a convolution the
-blocks lie along the patch, `in * kernel` features: only its weight can be turned, not its input.
+A block of `R` follows from the numbers above the diagonal of a skew matrix `Q` of the same size, by Cayley's
+map or by the first terms of its series. Blocks are stored so that a row vector is turned by multiplying from
+the right, `x·R`. Over a convolution the blocks lie along the patch, `in * kernel` features: only its weight
+can be turned, not its input.
 """
 
 from __future__ import annotations
@@ -25,17 +28,22 @@ from peftrs.errors import ConfigError, PeftrsWarning
 from peftrs.registry import register
 
 SERIES_SINCE = (0, 18)
-"""The first version of PEFT whose series ends as it does now, which is also the first that writes its version."""
+"""The first version of PEFT whose series ends as it does now, which is also the first that writes its
+version.
+"""
 
-EARLY = "an early version of PEFT wrote it, whose numbers mean another turn; train it again, or use it with that version"
+EARLY = (
+    "an early version of PEFT wrote it, whose numbers mean another turn; train it again, or use it with that"
+    " version"
+)
 
 
 @dataclass
 class OFTConfig(LayeredConfig):
     """The settings of an OFT adapter: PEFT's names, defaults and file format.
 
-    `r` blocks, or blocks of `oft_block_size`: one of the two, the other is 0. `module_dropout` is the share of blocks left
-    out of a training step, which PEFT reads but never applies.
+    `r` blocks, or blocks of `oft_block_size`: one of the two, the other is 0. `module_dropout` is the share
+    of blocks left out of a training step, which PEFT reads but never applies.
     """
 
     r: int = 0
@@ -61,7 +69,10 @@ class OFTConfig(LayeredConfig):
         version = str(values.get("peft_version"))
         numbers = re.match(r"(\d+)\.(\d+)", version)
         if self.use_cayley_neumann and (numbers is None or (int(numbers[1]), int(numbers[2])) < SERIES_SINCE):
-            raise ConfigError(f"{origin}: `peft_version` is {version} and not 0.18 or later, when the series changed: {EARLY}")
+            raise ConfigError(
+                f"{origin}: `peft_version` is {version} and not 0.18 or later, when the series changed:"
+                f" {EARLY}"
+            )
 
 
 @register
@@ -76,7 +87,9 @@ class Oft(Rotation):
 
     def settle(self, config: OFTConfig, spec: LayerSpec) -> dict[str, Any]:
         if spec.groups > 1:
-            raise ConfigError(f"OFT would turn features across {spec.groups} groups of channels; leave this layer out")
+            raise ConfigError(
+                f"OFT would turn features across {spec.groups} groups of channels; leave this layer out"
+            )
         features = spec.out_features if spec.kind is LayerKind.EMBEDDING else math.prod(spec.shape[1:])
         wanted = config.r or config.oft_block_size
         number = _nearest_divisor(features, wanted)
@@ -106,7 +119,8 @@ class Oft(Rotation):
     def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
         above = adapter[_slot(adapter.spec)]
         if adapter.config.coft and below.training and above.requires_grad:
-            # Projected gradient descent: the optimizer steps on from within the bounds, not from where it left them.
+            # Projected gradient descent: the optimizer steps on from within the bounds, not from where it
+            # left them.
             with torch.no_grad():
                 above.mul_(self.within_bounds(adapter, above))
         return super().forward(adapter, x, below)
@@ -121,7 +135,9 @@ class Oft(Rotation):
         upper = above.new_zeros(size * size, len(above), dtype=dtype)
         upper = upper.index_copy(0, rows * size + columns, above.mT).mT.reshape(-1, size, size)
         skew = upper - upper.mT
-        blocks = _series(skew, config.num_cayley_neumann_terms) if config.use_cayley_neumann else _cayley(skew)
+        blocks = (
+            _series(skew, config.num_cayley_neumann_terms) if config.use_cayley_neumann else _cayley(skew)
+        )
         dropped = int(config.module_dropout * len(blocks)) if training and len(blocks) > 1 else 0
         if dropped:
             left_out = torch.randperm(len(blocks), device=blocks.device) < dropped
@@ -130,7 +146,9 @@ class Oft(Rotation):
 
     @torch.no_grad()
     def within_bounds(self, adapter: Adapter, above: Tensor) -> Tensor:
-        """The factor, at most 1, that brings each block's skew matrix within `eps / √blocks` of zero; `(blocks, 1)`."""
+        """The factor, at most 1, that brings each block's skew matrix within `eps / √blocks` of zero;
+        `(blocks, 1)`.
+        """
         lengths = math.sqrt(2) * torch.linalg.vector_norm(above, dim=1, keepdim=True)
         bound = adapter.config.eps / math.sqrt(len(above))
         return torch.clamp(bound / lengths, max=1)
@@ -152,9 +170,11 @@ def _cayley(skew: Tensor) -> Tensor:
 
 
 def _series(skew: Tensor, terms: int) -> Tensor:
-    """`I + 2Q + 2Q² + … + Qⁿ⁻¹`, which ends like `(I + Q)·(I - Q)⁻¹` cut off: the inverse of what `_cayley` gives.
+    """`I + 2Q + 2Q² + … + Qⁿ⁻¹`, which ends like `(I + Q)·(I - Q)⁻¹` cut off: the inverse of what `_cayley`
+    gives.
 
-    Files hold numbers trained for exactly this: no last term of half weight for two terms, a third power for three.
+    Files hold numbers trained for exactly this: no last term of half weight for two terms, a third power for
+    three.
     """
     blocks = _identity(skew).expand_as(skew)
     if terms > 1:

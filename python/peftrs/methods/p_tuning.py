@@ -40,7 +40,9 @@ class PromptEncoderConfig(PromptLearningConfig):
 
 
 class PromptEncoder(Encoder):
-    """The tokens as a network makes them: three linear layers, or an LSTM in both directions and two linear layers."""
+    """The tokens as a network makes them: three linear layers, or an LSTM in both directions and two linear
+    layers.
+    """
 
     network = ("lstm_head", "mlp_head")
 
@@ -52,7 +54,9 @@ class PromptEncoder(Encoder):
         if config.encoder_reparameterization_type == PromptEncoderReparameterizationType.LSTM:
             options = {"num_layers": config.encoder_num_layers, "dropout": config.encoder_dropout}
             self.lstm_head = nn.LSTM(width, hidden, bidirectional=True, batch_first=True, **options)
-            self.mlp_head = nn.Sequential(nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width))
+            self.mlp_head = nn.Sequential(
+                nn.Linear(2 * hidden, 2 * hidden), nn.ReLU(), nn.Linear(2 * hidden, width)
+            )
         else:
             if config.encoder_num_layers != PromptEncoderConfig.encoder_num_layers:
                 text = "`encoder_num_layers` is ignored: the MLP has exactly two hidden layers"

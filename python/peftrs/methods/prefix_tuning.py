@@ -21,7 +21,8 @@ ZERO = "zero"
 class PrefixTuningConfig(PromptLearningConfig):
     """The settings of prefix tuning: PEFT's names, defaults and file format.
 
-    `prefix_projection` has a network of two layers make the keys and values; `init_weights="zero"` starts with zeros.
+    `prefix_projection` has a network of two layers make the keys and values; `init_weights="zero"` starts
+    with zeros.
     """
 
     init_weights: str | None = None
@@ -34,7 +35,9 @@ class PrefixTuningConfig(PromptLearningConfig):
 
 
 class PrefixEncoder(CacheEncoder):
-    """The keys and values of all layers, (tokens, layers * 2 * heads * head size), or what a network makes them of."""
+    """The keys and values of all layers, (tokens, layers * 2 * heads * head size), or what a network makes
+    them of.
+    """
 
     network = ("transform",)
 
@@ -46,7 +49,9 @@ class PrefixEncoder(CacheEncoder):
             tokens, width = self.shape(config)
             self.embedding = nn.Embedding(tokens, config.token_dim)
             last = nn.Linear(config.encoder_hidden_size, width)
-            self.transform = nn.Sequential(nn.Linear(config.token_dim, config.encoder_hidden_size), nn.Tanh(), last)
+            self.transform = nn.Sequential(
+                nn.Linear(config.token_dim, config.encoder_hidden_size), nn.Tanh(), last
+            )
         if config.init_weights == ZERO:
             for parameter in last.parameters():
                 nn.init.zeros_(parameter)

@@ -31,11 +31,16 @@ class PromptTuningInit(StrEnum):
 class PromptTuningConfig(PromptLearningConfig):
     """The settings of prompt tuning: PEFT's names, defaults and file format.
 
-    With the init TEXT the tokenizer that `tokenizer_name_or_path` names is read when the adapter is made, never when it is loaded.
+    With the init TEXT the tokenizer that `tokenizer_name_or_path` names is read when the adapter is made,
+    never when it is loaded.
     """
 
     kind: ClassVar[PeftType] = PeftType.PROMPT_TUNING
-    sources: ClassVar[tuple[str, ...]] = ("tokenizer_name_or_path", "tokenizer_kwargs", "prompt_tuning_init_state_dict_path")
+    sources: ClassVar[tuple[str, ...]] = (
+        "tokenizer_name_or_path",
+        "tokenizer_kwargs",
+        "prompt_tuning_init_state_dict_path",
+    )
 
     prompt_tuning_init: str = PromptTuningInit.RANDOM
     prompt_tuning_init_text: str | None = None
@@ -47,7 +52,11 @@ class PromptTuningConfig(PromptLearningConfig):
         super().__post_init__()
         faults = []
         if self.prompt_tuning_init == PromptTuningInit.TEXT:
-            needed = [name for name in ("tokenizer_name_or_path", "prompt_tuning_init_text") if getattr(self, name) is None]
+            needed = [
+                name
+                for name in ("tokenizer_name_or_path", "prompt_tuning_init_text")
+                if getattr(self, name) is None
+            ]
             faults += [f"When prompt_tuning_init='TEXT', {name} can't be None." for name in needed]
         elif self.tokenizer_kwargs:
             faults.append("tokenizer_kwargs only valid when using prompt_tuning_init='TEXT'.")
@@ -60,7 +69,11 @@ class PromptEmbedding(Encoder):
 
     def __init__(self, config: Any, word_embeddings: nn.Module | None = None) -> None:
         super().__init__(config, word_embeddings)
-        tokens = None if word_embeddings is None else self.first_tokens(config, cast(nn.Embedding, word_embeddings))
+        tokens = (
+            None
+            if word_embeddings is None
+            else self.first_tokens(config, cast(nn.Embedding, word_embeddings))
+        )
         if tokens is not None:
             self.embedding.weight.data = rows_of(cast(nn.Module, word_embeddings), tokens)
 
@@ -77,10 +90,18 @@ class PromptEmbedding(Encoder):
 
 def tokenize(config: PromptTuningConfig) -> list[int]:
     """The tokens of the config's text. The tokenizer's own code is never run, whatever the config says."""
-    options = {key: value for key, value in (config.tokenizer_kwargs or {}).items() if key != "trust_remote_code"}
-    tokens = list(load_tokenizer(cast(str, config.tokenizer_name_or_path), options)(config.prompt_tuning_init_text)["input_ids"])
+    options = {
+        key: value for key, value in (config.tokenizer_kwargs or {}).items() if key != "trust_remote_code"
+    }
+    tokens = list(
+        load_tokenizer(cast(str, config.tokenizer_name_or_path), options)(config.prompt_tuning_init_text)[
+            "input_ids"
+        ]
+    )
     if not tokens:
-        raise ConfigError(f"prompt_tuning_init_text {config.prompt_tuning_init_text!r} has no tokens to begin with")
+        raise ConfigError(
+            f"prompt_tuning_init_text {config.prompt_tuning_init_text!r} has no tokens to begin with"
+        )
     return tokens
 
 

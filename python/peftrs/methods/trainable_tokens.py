@@ -23,7 +23,8 @@ from peftrs.registry import register
 
 @dataclass
 class TrainableTokensConfig(TargetedConfig):
-    """The settings of an adapter that trains rows of embeddings and nothing else: PEFT's names, defaults and file format.
+    """The settings of an adapter that trains rows of embeddings and nothing else: PEFT's names, defaults and
+    file format.
 
     Without `target_modules` the model's input embedding is meant. What is tied to an embedding stays so.
     """
@@ -89,7 +90,9 @@ class TrainableTokens(Method):
         tokens = self.tokens(adapter, rows)
         if adapter.spec.kind is LayerKind.LINEAR:
             bias = below.dense().bias
-            scores = functional.linear(x.to(rows.dtype), rows, None if bias is None else bias[tokens].to(rows.dtype))
+            scores = functional.linear(
+                x.to(rows.dtype), rows, None if bias is None else bias[tokens].to(rows.dtype)
+            )
             return y.index_copy(-1, tokens, scores.to(y.dtype))
         hits = x.unsqueeze(-1) == tokens
         # The layer's own lookup over the trained rows alone, so that scaled embeddings scale them too.

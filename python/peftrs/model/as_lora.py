@@ -35,13 +35,16 @@ def convert_to_lora(
     progressbar: bool = False,
     compile_kwargs: Any = None,
 ) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The config and tensors, as files have them, of a LoRA that changes the model's layers nearly as the adapter does.
+    """The config and tensors, as files have them, of a LoRA that changes the model's layers nearly as the
+    adapter does.
 
-    `rank` is each layer's rank (less where the layer has less), or as a float the part of `‖change‖²` that each layer's rank has
-    to keep. Scaling is 1; biases that change are kept exactly (`lora_bias`), and so are modules trained whole. Also takes apart
-    what is no sum of changes, as DoRA's. `compile_kwargs` has no effect. The model is left as it is.
+    `rank` is each layer's rank (less where the layer has less), or as a float the part of `‖change‖²` that
+    each layer's rank has to keep. Scaling is 1; biases that change are kept exactly (`lora_bias`), and so are
+    modules trained whole. Also takes apart what is no sum of changes, as DoRA's. `compile_kwargs` has no
+    effect. The model is left as it is.
 
-    Raises `AdapterError` for an unknown adapter, a rank that cannot be, or layers whose change is none of their weight.
+    Raises `AdapterError` for an unknown adapter, a rank that cannot be, or layers whose change is none of
+    their weight.
     """
     inner = cast(nn.Module, cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model
     energy = check_rank(rank)
@@ -49,11 +52,16 @@ def convert_to_lora(
     config = peft_configs(inner)[adapter_name]
     held = [layer.adapters[adapter_name] for layer in adapted_layers(inner) if adapter_name in layer.adapters]
     if faults := _faults(held, config):
-        raise AdapterError("; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else ""))
+        raise AdapterError(
+            "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+        )
     with torch.no_grad():
         own = [fitted.layer for fitted in held if fitted.leader is None]
         layers = shown(own, "Converting") if progressbar else own
-        changes = [_change(layer.adapters[adapter_name], int(rank) if energy is None else None, energy) for layer in layers]
+        changes = [
+            _change(layer.adapters[adapter_name], int(rank) if energy is None else None, energy)
+            for layer in layers
+        ]
     name, other = _free_name(inner), low_rank.config_like(config)
     state = activation(inner)
     active = state.active
@@ -89,13 +97,20 @@ def supports(model: nn.Module, adapter_name: str) -> bool:
 
 
 def check_rank(rank: int | float) -> float | None:
-    """The energy to keep that a rank stands for, None for a whole number. Raises `AdapterError` for what is neither."""
+    """The energy to keep that a rank stands for, None for a whole number.
+
+    Raises `AdapterError` for what is neither.
+    """
     if isinstance(rank, float):
         if not 0 < rank <= 1:
-            raise AdapterError(f"rank={rank}: as a float it is the part of the energy to keep, above 0 and up to 1")
+            raise AdapterError(
+                f"rank={rank}: as a float it is the part of the energy to keep, above 0 and up to 1"
+            )
         return rank
     if rank < 1:
-        raise AdapterError(f"rank={rank} must be a positive integer, or a float: the part of the energy to keep")
+        raise AdapterError(
+            f"rank={rank} must be a positive integer, or a float: the part of the energy to keep"
+        )
     return None
 
 
@@ -107,7 +122,9 @@ def _faults(held: list[FittedAdapter], config: Any) -> list[str]:
         if fitted.method.name in (TOKEN_ROWS, PeftType.TRAINABLE_TOKENS):
             faults.append(f"{fitted.spec.name}: trained token rows are no change of low rank")
         elif fitted.spec.groups > 1:
-            faults.append(f"{fitted.spec.name}: a LoRA over {fitted.spec.groups} groups of channels reaches across them")
+            faults.append(
+                f"{fitted.spec.name}: a LoRA over {fitted.spec.groups} groups of channels reaches across them"
+            )
     if not held:
         faults.append("the adapter changes no layer")
     return faults
@@ -120,9 +137,15 @@ def _change(fitted: FittedAdapter, rank: int | None, energy: float | None) -> Ch
 
 
 def _difference(fitted: FittedAdapter) -> tuple[Tensor | Term, Tensor | None]:
-    """What an adapter alone changes in the weight, as factors if it has them, else as a matrix, and in the bias."""
+    """What an adapter alone changes in the weight, as factors if it has them, else as a matrix, and in the
+    bias.
+    """
     method = fitted.method
-    if isinstance(method, Additive) and type(method).apply is Additive.apply and (factors := method.factors(fitted)) is not None:
+    if (
+        isinstance(method, Additive)
+        and type(method).apply is Additive.apply
+        and (factors := method.factors(fitted)) is not None
+    ):
         shift = method.shift(fitted)
         return (factors[0], factors[1] * fitted.scaling), None if shift is None else shift * fitted.scaling
     weight, *rest = (tensor.detach().double() for tensor in merging.unmerged(fitted.layer))
@@ -130,7 +153,9 @@ def _difference(fitted: FittedAdapter) -> tuple[Tensor | Term, Tensor | None]:
     after = method.apply(fitted, before)
     delta = (after.weight - before.weight).float()
     bias = None if before.bias is None or after.bias is None else (after.bias - before.bias).float()
-    return delta if fitted.spec.stacked else delta.flatten(1), bias if bias is not None and bool(bias.any()) else None
+    return delta if fitted.spec.stacked else delta.flatten(1), bias if bias is not None and bool(
+        bias.any()
+    ) else None
 
 
 def _free_name(model: nn.Module) -> str:

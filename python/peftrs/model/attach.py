@@ -40,29 +40,36 @@ def attach(
     heads: tuple[str, ...] = (),
     strict: Strict = None,
 ) -> None:
-    """Puts an adapter into a model, whose other adapters keep what they train; `low_cpu_mem_usage` leaves it without values.
+    """Puts an adapter into a model, whose other adapters keep what they train; `low_cpu_mem_usage` leaves it
+    without values.
 
-    The config is filled in with what the model decides (default targets). `names` are the keys of a state dict that says which
-    layers are targets, instead of the config. Raises `AdapterError`, `ConfigError` or `TargetError`, with nothing changed.
+    The config is filled in with what the model decides (default targets). `names` are the keys of a state
+    dict that says which layers are targets, instead of the config. Raises `AdapterError`, `ConfigError` or
+    `TargetError`, with nothing changed.
     """
     configs, state = peft_configs(model), activation(model)
     method = check(config, adapter, configs, state)
     sharing = None if config.inference_mode else sharded_by(model)
     if sharing is not None:
         raise AdapterError(
-            f"{sharing} shares out this model already and would not average the gradients of new tensors: each process would train "
-            f"an adapter of its own; hint: add the adapter first and call {sharing} on what that gives"
+            f"{sharing} shares out this model already and would not average the gradients of new tensors:"
+            f" each process would train an adapter of its own; hint: add the adapter first and call {sharing}"
+            " on what that gives"
         )
     targeted = cast(TargetedConfig, config)
     with whole_or_not(model, state) as found:
         if _grown(model, targeted, state):
             found = list(places(model))
         exact = None if names is None else _modules_in(names, model, method, targeted)
-        plan, settled = make_plan(model, targeted, method, heads=heads, names=exact, strict=strict, found=found)
+        plan, settled = make_plan(
+            model, targeted, method, heads=heads, names=exact, strict=strict, found=found
+        )
         for text in tying.notes(found, targeted, plan.targets, plan.saved):
             warnings.warn(text, PeftrsWarning, stacklevel=5)
         for text in uneven(targeted, plan) if exact is None else ():
-            warnings.warn(f"{text}; hint: peftrs.plan(model, config) shows each layer", PeftrsWarning, stacklevel=5)
+            warnings.warn(
+                f"{text}; hint: peftrs.plan(model, config) shows each layer", PeftrsWarning, stacklevel=5
+            )
         if isinstance(method, PromptMethod):
             settled |= sizes(model, cast(PromptLearningConfig, config))
         kept = {name: getattr(targeted, name) for name in settled}
@@ -70,8 +77,21 @@ def attach(
             setattr(targeted, name, value)
         fill = not low_cpu_mem_usage
         try:
-            prompt = method.build(config, word_embeddings(model), fill=fill) if isinstance(method, PromptMethod) else None
-            inject(model, targeted, adapter, plan, state, prompt=prompt, fill=fill, autocast_adapter_dtype=autocast_adapter_dtype)
+            prompt = (
+                method.build(config, word_embeddings(model), fill=fill)
+                if isinstance(method, PromptMethod)
+                else None
+            )
+            inject(
+                model,
+                targeted,
+                adapter,
+                plan,
+                state,
+                prompt=prompt,
+                fill=fill,
+                autocast_adapter_dtype=autocast_adapter_dtype,
+            )
         except BaseException:
             for name, value in kept.items():
                 setattr(targeted, name, value)
@@ -90,17 +110,29 @@ def peft_configs(model: nn.Module) -> dict[str, PeftConfig]:
 
 
 def check(config: PeftConfig, adapter: str, configs: dict[str, PeftConfig], state: Activation) -> Method:
-    """The method that a config asks for. Raises `AdapterError` or `ConfigError` if the model cannot get this adapter."""
+    """The method that a config asks for.
+
+    Raises `AdapterError` or `ConfigError` if the model cannot get this adapter.
+    """
     if not isinstance(config, PeftConfig):
-        raise ConfigError(f"an adapter's config is a PeftConfig such as LoraConfig, not a {type(config).__name__}")
+        raise ConfigError(
+            f"an adapter's config is a PeftConfig such as LoraConfig, not a {type(config).__name__}"
+        )
     if config.peft_type is None or not isinstance(config, TargetedConfig):
-        raise ConfigError(f"{type(config).__name__} does not say what kind of adapter it is for: use one such as LoraConfig")
+        raise ConfigError(
+            f"{type(config).__name__} does not say what kind of adapter it is for: use one such as LoraConfig"
+        )
     check_name(state, adapter)
     method = registry.method(config.peft_type)
-    biased = [name for name, other in {**configs, adapter: config}.items() if getattr(other, "bias", "none") != "none"]
+    biased = [
+        name
+        for name, other in {**configs, adapter: config}.items()
+        if getattr(other, "bias", "none") != "none"
+    ]
     if len(biased) > 1:
         raise AdapterError(
-            f"only one adapter of a model can train its biases, and {listed(biased)} want to: set bias to 'none' for all but one"
+            f"only one adapter of a model can train its biases, and {listed(biased)} want to: set bias to"
+            " 'none' for all but one"
         )
     return method
 
@@ -111,7 +143,9 @@ def _grown(model: nn.Module, config: TargetedConfig, state: Activation) -> bool:
     if not ranges:
         return False
     if state.adapters():
-        raise AdapterError("`layer_replication` changes the model's layers and works for its first adapter only")
+        raise AdapterError(
+            "`layer_replication` changes the model's layers and works for its first adapter only"
+        )
     replicate(model, ranges)
     return True
 
@@ -119,7 +153,10 @@ def _grown(model: nn.Module, config: TargetedConfig, state: Activation) -> bool:
 def _modules_in(keys: Iterable[str], model: nn.Module, method: Method, config: TargetedConfig) -> set[str]:
     """The layers that a state dict holds tensors of this method for."""
     if getattr(config, "target_parameters", None):
-        raise ConfigError("`target_parameters` cannot be found in a state dict: leave out `state_dict` and load the tensors after")
+        raise ConfigError(
+            "`target_parameters` cannot be found in a state dict: leave out `state_dict` and load the tensors"
+            " after"
+        )
     known = {plain(place.name): place.name for place in places(model)}
     named = (plain(key).removeprefix(PREFIX).rpartition(f".{method.prefix}")[0] for key in keys)
     return {known[name] for name in named if name in known}
@@ -127,12 +164,14 @@ def _modules_in(keys: Iterable[str], model: nn.Module, method: Method, config: T
 
 @contextmanager
 def whole_or_not(model: nn.Module, state: Activation | None = None) -> Iterator[list[Place]]:
-    """Leaves the model as it was if what happens inside fails: no new adapters or wrappers, the same active ones and gradients.
+    """Leaves the model as it was if what happens inside fails: no new adapters or wrappers, the same active
+    ones and gradients.
 
     Gives the model's modules. `state` is what the model's adapters share, if it was looked for already.
     """
     collecting = gc.isenabled()
-    # Thousands of objects are made here that all stay: going through them time and again takes longer than making them.
+    # Thousands of objects are made here that all stay: going through them time and again takes longer than
+    # making them.
     gc.disable()
     state, found = state or activation(model), list(places(model))
     known, held, active = set(state.adapters()), set(state.members), state.active

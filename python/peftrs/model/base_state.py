@@ -16,20 +16,26 @@ __all__ = ["cast_mixed_precision_params", "get_base_model_state_dict", "set_base
 
 
 def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors by the names that they have without adapters. While adapters are merged, the weights hold them."""
+    """The model's tensors by the names that they have without adapters.
+
+    While adapters are merged, the weights hold them.
+    """
     found: dict[str, Tensor] = {}
     _gather(_inside(model), "", found)
     return found
 
 
 def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor], strict: bool = True) -> Any:
-    """Puts tensors, by those names, into the model; returns what was missing and unexpected, as `load_state_dict` does.
+    """Puts tensors, by those names, into the model; returns what was missing and unexpected, as
+    `load_state_dict` does.
 
-    Raises `MismatchError`, with nothing changed, for tensors of another shape and, if `strict`, for missing or unexpected ones;
-    `MergeError` while adapters are merged.
+    Raises `MismatchError`, with nothing changed, for tensors of another shape and, if `strict`, for missing
+    or unexpected ones; `MergeError` while adapters are merged.
     """
     if any(layer.merged for layer in adapted_layers(model)):
-        raise MergeError("adapters are merged into the weights; hint: unmerge them before the weights are replaced")
+        raise MergeError(
+            "adapters are merged into the weights; hint: unmerge them before the weights are replaced"
+        )
     own = get_base_model_state_dict(model)
     missing = [name for name in own if name not in state_dict]
     unexpected = [name for name in state_dict if name not in own]

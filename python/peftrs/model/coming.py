@@ -16,7 +16,8 @@ class Coming(type):
 
     def __call__(cls, *inputs: Any, **options: Any) -> Any:
         raise ConfigError(
-            f"`{cls.__name__}`: {NAMES[cls.__name__]} is not built yet in peftrs; hint: the methods that are: {', '.join(MODULES)}"
+            f"`{cls.__name__}`: {NAMES[cls.__name__]} is not built yet in peftrs; hint: the methods that are:"
+            f" {', '.join(MODULES)}"
         )
 
 

@@ -19,14 +19,22 @@ SAME = ("task_type", "token_dim", "num_layers", "num_attention_heads", "num_tran
 
 
 def compose_cartridge_adapters(
-    adapter_paths: Sequence[str | os.PathLike[str]], *, output_path: str | os.PathLike[str], safe_serialization: bool = True
+    adapter_paths: Sequence[str | os.PathLike[str]],
+    *,
+    output_path: str | os.PathLike[str],
+    safe_serialization: bool = True,
 ) -> None:
-    """Writes a cartridge whose keys and values are those of the others, in the order given; the first one's frozen tokens stay so.
+    """Writes a cartridge whose keys and values are those of the others, in the order given; the first one's
+    frozen tokens stay so.
 
-    Raises `ConfigError` for fewer than two, for adapters of another kind and for cartridges of models of other sizes.
+    Raises `ConfigError` for fewer than two, for adapters of another kind and for cartridges of models of
+    other sizes.
     """
     if not safe_serialization:
-        raise AdapterError("`safe_serialization=False`: peftrs writes safetensors only, since loading a pickle runs what is in it")
+        raise AdapterError(
+            "`safe_serialization=False`: peftrs writes safetensors only, since loading a pickle runs what is"
+            " in it"
+        )
     paths = [os.fspath(path) for path in adapter_paths]
     if len(paths) < 2:
         raise ConfigError("Need at least 2 adapters to compose.")

@@ -18,10 +18,12 @@ from peftrs.errors import ConfigError
 
 
 def converted(config: Any, targets: Any, model: nn.Module, found: list[Place]) -> dict[str, Any]:
-    """The fields of a LoRA's config that mean on this model what they meant when experts were layers; empty if that is the same.
+    """The fields of a LoRA's config that mean on this model what they meant when experts were layers; empty
+    if that is the same.
 
-    `targets` are the config's, or the defaults for the model. Ranks of layers that became one add up, and its alpha keeps their
-    scaling. Raises `ConfigError` where only some of the layers, or of the experts, that became one parameter are targets.
+    `targets` are the config's, or the defaults for the model. Ranks of layers that became one add up, and its
+    alpha keeps their scaling. Raises `ConfigError` where only some of the layers, or of the experts, that
+    became one parameter are targets.
     """
     if not hasattr(config, "target_parameters") or not targets:
         return {}
@@ -47,7 +49,11 @@ def converted(config: Any, targets: Any, model: nn.Module, found: list[Place]) -
         for field, keys in spent.items():
             keys -= {list(getattr(config, field))[at] for at in selection.pattern_index(field) if at >= 0}
     stated = _stated(config, parameters, [holder for holder in held if holder not in chosen], spent)
-    wanted = {*(config.target_parameters or ()), *stated.pop("target_parameters"), *(f"{name}.weight" for name in routers)}
+    wanted = {
+        *(config.target_parameters or ()),
+        *stated.pop("target_parameters"),
+        *(f"{name}.weight" for name in routers),
+    }
     return {**stated, "target_modules": kept, "target_parameters": sorted(wanted)}
 
 
@@ -56,7 +62,11 @@ def _selected(config: Any, targets: Any, names: list[str], linear: Iterable[str]
     return _native.select(
         names,
         target_modules=targets if isinstance(targets, str) else sorted(targets),
-        exclude_modules=config.exclude_modules if isinstance(config.exclude_modules, str) else sorted(config.exclude_modules or ()),
+        exclude_modules=(
+            config.exclude_modules
+            if isinstance(config.exclude_modules, str)
+            else sorted(config.exclude_modules or ())
+        ),
         linear=list(linear),
         layers_to_transform=[layers] if isinstance(layers, int) else layers,
         layers_pattern=[pattern] if isinstance(pattern, str) else pattern,
@@ -69,7 +79,9 @@ Ranks = dict[tuple[str, str], tuple[int, float]]
 
 
 def _chosen(config: Any, targets: Any, held: list[Holder]) -> tuple[set[Holder], Ranks, dict[str, set[str]]]:
-    """The holders whose layers are all targets, the rank and alpha of each layer, and the patterns' keys that gave them."""
+    """The holders whose layers are all targets, the rank and alpha of each layer, and the patterns' keys that
+    gave them.
+    """
     names = {
         f"{holder.name}.{at}.{layer}": (holder, layer)
         for holder in held
@@ -96,9 +108,9 @@ def _chosen(config: Any, targets: Any, held: list[Holder]) -> tuple[set[Holder],
         if count < len(holder.fusion.layers) * len({0, holder.experts - 1}):
             targeted = sorted({layer for name, layer in ranks if name == holder.name})
             raise ConfigError(
-                f"`target_modules`: {', '.join(targeted)} of {holder.name} cannot be adapted alone: "
-                f"{', '.join(holder.fusion.layers)} of all experts are the one parameter {holder.fusion.parameter!r} here; name "
-                "all of them, or the parameter"
+                f"`target_modules`: {', '.join(targeted)} of {holder.name} cannot be adapted alone:"
+                f" {', '.join(holder.fusion.layers)} of all experts are the one parameter"
+                f" {holder.fusion.parameter!r} here; name all of them, or the parameter"
             )
     return set(counts), ranks, spent
 
@@ -108,7 +120,9 @@ def _fitted(config: Any, holder: Holder, ranks: Ranks) -> tuple[int, float]:
     parts = [ranks[holder.name, layer] for layer in holder.fusion.layers]
     scalings = {alpha / (math.sqrt(rank) if config.use_rslora else rank) for rank, alpha in parts}
     if len(scalings) > 1:
-        raise ConfigError(f"{holder.parameter}: its layers have different scalings by the config, and it can only have one")
+        raise ConfigError(
+            f"{holder.parameter}: its layers have different scalings by the config, and it can only have one"
+        )
     rank = sum(rank for rank, _ in parts)
     alpha = parts[0][1] * rank / parts[0][0] if not config.use_rslora else scalings.pop() * math.sqrt(rank)
     return rank, int(alpha) if alpha == int(alpha) else alpha
@@ -117,13 +131,15 @@ def _fitted(config: Any, holder: Holder, ranks: Ranks) -> tuple[int, float]:
 def _stated(
     config: Any, parameters: dict[str, tuple[int, float]], others: list[Holder], spent: dict[str, set[str]]
 ) -> dict[str, Any]:
-    """`target_parameters`, `rank_pattern` and `alpha_pattern`: one entry for all layers of the model where those are alike.
+    """`target_parameters`, `rank_pattern` and `alpha_pattern`: one entry for all layers of the model where
+    those are alike.
 
     The keys that were `spent` on layers which are no more go.
     """
     wanted: list[str] = []
     ranks, alphas = (
-        {key: value for key, value in (getattr(config, field) or {}).items() if key not in spent[field]} for field in PATTERNS
+        {key: value for key, value in (getattr(config, field) or {}).items() if key not in spent[field]}
+        for field in PATTERNS
     )
     by_leaf: dict[str, set[tuple[int, float]]] = {}
     for name, values in parameters.items():
@@ -144,14 +160,22 @@ def _stated(
 
 
 def _routers(config: Any, targets: Any, held: list[Holder], modules: dict[str, nn.Module]) -> set[str]:
-    """The last parts of the names of routers that are targets: linear layers once, modules with a weight of their own now."""
+    """The last parts of the names of routers that are targets: linear layers once, modules with a weight of
+    their own now.
+    """
     beside = {holder.name.rpartition(".")[0] for holder in held}
     found = [
         name
         for name, module in modules.items()
-        if name.rpartition(".")[0] in beside and dense.resolve(module) is None and _is_matrix(module._parameters.get("weight"))
+        if name.rpartition(".")[0] in beside
+        and dense.resolve(module) is None
+        and _is_matrix(module._parameters.get("weight"))
     ]
-    return {name.rpartition(".")[2] for name in _selected(config, targets, found, found).targets} if found else set()
+    return (
+        {name.rpartition(".")[2] for name in _selected(config, targets, found, found).targets}
+        if found
+        else set()
+    )
 
 
 def _is_matrix(weight: Any) -> bool:

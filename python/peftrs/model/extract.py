@@ -1,6 +1,7 @@
 """The adapter between two models: LoRA factors of what training, merging or mixing changed, layer by layer.
 
-Tensors are read one layer at a time, from memory or from checkpoints on disk, so that no more than a few layers are held.
+Tensors are read one layer at a time, from memory or from checkpoints on disk, so that no more than a few
+layers are held.
 """
 
 from __future__ import annotations
@@ -36,7 +37,9 @@ LARGEST = 2**16
 
 @dataclass(frozen=True)
 class Kept:
-    """What became of one layer's change: its rank, `‖change‖`, and the part of `‖change‖²` that the adapter has."""
+    """What became of one layer's change: its rank, `‖change‖`, and the part of `‖change‖²` that the adapter
+    has.
+    """
 
     name: str
     rank: int
@@ -48,7 +51,8 @@ class Kept:
 class Extraction:
     """An adapter, its tensors by the names that files have, and how much of the difference it holds.
 
-    `whole` are the modules kept as they are, `left` the tensors that differ and are in neither the layers nor those modules.
+    `whole` are the modules kept as they are, `left` the tensors that differ and are in neither the layers nor
+    those modules.
     """
 
     config: LoraConfig
@@ -65,7 +69,10 @@ class Extraction:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as JSON values."""
-        layers = [{"name": one.name, "rank": one.rank, "norm": one.norm, "energy": one.energy} for one in self.layers]
+        layers = [
+            {"name": one.name, "rank": one.rank, "norm": one.norm, "energy": one.energy}
+            for one in self.layers
+        ]
         return {"energy": self.energy, "layers": layers, "whole": self.whole, "left": self.left}
 
     def save(self, folder: str | os.PathLike[str]) -> None:
@@ -76,22 +83,28 @@ class Extraction:
         write(folder, self.config.to_json(), self.tensors, {CARD_NAME: text.encode()})
 
 
-def extract_lora(merged: nn.Module, base: nn.Module, config: LoraConfig, energy: float | None = None) -> Extraction:
-    """The LoRA that turns `base` nearly into `merged`, two models of one architecture, which stay as they are.
+def extract_lora(
+    merged: nn.Module, base: nn.Module, config: LoraConfig, energy: float | None = None
+) -> Extraction:
+    """The LoRA that turns `base` nearly into `merged`, two models of one architecture, which stay as they
+    are.
 
-    The config's targets, excluded modules, rank and rank pattern say which layers get which rank; with `energy` each gets the
-    smallest rank, up to that, which keeps this part of `‖change‖²`. Biases of these layers and the config's `modules_to_save` are
-    kept exactly, modules of vectors alone (norms) that changed too. Layers that did not change are left out.
+    The config's targets, excluded modules, rank and rank pattern say which layers get which rank; with
+    `energy` each gets the smallest rank, up to that, which keeps this part of `‖change‖²`. Biases of these
+    layers and the config's `modules_to_save` are kept exactly, modules of vectors alone (norms) that changed
+    too. Layers that did not change are left out.
 
-    Raises `AdapterError` where the models do not fit each other or are the same, `ConfigError` or `TargetError` for the config;
-    warns of tensors that differ and that the adapter does not hold.
+    Raises `AdapterError` where the models do not fit each other or are the same, `ConfigError` or
+    `TargetError` for the config; warns of tensors that differ and that the adapter does not hold.
     """
     held = [name for name, model in (("merged", merged), ("base", base)) if any(wrappers(model))]
     if held:
         raise AdapterError(f"{listed(held)} has adapters in it; hint: merge_and_unload or unload it first")
     if energy is not None:
         check_rank(float(energy))
-    after, before = (MemorySource(model.state_dict(), name) for name, model in (("merged", merged), ("base", base)))
+    after, before = (
+        MemorySource(model.state_dict(), name) for name, model in (("merged", merged), ("base", base))
+    )
     return _extracted(skeleton.of_model(base), _Differences(after, before), config, energy)
 
 
@@ -107,22 +120,32 @@ def extract(
     fan_in_fan_out: bool | None = None,
     overwrite: bool = False,
 ) -> Extraction:
-    """The same from two checkpoints (folders or safetensors files) without loading the models; writes the adapter into `out`.
+    """The same from two checkpoints (folders or safetensors files) without loading the models; writes the
+    adapter into `out`.
 
-    `rank` may be a float, the part of each layer's `‖change‖²` to keep. `fan_in_fan_out` says that linear weights are stored
-    `(in, out)`, by default as the model type in `config.json` has it. Raises as `extract_lora` does, and `CheckpointError` or
-    `StorageError` for what cannot be read or written; `out` is written last and as a whole.
+    `rank` may be a float, the part of each layer's `‖change‖²` to keep. `fan_in_fan_out` says that linear
+    weights are stored `(in, out)`, by default as the model type in `config.json` has it. Raises as
+    `extract_lora` does, and `CheckpointError` or `StorageError` for what cannot be read or written; `out` is
+    written last and as a whole.
     """
     energy = check_rank(rank)
     target = os.fspath(out)
-    if not overwrite and any(os.path.exists(os.path.join(target, name)) for name in ("adapter_config.json", CARD_NAME)):
-        raise AdapterError(f"{target}: holds an adapter or a model already; hint: choose another folder or overwrite it")
+    if not overwrite and any(
+        os.path.exists(os.path.join(target, name)) for name in ("adapter_config.json", CARD_NAME)
+    ):
+        raise AdapterError(
+            f"{target}: holds an adapter or a model already; hint: choose another folder or overwrite it"
+        )
     after, before = (FileSource(os.fspath(path), model=True) for path in (merged, base))
     settings = skeleton.read_settings(os.fspath(base))
     config = LoraConfig(
         r=LARGEST if energy is not None else int(rank),
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        exclude_modules=exclude_modules if exclude_modules is None or isinstance(exclude_modules, str) else list(exclude_modules),
+        exclude_modules=(
+            exclude_modules
+            if exclude_modules is None or isinstance(exclude_modules, str)
+            else list(exclude_modules)
+        ),
         modules_to_save=None if modules_to_save is None else list(modules_to_save),
         base_model_name_or_path=os.fspath(base),
     )
@@ -151,10 +174,16 @@ class _Differences:
         shapes = [list(shape[name][1]) if name in shape else None for shape in self.shapes]
         if shapes[0] == shapes[1]:
             return None
-        return f"{name}: has shape {shapes[1]} in {self.base.origin} and {shapes[0] or 'is not there'} in {self.merged.origin}"
+        return (
+            f"{name}: has shape {shapes[1]} in {self.base.origin} and {shapes[0] or 'is not there'} in"
+            f" {self.merged.origin}"
+        )
 
     def delta(self, name: str) -> Tensor | None:
-        """The difference of one tensor in float32 or wider, None where there is none. Raises `AdapterError` for NaN or infinity."""
+        """The difference of one tensor in float32 or wider, None where there is none.
+
+        Raises `AdapterError` for NaN or infinity.
+        """
         self.done.add(name)
         after, before = self._values(name)
         if after.dtype == before.dtype and torch.equal(after, before):
@@ -162,11 +191,15 @@ class _Differences:
         wide = torch.promote_types(torch.promote_types(after.dtype, before.dtype), torch.float32)
         delta = after.to(wide) - before.to(wide)
         if not bool(delta.isfinite().all()):
-            raise AdapterError(f"{name}: holds NaN or infinite values in {self.merged.origin} or {self.base.origin}")
+            raise AdapterError(
+                f"{name}: holds NaN or infinite values in {self.merged.origin} or {self.base.origin}"
+            )
         return delta if bool(delta.any()) else None
 
     def rest(self) -> Iterator[str]:
-        """The other tensors of the base that differ or are missing, and those that only the merged model has."""
+        """The other tensors of the base that differ or are missing, and those that only the merged model
+        has.
+        """
         merged, base = self.shapes
         for name in base:
             if name in self.done:
@@ -184,7 +217,9 @@ class _Differences:
         return self.merged.read(name).to(before.device), before
 
 
-def _extracted(model: nn.Module, differences: _Differences, config: LoraConfig, energy: float | None) -> Extraction:
+def _extracted(
+    model: nn.Module, differences: _Differences, config: LoraConfig, energy: float | None
+) -> Extraction:
     merged, base = differences.merged, differences.base
     if config.use_dora:
         raise ConfigError("`use_dora`: the difference of two models is a sum, which plain LoRA holds")
@@ -215,12 +250,24 @@ def _extracted(model: nn.Module, differences: _Differences, config: LoraConfig, 
     tensors = get_peft_model_state_dict(model, adapter_name=NAME, save_embedding_layers=False)
     if left:
         text = f"{len(left)} tensors differ and are not in the adapter: {listed(left, 4)}"
-        warnings.warn(f"{text}; hint: name their modules in target_modules or modules_to_save", PeftrsWarning, stacklevel=3)
-    return Extraction(config, {PREFIX + key: tensor for key, tensor in tensors.items()}, kept, sorted({*whole, *norms}), left)
+        warnings.warn(
+            f"{text}; hint: name their modules in target_modules or modules_to_save",
+            PeftrsWarning,
+            stacklevel=3,
+        )
+    return Extraction(
+        config,
+        {PREFIX + key: tensor for key, tensor in tensors.items()},
+        kept,
+        sorted({*whole, *norms}),
+        left,
+    )
 
 
 def _tensors(target: Target) -> list[str]:
-    """The names of a target's weight and, if it has one, bias, below the target's own place even where they are shared."""
+    """The names of a target's weight and, if it has one, bias, below the target's own place even where they
+    are shared.
+    """
     module = original(target.place.module)
     held = target.base.parameters(module)
     own = module.named_parameters(recurse=False)
@@ -230,14 +277,18 @@ def _tensors(target: Target) -> list[str]:
 def _check(targets: list[Target], differences: _Differences) -> None:
     faults = [fault for target in targets for name in _tensors(target) if (fault := differences.fault(name))]
     faults += [
-        f"{one.spec.name}: a LoRA over {one.spec.groups} groups reaches across them" for one in targets if one.spec.groups > 1
+        f"{one.spec.name}: a LoRA over {one.spec.groups} groups reaches across them"
+        for one in targets
+        if one.spec.groups > 1
     ]
     if faults:
         more = f"; and {len(faults) - 4} more" if len(faults) > 4 else ""
         raise CheckpointError(f"{'; '.join(faults[:4])}{more}; hint: exclude these layers")
 
 
-def _change(target: Target, differences: _Differences, rank: int, energy: float | None) -> tuple[Change, Kept] | None:
+def _change(
+    target: Target, differences: _Differences, rank: int, energy: float | None
+) -> tuple[Change, Kept] | None:
     """The change of one layer as a term of low rank, None if it is none."""
     delta, bias, *_ = (*(differences.delta(name) for name in _tensors(target)), None)
     if delta is None and bias is None:

@@ -1,4 +1,6 @@
-"""Functions on models that hold adapters but are no `PeftModel`: what other libraries build their own methods from."""
+"""Functions on models that hold adapters but are no `PeftModel`: what other libraries build their own methods
+from.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def set_adapter(
     manage.set_adapter(model, adapter_name, inference_mode)
 
 
-def set_requires_grad(model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+def set_requires_grad(
+    model: nn.Module, adapter_names: str | Sequence[str], requires_grad: bool = True
+) -> None:
     """Sets whether adapters are trained, leaving the others as they are."""
     manage.set_requires_grad(model, adapter_names, requires_grad)
 

@@ -1,4 +1,6 @@
-"""Small helpers around models with adapters: signatures, strength for a while, what is an adapter's folder."""
+"""Small helpers around models with adapters: signatures, strength for a while, what is an adapter's
+folder.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ def update_generate_signature(model: nn.Module) -> None:
 def update_signature(model: nn.Module, method: str = "all") -> None:
     """Does so for "forward", "generate" or "all". Raises `ValueError` for any other method."""
     if method not in ("forward", "generate", "all"):
-        raise ValueError(f"method {method} is not supported please choose one of ['forward', 'generate', 'all']")
+        raise ValueError(
+            f"method {method} is not supported please choose one of ['forward', 'generate', 'all']"
+        )
     for name in ("forward", "generate") if method == "all" else (method,):
         _show(model, name)
 
@@ -73,13 +77,16 @@ def check_if_peft_model(model_name_or_path: str | os.PathLike[str]) -> bool:
 def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]:
     """Inside the `with`, every adapter that has a scaling is `multiplier` times as strong.
 
-    With a multiplier in [0, 1] that is WiSE-FT (https://arxiv.org/abs/2109.01903). Raises `TypeError` for what is no number and
-    `AdapterError` where no adapter has a scaling, or where one is merged, whose strength is in the weights already.
+    With a multiplier in [0, 1] that is WiSE-FT (https://arxiv.org/abs/2109.01903). Raises `TypeError` for
+    what is no number and `AdapterError` where no adapter has a scaling, or where one is merged, whose
+    strength is in the weights already.
     """
     if not isinstance(multiplier, int | float):
         raise TypeError(f"Argument multiplier should be of type float, got {type(multiplier)}")
     layers = list(adapted_layers(model))
-    scaled = [one for layer in layers for one in layer.adapters.values() if "scaling" in one.method.attributes]
+    scaled = [
+        one for layer in layers for one in layer.adapters.values() if "scaling" in one.method.attributes
+    ]
     if not scaled:
         raise AdapterError("no adapter of the model has a scaling; hint: LoRA adapters do")
     if merged := next((layer for layer in layers if layer.merged), None):
@@ -95,9 +102,11 @@ def rescale_adapter_scale(model: nn.Module, multiplier: float) -> Iterator[None]
 
 
 class DoraCaching:
-    """A switch, as a context manager or called, for code that turns PEFT's cache of DoRA on or off. It changes nothing here.
+    """A switch, as a context manager or called, for code that turns PEFT's cache of DoRA on or off. It
+    changes nothing here.
 
-    The norm of a DoRA layer is taken from its factors, without the product that PEFT's cache saves, so there is nothing to keep.
+    The norm of a DoRA layer is taken from its factors, without the product that PEFT's cache saves, so there
+    is nothing to keep.
     """
 
     def __init__(self, enabled: bool = True) -> None:

@@ -1,8 +1,8 @@
 """Hot-swapping: another adapter's tensors, ranks and strengths under the name of one that a model has.
 
-The other one is loaded beside it with every check of loading, and then moved in. Where a model is compiled, or prepared for that,
-tensors keep their identity and shape: lower ranks are filled up with zeros, and layers that the other adapter leaves alone are made
-to change nothing.
+The other one is loaded beside it with every check of loading, and then moved in. Where a model is compiled,
+or prepared for that, tensors keep their identity and shape: lower ranks are filled up with zeros, and layers
+that the other adapter leaves alone are made to change nothing.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ SAME = ("use_dora", "lora_bias", "target_parameters")
 
 
 def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -> None:
-    """Raises `AdapterError` unless both are LoRA adapters of one form; ranks, strengths and targets may differ."""
+    """Raises `AdapterError` unless both are LoRA adapters of one form; ranks, strengths and targets may
+    differ.
+    """
     kinds = [str(cast(str, config.peft_type)) for config in (config0, config1)]
     if kinds[0] != kinds[1]:
         raise AdapterError(f"Incompatible PEFT types found: {kinds[0]} and {kinds[1]}")
@@ -60,11 +62,12 @@ def hotswap_adapter(
     torch_device: str | None = None,
     **kwargs: Any,
 ) -> None:
-    """Puts the adapter in a local folder or repository in the place of `adapter_name`, which keeps its name and its being active.
+    """Puts the adapter in a local folder or repository in the place of `adapter_name`, which keeps its name
+    and its being active.
 
-    Tensors go to the devices of their layers, whatever `torch_device` says. Raises `AdapterError` for an unknown or a merged
-    adapter, for another kind of adapter, and where a compiled model would have to change; `CheckpointError` for a file that does
-    not fit. The model is then as it was.
+    Tensors go to the devices of their layers, whatever `torch_device` says. Raises `AdapterError` for an
+    unknown or a merged adapter, for another kind of adapter, and where a compiled model would have to change;
+    `CheckpointError` for a file that does not fit. The model is then as it was.
     """
     hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
     config = PeftConfig.from_pretrained(model_name_or_path, subfolder=kwargs.get("subfolder"), **hub)
@@ -86,16 +89,22 @@ def hotswap_adapter_from_state_dict(
     config: PeftConfig,
     parameter_prefix: str = "lora_",
 ) -> None:
-    """The same from tensors by their names in the model, `adapter_name` included; `config` gives ranks and strengths.
+    """The same from tensors by their names in the model, `adapter_name` included; `config` gives ranks and
+    strengths.
 
     The layers are those that the names say.
     """
     current = cast(TargetedConfig, _current(model, adapter_name))
     known = {entry.name: entry.key for entry in entries(uncompiled(model), adapter_name, current)}
-    container = re.compile(rf"(\.{re.escape(parameter_prefix)}\w+|\.modules_to_save)\.{re.escape(adapter_name)}(?=\.|$)")
+    container = re.compile(
+        rf"(\.{re.escape(parameter_prefix)}\w+|\.modules_to_save)\.{re.escape(adapter_name)}(?=\.|$)"
+    )
     # The names of another model lack the wrappers that other adapters put into this one.
     here = all(plain(name) in known for name in state_dict)
-    tensors = {known[plain(name)] if here else container.sub(r"\1", name): tensor for name, tensor in state_dict.items()}
+    tensors = {
+        known[plain(name)] if here else container.sub(r"\1", name): tensor
+        for name, tensor in state_dict.items()
+    }
     names = None if getattr(config, "target_parameters", None) else tensors
     _swap(model, adapter_name, config, MemorySource(tensors, "the state dict"), names)
 
@@ -107,20 +116,31 @@ def _current(model: nn.Module, adapter: str) -> PeftConfig:
         raise AdapterError(f"Adapter {adapter} not found. The model has {list(configs)}.")
     merged = [layer.spec.name for layer in adapted_layers(base) if adapter in layer.merged_adapters]
     if merged:
-        raise AdapterError(f"Cannot hot-swap adapter {adapter!r} while it is merged into {len(merged)} layers; unmerge it first")
+        raise AdapterError(
+            f"Cannot hot-swap adapter {adapter!r} while it is merged into {len(merged)} layers; unmerge it"
+            " first"
+        )
     return configs[adapter]
 
 
 def _base(model: nn.Module) -> nn.Module:
     inner: Any = uncompiled(model)
-    return cast(nn.Module, inner.get_base_model()) if hasattr(inner, "get_base_model") else cast(nn.Module, inner)
+    return (
+        cast(nn.Module, inner.get_base_model())
+        if hasattr(inner, "get_base_model")
+        else cast(nn.Module, inner)
+    )
 
 
 def _compiled(model: nn.Module) -> bool:
-    return uncompiled(model) is not model or any(getattr(one, "_compiled_call_impl", None) is not None for one in model.modules())
+    return uncompiled(model) is not model or any(
+        getattr(one, "_compiled_call_impl", None) is not None for one in model.modules()
+    )
 
 
-def _swap(model: nn.Module, adapter: str, config: PeftConfig, source: Source, names: Mapping[str, Any] | None) -> None:
+def _swap(
+    model: nn.Module, adapter: str, config: PeftConfig, source: Source, names: Mapping[str, Any] | None
+) -> None:
     root, base = uncompiled(model), _base(model)
     configs, state = peft_configs(base), activation(base)
     fixed = _compiled(model) or any(isinstance(one.scaling, Tensor) for one in _fitted(base, adapter))
@@ -132,8 +152,9 @@ def _swap(model: nn.Module, adapter: str, config: PeftConfig, source: Source, na
         if fixed and (faults := _faults(base, adapter)):
             more = f"; and {len(faults) - 4} more" if len(faults) > 4 else ""
             raise AdapterError(
-                f"{source.origin}: cannot take the place of {adapter!r} in a compiled model: {'; '.join(faults[:4])}{more}; "
-                "hint: load the adapter with the most layers first, and prepare_model_for_compiled_hotswap(model, target_rank=...)"
+                f"{source.origin}: cannot take the place of {adapter!r} in a compiled model:"
+                f" {'; '.join(faults[:4])}{more}; hint: load the adapter with the most layers first, and"
+                " prepare_model_for_compiled_hotswap(model, target_rank=...)"
             )
     del configs[INCOMING]
     with torch.no_grad():
@@ -168,14 +189,21 @@ def _faults(base: nn.Module, adapter: str) -> list[str]:
     faults = []
     for _, wrapper in wrappers(base):
         if INCOMING in wrapper.adapter_names() and adapter not in wrapper.adapter_names():
-            name = wrapper.spec.name if isinstance(wrapper, AdaptedLayer) else getattr(wrapper, "name", "a module")
+            name = (
+                wrapper.spec.name
+                if isinstance(wrapper, AdaptedLayer)
+                else getattr(wrapper, "name", "a module")
+            )
             faults.append(f"{name} has no such adapter")
         elif isinstance(wrapper, AdaptedLayer) and INCOMING in wrapper.adapters:
             old, new = wrapper.adapters[adapter], wrapper.adapters[INCOMING]
             if old.places.keys() != new.places.keys():
-                faults.append(f"{wrapper.spec.name} has {listed(list(old.places))}, it has {listed(list(new.places))}")
+                faults.append(
+                    f"{wrapper.spec.name} has {listed(list(old.places))}, it has {listed(list(new.places))}"
+                )
             faults += [
-                f"{wrapper.spec.name}: {slot} has shape {list(old[slot].shape)}, it has {list(new[slot].shape)}"
+                f"{wrapper.spec.name}: {slot} has shape {list(old[slot].shape)}, it has"
+                f" {list(new[slot].shape)}"
                 for slot in new.places
                 if slot in old.places and padded(new, slot, old[slot].shape) is None
             ]
@@ -234,27 +262,41 @@ def prepare_model_for_compiled_hotswap(
     config: PeftConfig | Mapping[str, PeftConfig] | None = None,
     check_compiled: Literal["error", "warn", "ignore"] = "error",
 ) -> None:
-    """Makes a model ready to be compiled once and hot-swapped often: strengths become tensors, ranks `target_rank`.
+    """Makes a model ready to be compiled once and hot-swapped often: strengths become tensors, ranks
+    `target_rank`.
 
-    To be called after the first adapter is loaded and before the model is compiled. The adapters change nothing else by it; their
-    configs then state the new ranks, with strengths as they were. `config` are further configs to state the rank in. Raises
-    `AdapterError` for a model that is compiled (a warning or nothing, as `check_compiled` says), has no LoRA adapter, or has one
-    of a higher rank.
+    To be called after the first adapter is loaded and before the model is compiled. The adapters change
+    nothing else by it; their configs then state the new ranks, with strengths as they were. `config` are
+    further configs to state the rank in. Raises `AdapterError` for a model that is compiled (a warning or
+    nothing, as `check_compiled` says), has no LoRA adapter, or has one of a higher rank.
     """
     if check_compiled not in ("error", "warn", "ignore"):
-        raise ValueError(f"check_compiled should be one of 'error', 'warn', or 'ignore', got {check_compiled!r} instead.")
+        raise ValueError(
+            f"check_compiled should be one of 'error', 'warn', or 'ignore', got {check_compiled!r} instead."
+        )
     if _compiled(model) and check_compiled != "ignore":
         text = "call prepare_model_for_compiled_hotswap *before* compiling the model"
         if check_compiled == "error":
             raise AdapterError(text)
         warnings.warn(f"{text}: it will be compiled anew", PeftrsWarning, stacklevel=2)
     base = _base(model)
-    found = [one for layer in adapted_layers(base) for one in layer.adapters.values() if one.method.prefix == _prefix()]
+    found = [
+        one
+        for layer in adapted_layers(base)
+        for one in layer.adapters.values()
+        if one.method.prefix == _prefix()
+    ]
     if not found:
-        raise AdapterError("No adapter layers found on the model: call this after the first adapter is loaded")
+        raise AdapterError(
+            "No adapter layers found on the model: call this after the first adapter is loaded"
+        )
     if target_rank is not None:
-        faults = [f"{one.spec.name} has rank {one.values['r']}" for one in found if one.values["r"] > target_rank]
-        faults += [f"{one.spec.name} has {one.spec.groups} groups" for one in found if target_rank % one.spec.groups]
+        faults = [
+            f"{one.spec.name} has rank {one.values['r']}" for one in found if one.values["r"] > target_rank
+        ]
+        faults += [
+            f"{one.spec.name} has {one.spec.groups} groups" for one in found if target_rank % one.spec.groups
+        ]
         if faults:
             raise AdapterError(f"target_rank={target_rank} does not do: {'; '.join(faults[:8])}")
     with torch.no_grad():
@@ -271,7 +313,10 @@ def prepare_model_for_compiled_hotswap(
     for other in given:
         if target_rank is not None and all(other is not own for own in peft_configs(base).values()):
             settings = cast(Any, other)
-            settings.r, settings.rank_pattern = target_rank, dict.fromkeys(settings.rank_pattern or {}, target_rank)
+            settings.r, settings.rank_pattern = (
+                target_rank,
+                dict.fromkeys(settings.rank_pattern or {}, target_rank),
+            )
 
 
 def _prefix() -> str:

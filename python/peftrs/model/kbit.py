@@ -42,21 +42,27 @@ def prepare_model_for_kbit_training(
     gradient_checkpointing_kwargs: dict[str, Any] | None = None,
     auto_clear_cache: bool = True,
 ) -> nn.Module:
-    """Freezes a model and makes it fit to be trained over with a quantized base; to be called before `get_peft_model`.
+    """Freezes a model and makes it fit to be trained over with a quantized base; to be called before
+    `get_peft_model`.
 
-    Parameters of 16-bit dtypes (norms, embeddings, the head) become float32 where the quantized layers are bitsandbytes' or where
-    there are none: other libraries compute in the dtype they were quantized for. With `use_gradient_checkpointing`, if a layer is
-    quantized, activations are recomputed in the backward pass, `gradient_checkpointing_kwargs` being torch's own, and the
-    embeddings' outputs need gradients unless `use_reentrant` is False, which does without. `auto_clear_cache` gives back what the
-    casts left in the accelerator's cache. Raises `ConfigError` for a model that cannot recompute activations.
+    Parameters of 16-bit dtypes (norms, embeddings, the head) become float32 where the quantized layers are
+    bitsandbytes' or where there are none: other libraries compute in the dtype they were quantized for. With
+    `use_gradient_checkpointing`, if a layer is quantized, activations are recomputed in the backward pass,
+    `gradient_checkpointing_kwargs` being torch's own, and the embeddings' outputs need gradients unless
+    `use_reentrant` is False, which does without. `auto_clear_cache` gives back what the casts left in the
+    accelerator's cache. Raises `ConfigError` for a model that cannot recompute activations.
     """
     options = dict(gradient_checkpointing_kwargs or {})
-    found = [base for place in places(model) if (base := resolve(original(place.module))) is not None and base.quantized]
+    found = [
+        base
+        for place in places(model)
+        if (base := resolve(original(place.module))) is not None and base.quantized
+    ]
     enable = _checkpointing(model)
     if found and use_gradient_checkpointing and enable is None:
         raise ConfigError(
-            f"a {type(model).__name__} cannot recompute activations; hint: prepare_model_for_kbit_training(model, "
-            "use_gradient_checkpointing=False)"
+            f"a {type(model).__name__} cannot recompute activations; hint:"
+            " prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)"
         )
     model.requires_grad_(False)
     if all(type(base).__module__.endswith(".bnb") for base in found):
@@ -67,7 +73,11 @@ def prepare_model_for_kbit_training(
         if auto_clear_cache:
             gc.collect()
             if torch.accelerator.is_available():
-                torch.accelerator.memory.empty_cache() if hasattr(torch.accelerator, "memory") else torch.cuda.empty_cache()
+                (
+                    torch.accelerator.memory.empty_cache()
+                    if hasattr(torch.accelerator, "memory")
+                    else torch.cuda.empty_cache()
+                )
     if found and use_gradient_checkpointing and enable is not None:
         if options.get("use_reentrant", True):
             ask_for_input_gradients(model)
@@ -82,7 +92,9 @@ def _checkpointing(model: nn.Module) -> Any:
 
 
 def ask_for_input_gradients(model: nn.Module) -> None:
-    """Makes the embeddings' outputs need gradients: checkpointing that re-enters cuts off a graph whose inputs need none."""
+    """Makes the embeddings' outputs need gradients: checkpointing that re-enters cuts off a graph whose
+    inputs need none.
+    """
     enable: Any = getattr(model, "enable_input_require_grads", None)
     if enable is not None:
         enable()

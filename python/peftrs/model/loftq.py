@@ -1,4 +1,6 @@
-"""First values for the LoRAs of a quantized model that make up for what quantizing lost, from the checkpoint it came from."""
+"""First values for the LoRAs of a quantized model that make up for what quantizing lost, from the checkpoint
+it came from.
+"""
 
 from __future__ import annotations
 
@@ -27,19 +29,25 @@ def replace_lora_weights_loftq(
     adapter_name: str = "default",
     callback: Callable[[nn.Module, str], bool] | None = None,
 ) -> None:
-    """Gives the LoRAs over quantized layers, of any format, the best approximation of what quantizing took from the weights.
+    """Gives the LoRAs over quantized layers, of any format, the best approximation of what quantizing took
+    from the weights.
 
-    That is one round of LoftQ (https://arxiv.org/abs/2310.08659): `s·B·A ≈ W - Q`, of the layer's rank, with `W` read from the
-    unquantized checkpoint at `model_path`, a folder or a safetensors file, by default where the model was loaded from. With
-    `callback(model, layer's name)`, called after each layer in turn, a layer for which it returns False gets its values back.
-    Raises `AdapterError` for a model without such layers, `CheckpointError` for a checkpoint that lacks some or has other shapes,
-    with nothing changed.
+    That is one round of LoftQ (https://arxiv.org/abs/2310.08659): `s·B·A ≈ W - Q`, of the layer's rank, with
+    `W` read from the unquantized checkpoint at `model_path`, a folder or a safetensors file, by default where
+    the model was loaded from. With `callback(model, layer's name)`, called after each layer in turn, a layer
+    for which it returns False gets its values back. Raises `AdapterError` for a model without such layers,
+    `CheckpointError` for a checkpoint that lacks some or has other shapes, with nothing changed.
     """
     model = peft_model.get_base_model()
     held = _held(model, adapter_name)
-    path = model_path if model_path is not None else getattr(getattr(model, "config", None), "_name_or_path", "")
+    path = (
+        model_path if model_path is not None else getattr(getattr(model, "config", None), "_name_or_path", "")
+    )
     if not path or not os.path.exists(path):
-        raise CheckpointError(f"{os.fspath(path)!r} is no checkpoint here; hint: model_path= names the unquantized model's folder")
+        raise CheckpointError(
+            f"{os.fspath(path)!r} is no checkpoint here; hint: model_path= names the unquantized model's"
+            " folder"
+        )
     source = FileSource(os.fspath(path), model=True)
     names = _names(source, held, getattr(model, "base_model_prefix", ""))
     for name, fitted in held.items():
@@ -53,19 +61,25 @@ def replace_lora_weights_loftq(
 
 def _held(model: nn.Module, adapter: str) -> dict[str, FittedAdapter]:
     """The adapter on each quantized layer, by the layer's name."""
-    layers = {name: layer for name, layer in wrappers(model) if isinstance(layer, AdaptedLayer) and coarse(layer)}
+    layers = {
+        name: layer for name, layer in wrappers(model) if isinstance(layer, AdaptedLayer) and coarse(layer)
+    }
     held = {name: layer.adapters[adapter] for name, layer in layers.items() if adapter in layer.adapters}
     if not held:
         raise AdapterError(f"adapter {adapter!r} has no LoRA over a quantized layer of this model")
     if merged := [name for name in held if layers[name].merged]:
         raise AdapterError(f"{listed(merged)} are merged; unmerge them first")
     if other := [name for name, fitted in held.items() if fitted.method.name not in PLAIN]:
-        raise AdapterError(f"{listed(other)}: {held[other[0]].method.name} has no factors to start from a residual")
+        raise AdapterError(
+            f"{listed(other)}: {held[other[0]].method.name} has no factors to start from a residual"
+        )
     return held
 
 
 def _names(source: FileSource, held: dict[str, FittedAdapter], prefix: str) -> dict[str, str]:
-    """The name in the checkpoint of each layer's weight: its own, or with or without what the model's class puts before it."""
+    """The name in the checkpoint of each layer's weight: its own, or with or without what the model's class
+    puts before it.
+    """
     there = source.described()
     found, lost = {}, []
     for name, fitted in held.items():
@@ -79,7 +93,10 @@ def _names(source: FileSource, held: dict[str, FittedAdapter], prefix: str) -> d
         else:
             found[name] = own
     if lost:
-        raise CheckpointError(f"{source.origin}: {'; '.join(lost[:8])}" + (f"; and {len(lost) - 8} more" if len(lost) > 8 else ""))
+        raise CheckpointError(
+            f"{source.origin}: {'; '.join(lost[:8])}"
+            + (f"; and {len(lost) - 8} more" if len(lost) > 8 else "")
+        )
     return found
 
 

@@ -1,4 +1,6 @@
-"""A new LoRA adapter from changes of layers that are known already: what its config says, and what its tensors are."""
+"""A new LoRA adapter from changes of layers that are known already: what its config says, and what its
+tensors are.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,22 @@ from peftrs.methods.lora import Lora, LoraConfig
 from peftrs.model.attach import attach, whole_or_not
 from peftrs.model.prepare import exactly
 
-KEPT = ("task_type", "auto_mapping", "base_model_name_or_path", "revision", "modules_to_save", "inference_mode")
+KEPT = (
+    "task_type",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "modules_to_save",
+    "inference_mode",
+)
 """What a config of any kind hands on to the LoRA made of it."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What an adapter adds to one layer, scaling included: factors of the weight's change, and the bias's `(out,)` if any."""
+    """What an adapter adds to one layer, scaling included: factors of the weight's change, and the bias's
+    `(out,)` if any.
+    """
 
     spec: LayerSpec
     term: Term
@@ -50,10 +61,14 @@ def config_like(config: PeftConfig) -> LoraConfig:
     return LoraConfig(**{name: copy.copy(getattr(config, name)) for name in KEPT if hasattr(config, name)})
 
 
-def settle(config: LoraConfig, ranks: Mapping[str, int], parameters: Sequence[str], modules: Sequence[str]) -> None:
-    """Makes the config say that exactly these layers (some of them bare parameters) have these ranks, and scaling 1.
+def settle(
+    config: LoraConfig, ranks: Mapping[str, int], parameters: Sequence[str], modules: Sequence[str]
+) -> None:
+    """Makes the config say that exactly these layers (some of them bare parameters) have these ranks, and
+    scaling 1.
 
-    `modules` are the names of all modules of the model. The most usual rank is `r`; the others are in the patterns.
+    `modules` are the names of all modules of the model. The most usual rank is `r`; the others are in the
+    patterns.
     """
     config.target_modules = exactly(set(ranks).difference(parameters), modules)
     config.target_parameters = sorted(parameters) or None
@@ -78,11 +93,14 @@ def _keys(ranks: Mapping[str, int], rank: int) -> list[str]:
     return [re.escape(end) for end in ends]
 
 
-def add(model: nn.Module, name: str, config: LoraConfig, changes: Sequence[Change], sources: Sequence[str] = ()) -> None:
-    """Puts a new adapter, frozen, into the model that changes these layers so; `config` says all but which they are.
+def add(
+    model: nn.Module, name: str, config: LoraConfig, changes: Sequence[Change], sources: Sequence[str] = ()
+) -> None:
+    """Puts a new adapter, frozen, into the model that changes these layers so; `config` says all but which
+    they are.
 
-    Modules that it replaces are copies of those of the `sources`. Raises `AdapterError`, `ConfigError` or `TargetError`, with the
-    model left as it was.
+    Modules that it replaces are copies of those of the `sources`. Raises `AdapterError`, `ConfigError` or
+    `TargetError`, with the model left as it was.
     """
     modules = [place.name for place in places(model)]
     config.lora_bias = any(change.bias is not None for change in changes)
@@ -93,7 +111,9 @@ def add(model: nn.Module, name: str, config: LoraConfig, changes: Sequence[Chang
         held = [layer.adapters[name] for layer in adapted_layers(model) if name in layer.adapters]
         fitted = {one.spec.name: one for one in held if one.leader is None}
         if extra := sorted(fitted.keys() - {change.spec.name for change in changes}):
-            raise AdapterError(f"no config of a LoRA has these layers alone: {listed(extra, 4)} would be targets too")
+            raise AdapterError(
+                f"no config of a LoRA has these layers alone: {listed(extra, 4)} would be targets too"
+            )
         for change in changes:
             fill(fitted[change.spec.name], change)
         finish(model, name, sources)
@@ -110,7 +130,10 @@ def finish(model: nn.Module, name: str, sources: Sequence[str]) -> None:
 
 
 def _ranks(changes: Sequence[Change]) -> dict[str, int]:
-    """The rank of each layer by name. An attention, which stands for its output projection too, has the larger one of both."""
+    """The rank of each layer by name.
+
+    An attention, which stands for its output projection too, has the larger one of both.
+    """
     ranks = {change.spec.name: change.rank for change in changes}
     for change in changes:
         if change.spec.kind is LayerKind.ATTENTION:
@@ -129,4 +152,6 @@ def fill(fitted: FittedAdapter, change: Change) -> None:
     device = device_of(fitted.layer)
     for slot, value in values.items():
         held: Any = fitted[slot]
-        fitted[slot] = nn.Parameter(value.to(device, held.dtype).contiguous(), requires_grad=held.requires_grad)
+        fitted[slot] = nn.Parameter(
+            value.to(device, held.dtype).contiguous(), requires_grad=held.requires_grad
+        )

@@ -30,10 +30,12 @@ def get_peft_model(
     revision: str | None = None,
     low_cpu_mem_usage: bool = False,
 ) -> PeftModel:
-    """The model with a new adapter in it, as the class that the config's task type names; the model itself is changed.
+    """The model with a new adapter in it, as the class that the config's task type names; the model itself is
+    changed.
 
-    The config is kept, and filled in with the base model's name and what the model decides. `revision` is the base model's.
-    Raises `ConfigError` or `TargetError` where the adapter does not fit the model, which is then left as it was.
+    The config is kept, and filled in with the base model's name and what the model decides. `revision` is the
+    base model's. Raises `ConfigError` or `TargetError` where the adapter does not fit the model, which is
+    then left as it was.
     """
     name = name_of(model)
     stated = peft_config.base_model_name_or_path
@@ -48,8 +50,8 @@ def get_peft_model(
         peft_config.revision = revision
     if isinstance(model, PeftModel) or adapters(model):
         warnings.warn(
-            "the model has adapters already; to put another one beside them use `add_adapter` of its PeftModel, and to start anew "
-            "`unload` it first",
+            "the model has adapters already; to put another one beside them use `add_adapter` of its"
+            " PeftModel, and to start anew `unload` it first",
             PeftrsWarning,
             stacklevel=2,
         )
@@ -64,13 +66,17 @@ def inject_adapter_in_model(
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
 ) -> nn.Module:
-    """The model itself with an adapter in it, for libraries that manage their models; its `peft_config` has the configs.
+    """The model itself with an adapter in it, for libraries that manage their models; its `peft_config` has
+    the configs.
 
-    The new adapter is the one that acts, and is trained unless its config is for inference; others stay in the model. With
-    `state_dict` the layers are those that its keys name, whatever the config's patterns say; its values are not read.
+    The new adapter is the one that acts, and is trained unless its config is for inference; others stay in
+    the model. With `state_dict` the layers are those that its keys name, whatever the config's patterns say;
+    its values are not read.
     """
     if peft_config.is_prompt_learning:
-        raise ConfigError(f"{peft_config.peft_type} is a prompt, not a change to layers: use `get_peft_model`")
+        raise ConfigError(
+            f"{peft_config.peft_type} is a prompt, not a change to layers: use `get_peft_model`"
+        )
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     attach(inner, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, names=state_dict)
     manage.set_adapter(inner, adapter_name, peft_config.inference_mode)
@@ -86,7 +92,9 @@ Value = TypeVar("Value")
 
 
 class _ByType(Mapping[str, Value]):
-    """A value for each of some `peft_type`s, looked up when it is asked for, so that no method is imported before."""
+    """A value for each of some `peft_type`s, looked up when it is asked for, so that no method is imported
+    before.
+    """
 
     def __init__(self, find: Callable[[str], Value], types: Iterable[str]) -> None:
         self._find = find

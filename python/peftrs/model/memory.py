@@ -1,7 +1,8 @@
 """What training an adapter takes of memory, told from a checkpoint's headers and configs alone.
 
-The model's class is built without values, gets the adapter, and goes once forward and backward through one batch: every
-operation says what it would allocate, and autograd keeps what it would keep. So nothing is known of any architecture here.
+The model's class is built without values, gets the adapter, and goes once forward and backward through one
+batch: every operation says what it would allocate, and autograd keeps what it would keep. So nothing is known
+of any architecture here.
 """
 
 from __future__ import annotations
@@ -37,17 +38,23 @@ STATES: dict[str, Callable[[Tensor], float]] = {
     # Tensors below 4,096 elements keep 32 bits; the others a byte an element and a scale for each 256.
     "adamw8bit": lambda one: 2 * _eight_bits(one),
     "lion8bit": lambda one: _eight_bits(one),
-    "adafactor": lambda one: 4 * (sum(one.shape[-2:]) * math.prod(one.shape[:-2]) if one.ndim > 1 else one.numel()),
+    "adafactor": lambda one: (
+        4 * (sum(one.shape[-2:]) * math.prod(one.shape[:-2]) if one.ndim > 1 else one.numel())
+    ),
 }
 """Bytes that each optimizer keeps for a tensor that it trains."""
 
 BLOCK, NESTED = 64, 256
-"""How many values share a scale in bitsandbytes' 4-bit weights, and how many scales one of the second level."""
+"""How many values share a scale in bitsandbytes' 4-bit weights, and how many scales one of the second
+level.
+"""
 
 QUANTIZED: dict[str, Callable[[Tensor], float]] = {
     "nf4": lambda one: one.numel() / 2 + 4 * math.ceil(one.numel() / BLOCK),
     "fp4": lambda one: one.numel() / 2 + 4 * math.ceil(one.numel() / BLOCK),
-    "nf4-double": lambda one: one.numel() / 2 + math.ceil(one.numel() / BLOCK) + 4 * math.ceil(one.numel() / BLOCK / NESTED),
+    "nf4-double": lambda one: (
+        one.numel() / 2 + math.ceil(one.numel() / BLOCK) + 4 * math.ceil(one.numel() / BLOCK / NESTED)
+    ),
     "int8": lambda one: one.numel() + 4 * one.shape[0],
 }
 """Bytes of a linear layer's weight in each form."""
@@ -65,11 +72,13 @@ def plan(
     quant: str | None = None,
     optimizer: str = "adamw",
 ) -> dict[str, Any]:
-    """Bytes that training takes: of weights, adapter, gradients, optimizer and activations, these also under checkpointing.
+    """Bytes that training takes: of weights, adapter, gradients, optimizer and activations, these also under
+    checkpointing.
 
-    `model` is a folder with `config.json` and safetensors files, of which headers are read; `config` an adapter's config or its
-    folder. `batch` rows have `seq` tokens. Raises `CheckpointError` for a model that transformers cannot build, `ConfigError`
-    for an unknown `quant` or `optimizer`, and what adding the adapter raises.
+    `model` is a folder with `config.json` and safetensors files, of which headers are read; `config` an
+    adapter's config or its folder. `batch` rows have `seq` tokens. Raises `CheckpointError` for a model that
+    transformers cannot build, `ConfigError` for an unknown `quant` or `optimizer`, and what adding the
+    adapter raises.
     """
     if optimizer not in STATES or (quant is not None and quant not in QUANTIZED):
         raise ConfigError(f"quant is one of {', '.join(QUANTIZED)}, optimizer one of {', '.join(STATES)}")
@@ -94,13 +103,20 @@ def plan(
                 adapted.gradient_checkpointing_enable({"use_reentrant": False})
             peak = step_peak(adapted, batch, seq)
             found[f"activations{name}"] = max(peak - found["gradients"], 0)
-            found[f"total{name}"] = found["weights"] + found["adapter"] + found["optimizer_states"] + max(peak, found["gradients"])
+            found[f"total{name}"] = (
+                found["weights"]
+                + found["adapter"]
+                + found["optimizer_states"]
+                + max(peak, found["gradients"])
+            )
     found["optimizer_name"], found["optimizer"] = optimizer, found.pop("optimizer_states")
     return found
 
 
 def step_peak(model: nn.Module, batch: int, seq: int) -> int:
-    """The most bytes that one step forward and backward holds at once beside the model: activations, gradients, passing tensors."""
+    """The most bytes that one step forward and backward holds at once beside the model: activations,
+    gradients, passing tensors.
+    """
     with Live() as live, _attending():
         loss_of(model, torch.zeros(batch, seq, dtype=torch.long)).backward()  # type: ignore[no-untyped-call]
     for one in model.parameters():
@@ -109,7 +125,9 @@ def step_peak(model: nn.Module, batch: int, seq: int) -> int:
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    """A loss over a batch: the model's own where it predicts the tokens themselves, else the mean of what it gives first."""
+    """A loss over a batch: the model's own where it predicts the tokens themselves, else the mean of what it
+    gives first.
+    """
     kind = type(cast(Any, model).get_base_model()).__name__
     if kind.endswith(("CausalLM", "LMHeadModel", "MaskedLM")):
         return cast(Tensor, model(input_ids=tokens, labels=tokens).loss)
@@ -124,7 +142,9 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.bytes = self.peak = 0
         self._known: weakref.WeakSet[Any] = weakref.WeakSet()
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             if isinstance(tensor, Tensor):
                 self._known.add(tensor.untyped_storage())
@@ -146,8 +166,13 @@ class Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def _attending() -> Iterator[None]:
-    """Attention without values keeps what a fused kernel keeps, not the matrix of scores that torch composes it of."""
-    fused, composed = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, functional.scaled_dot_product_attention
+    """Attention without values keeps what a fused kernel keeps, not the matrix of scores that torch composes
+    it of.
+    """
+    fused, composed = (
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        functional.scaled_dot_product_attention,
+    )
 
     def attend(
         query: Tensor,
@@ -161,14 +186,20 @@ def _attending() -> Iterator[None]:
     ) -> Tensor:
         if dropout_p:
             # Not every device has a fused kernel with dropout; the CPU has none.
-            return composed(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+            return composed(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
         if enable_gqa:
             groups = query.shape[-3] // key.shape[-3]
             key, value = key.repeat_interleave(groups, -3), value.repeat_interleave(groups, -3)
-        return cast(Tensor, fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0])
+        return cast(
+            Tensor, fused(query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale)[0]
+        )
 
     # Nor does torch know of autocast on a device without values: models may only turn it off here.
-    off = mock.patch.multiple(torch, is_autocast_enabled=lambda *_: False, autocast=lambda *_, **__: nullcontext())
+    off = mock.patch.multiple(
+        torch, is_autocast_enabled=lambda *_: False, autocast=lambda *_, **__: nullcontext()
+    )
     with mock.patch.object(functional, "scaled_dot_product_attention", attend), off:
         yield
 
@@ -180,7 +211,9 @@ def _dtype(model: str | os.PathLike[str]) -> torch.dtype:
         sizes[dtype] += dtype.itemsize * math.prod(shape)
     found = next((dtype for dtype, _ in sizes.most_common() if dtype.is_floating_point), None)
     if found is None:
-        raise CheckpointError(f"{os.fspath(model)}: holds no floats; give the unquantized model, and how to quantize it")
+        raise CheckpointError(
+            f"{os.fspath(model)}: holds no floats; give the unquantized model, and how to quantize it"
+        )
     return found
 
 

@@ -14,11 +14,14 @@ from peftrs.errors import CheckpointError
 from peftrs.model.prepare import output_layers
 
 Outline = tuple[list[str], list[tuple[str, str, list[int], int]], list[str], list[str]]
-"""All modules, layers as (name, kind, shape of the weight as stored, parameters), all parameters, what "all-linear" stands for."""
+"""All modules, layers as (name, kind, shape of the weight as stored, parameters), all parameters, what
+"all-linear" stands for.
+"""
 
 
 def by_class(path: str | os.PathLike[str], task: str | None = None) -> Outline:
-    """The outline of the model in a folder, or of whose files one is given; nothing of its code is run, only transformers'.
+    """The outline of the model in a folder, or of whose files one is given; nothing of its code is run, only
+    transformers'.
 
     Raises `CheckpointError` where transformers does not know the model, `ImportError` without transformers.
     """
@@ -31,7 +34,9 @@ def built(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> nn.
 
     folder = path if os.path.isdir(path) else os.path.dirname(path) or "."
     try:
-        config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        config = transformers.AutoConfig.from_pretrained(
+            folder, trust_remote_code=False, local_files_only=True
+        )
         names = getattr(config, "architectures", None) or [""]
         known = getattr(transformers, names[0], None)
         build = known._from_config if known is not None else transformers.AutoModel.from_config
@@ -45,7 +50,9 @@ def built(path: str | os.PathLike[str], dtype: torch.dtype | None = None) -> nn.
         raise
     except Exception as error:  # a model's constructor raises whatever it likes
         reason = f"transformers cannot build the model: {type(error).__name__}: {error}"
-        raise CheckpointError(f"{os.fspath(folder)}: {reason}; hint: name the layers instead of asking the class") from error
+        raise CheckpointError(
+            f"{os.fspath(folder)}: {reason}; hint: name the layers instead of asking the class"
+        ) from error
     return model
 
 
@@ -63,7 +70,10 @@ def describe(model: nn.Module, task: str | None = None) -> Outline:
             layers.append((place.name, base.kind.value, list(base.parameters(place.module)[0].shape), count))
         elif own:
             stacks = [name for name, one in own.items() if one.ndim >= 2 and name != "weight"]
-            layers += [(f"{place.name}.{name}", "parameter", list(own[name].shape), own[name].numel()) for name in stacks]
+            layers += [
+                (f"{place.name}.{name}", "parameter", list(own[name].shape), own[name].numel())
+                for name in stacks
+            ]
             if not stacks:
                 layers.append((place.name, "other", list(next(iter(own.values())).shape), count))
     heads = output_layers(model, found, task)

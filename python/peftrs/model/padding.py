@@ -21,9 +21,11 @@ Value = TypeVar("Value")
 
 
 def padded(fitted: FittedAdapter, slot: str, shape: torch.Size) -> Tensor | None:
-    """A slot's tensor in another shape, filled up with zeros in the ranks that it lacks; None where it cannot be.
+    """A slot's tensor in another shape, filled up with zeros in the ranks that it lacks; None where it cannot
+    be.
 
-    The ranks of a group of channels, or of an expert, stand together in `A`; those of the experts alternate in `B`.
+    The ranks of a group of channels, or of an expert, stand together in `A`; those of the experts alternate
+    in `B`.
     """
     value = fitted[slot]
     if value.shape == shape:
@@ -35,7 +37,9 @@ def padded(fitted: FittedAdapter, slot: str, shape: torch.Size) -> Tensor | None
         blocks = experts if fitted.spec.stacked else fitted.spec.groups
         whole, part = (one.view(blocks, -1, *one.shape[1:]) for one in (value.new_zeros(shape), value))
     else:
-        whole, part = (one.view(len(one), -1, experts, *one.shape[2:]) for one in (value.new_zeros(shape), value))
+        whole, part = (
+            one.view(len(one), -1, experts, *one.shape[2:]) for one in (value.new_zeros(shape), value)
+        )
     if part.shape[1] > whole.shape[1] or part.shape[:1] + part.shape[2:] != whole.shape[:1] + whole.shape[2:]:
         return None
     whole[:, : part.shape[1]] = part
@@ -44,12 +48,16 @@ def padded(fitted: FittedAdapter, slot: str, shape: torch.Size) -> Tensor | None
 
 
 def folded(base: nn.Module, adapter: str, config: Any) -> dict[str, Any]:
-    """The fields of an adapter's config as its tensors are: their ranks, and alphas that give the strengths that it has."""
+    """The fields of an adapter's config as its tensors are: their ranks, and alphas that give the strengths
+    that it has.
+    """
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for name, fitted in _factored(base, adapter).items():
         rank = _rank(fitted)
-        alpha = round(float(fitted.scaling) / fitted.spec.strength * (math.sqrt(rank) if config.use_rslora else rank), 6)
+        alpha = round(
+            float(fitted.scaling) / fitted.spec.strength * (math.sqrt(rank) if config.use_rslora else rank), 6
+        )
         ranks[name], alphas[name] = rank, int(alpha) if alpha == int(alpha) else alpha
         fitted.values = fitted.values | {"r": rank, "lora_alpha": alphas[name]}
     rank, alpha = _usual(ranks), _usual(alphas)
@@ -68,7 +76,12 @@ def targeted(base: nn.Module, adapter: str, config: Any) -> dict[str, Any]:
     # An attention brings its output projection along.
     names = {name for name, fitted in _factored(base, adapter).items() if fitted.spec.strength == 1}
     targets = exactly(names, [place.name for place in places(base)])
-    return {"target_modules": targets, "exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+    return {
+        "target_modules": targets,
+        "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
+    }
 
 
 def _factored(base: nn.Module, adapter: str) -> dict[str, FittedAdapter]:

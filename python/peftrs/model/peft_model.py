@@ -28,16 +28,27 @@ from peftrs.model.prompting import Prompting, generating
 from peftrs.model.tuner import Tuner
 
 LOADER_OPTIONS = frozenset(
-    {"device_map", "max_memory", "offload_buffers", "offload_dir", "offload_folder", "offload_index", "use_safetensors"}
+    {
+        "device_map",
+        "max_memory",
+        "offload_buffers",
+        "offload_dir",
+        "offload_folder",
+        "offload_index",
+        "use_safetensors",
+    }
 )
-"""Keyword arguments that PEFT's loaders take for models spread over devices; adapters follow their layers without being told."""
+"""Keyword arguments that PEFT's loaders take for models spread over devices; adapters follow their layers
+without being told.
+"""
 
 
 class PeftModel(Prompting, Pushable, nn.Module):
     """A model with adapters. What it does not know itself, it asks the model inside for.
 
-    Raises `ConfigError` or `TargetError` where the adapter does not fit the model, which is then left as it was. A name that is
-    taken is an `AdapterError`; where the process is lenient, the new adapter takes the old one's place, with a warning.
+    Raises `ConfigError` or `TargetError` where the adapter does not fit the model, which is then left as it
+    was. A name that is taken is an `AdapterError`; where the process is lenient, the new adapter takes the
+    old one's place, with a warning.
     """
 
     heads: ClassVar[tuple[str, ...]] = ()
@@ -85,7 +96,9 @@ class PeftModel(Prompting, Pushable, nn.Module):
             return self.base_model(*args, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's own `generate`, with its adapters acting, or for every row of the batch that of `adapter_names`."""
+        """The model's own `generate`, with its adapters acting, or for every row of the batch that of
+        `adapter_names`.
+        """
         names = kwargs.pop("adapter_names", None)
         if names is not None:
             with manage.mixed(self.get_base_model(), names, _batch(args, kwargs)):
@@ -171,7 +184,9 @@ class PeftModel(Prompting, Pushable, nn.Module):
         )
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes one or several adapters act, in this order, and trains them alone (none with `inference_mode`)."""
+        """Makes one or several adapters act, in this order, and trains them alone (none with
+        `inference_mode`).
+        """
         self.base_model.set_adapter(adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -179,11 +194,16 @@ class PeftModel(Prompting, Pushable, nn.Module):
         self.base_model.set_requires_grad(adapter_names, requires_grad)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out of the model. Raises `AdapterError` for an unknown one or while it is merged."""
+        """Takes an adapter out of the model.
+
+        Raises `AdapterError` for an unknown one or while it is merged.
+        """
         self.base_model.delete_adapter(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges adapters (the active ones unless named) into the weights, or none of them; weights are always checked."""
+        """Merges adapters (the active ones unless named) into the weights, or none of them; weights are
+        always checked.
+        """
         reshard(self)
         self.base_model.merge_adapter(adapter_names, safe_merge)
 
@@ -194,7 +214,9 @@ class PeftModel(Prompting, Pushable, nn.Module):
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """The model without its adapters inside the `with`; biases that an adapter trains stay trained, with a warning."""
+        """The model without its adapters inside the `with`; biases that an adapter trains stay trained, with
+        a warning.
+        """
         self.base_model.warn_of_biases()
         with manage.disabled(self.get_base_model()):
             yield
@@ -213,13 +235,16 @@ class PeftModel(Prompting, Pushable, nn.Module):
         dtype: str | torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
-        """Writes the adapter "default" into the folder, others (or those selected) into folders of their names in it.
+        """Writes the adapter "default" into the folder, others (or those selected) into folders of their
+        names in it.
 
-        `state_dict=` gives the model's tensors, gathered elsewhere. `path_initial_model_for_weight_conversion` is the folder of the
-        same adapter as it was before training (PiSSA, OLoRA): then what is written is a plain LoRA of twice the rank. Only the main
-        process writes. `dtype` is what floating-point tensors are written in, "auto" for what the model itself is in; by default
-        what they are. A fingerprint of the model goes into the file, by which loading tells another one. Raises `AdapterError` for
-        unknown names, or for `safe_serialization=False`: pickles are not written.
+        `state_dict=` gives the model's tensors, gathered elsewhere.
+        `path_initial_model_for_weight_conversion` is the folder of the same adapter as it was before training
+        (PiSSA, OLoRA): then what is written is a plain LoRA of twice the rank. Only the main process writes.
+        `dtype` is what floating-point tensors are written in, "auto" for what the model itself is in; by
+        default what they are. A fingerprint of the model goes into the file, by which loading tells another
+        one. Raises `AdapterError` for unknown names, or for `safe_serialization=False`: pickles are not
+        written.
         """
         saving.save(
             self,
@@ -255,9 +280,10 @@ class PeftModel(Prompting, Pushable, nn.Module):
     ) -> Self:
         """The model with an adapter from a local folder or repository, as the class that its task type names.
 
-        Everything is checked against the model before a tensor is read: missing, unexpected and misshapen tensors are one
-        `CheckpointError` (the first two are a warning with `strict=False` or "warn"), and the model is left as it was. What
-        became of each tensor of the file stands in `load_reports`. `ephemeral_gpu_offload` has no effect.
+        Everything is checked against the model before a tensor is read: missing, unexpected and misshapen
+        tensors are one `CheckpointError` (the first two are a warning with `strict=False` or "warn"), and the
+        model is left as it was. What became of each tensor of the file stands in `load_reports`.
+        `ephemeral_gpu_offload` has no effect.
         """
         from peftrs.model.tasks import class_for
 
@@ -268,8 +294,16 @@ class PeftModel(Prompting, Pushable, nn.Module):
             config = read_config(model_id, config, is_trainable, kwargs)
             chosen = class_for(config, cls)
             with _blaming(origin):
-                # The tensors say what was adapted: an entry that never matched anything is worth a warning, no more.
-                loaded = chosen(model, config, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage=True, strict=strict is True)
+                # The tensors say what was adapted: an entry that never matched anything is worth a warning,
+                # no more.
+                loaded = chosen(
+                    model,
+                    config,
+                    adapter_name,
+                    autocast_adapter_dtype,
+                    low_cpu_mem_usage=True,
+                    strict=strict is True,
+                )
             loaded._fill(model_id, adapter_name, key_mapping, strict, kwargs)
         if not is_trainable:
             loaded.eval()
@@ -289,18 +323,22 @@ class PeftModel(Prompting, Pushable, nn.Module):
         strict: Strict = None,
         **kwargs: Any,
     ) -> LoadReport:
-        """Loads an adapter beside the others, or new tensors into one that is there; which are active stays as it is.
+        """Loads an adapter beside the others, or new tensors into one that is there; which are active stays
+        as it is.
 
         A new adapter is trained if `is_trainable`, active or not.
 
-        Returns what became of each tensor. They go to the devices of their layers, whatever `torch_device` says, and nothing is
-        moved to an accelerator on the way, whatever `ephemeral_gpu_offload` says. See `from_pretrained` for what is checked.
+        Returns what became of each tensor. They go to the devices of their layers, whatever `torch_device`
+        says, and nothing is moved to an accelerator on the way, whatever `ephemeral_gpu_offload` says. See
+        `from_pretrained` for what is checked.
         """
         with whole_or_not(self.get_base_model()):
             if adapter_name not in self.peft_config:
                 config = read_config(model_id, None, is_trainable, kwargs)
                 with _blaming(_origin(model_id, kwargs)):
-                    self.add_adapter(adapter_name, config, True, autocast_adapter_dtype, strict=strict is True)
+                    self.add_adapter(
+                        adapter_name, config, True, autocast_adapter_dtype, strict=strict is True
+                    )
                 self.set_requires_grad(adapter_name, is_trainable)
             result = self._fill(model_id, adapter_name, key_mapping, strict, kwargs)
         if not is_trainable:
@@ -339,7 +377,8 @@ class PeftModel(Prompting, Pushable, nn.Module):
     def print_trainable_parameters(self) -> None:
         """Prints how many parameters are trained, of how many."""
         trained, total = self.get_nb_trainable_parameters()
-        print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")  # noqa: T201
+        share = f"trainable%: {100 * trained / total:.4f}"
+        print(f"trainable params: {trained:,d} || all params: {total:,d} || {share}")  # noqa: T201
 
     def get_layer_status(self) -> list[status.TunerLayerStatus]:
         """The state of every layer that has adapters."""
@@ -356,7 +395,9 @@ class PeftModel(Prompting, Pushable, nn.Module):
         return supports(self.get_base_model(), adapter_name)
 
     def prepare_model_for_gradient_checkpointing(self, model: nn.Module) -> nn.Module:
-        """Makes the embeddings' outputs need gradients: checkpointing that re-enters cuts off a graph whose inputs need none."""
+        """Makes the embeddings' outputs need gradients: checkpointing that re-enters cuts off a graph whose
+        inputs need none.
+        """
         enable: Any = getattr(model, "enable_input_require_grads", None)
         if enable is not None:
             enable()
@@ -364,7 +405,9 @@ class PeftModel(Prompting, Pushable, nn.Module):
 
 
 def _checkpoints(model: nn.Module) -> bool:
-    """Whether any module recomputes its activations in the backward pass, by the mark that transformers puts on it."""
+    """Whether any module recomputes its activations in the backward pass, by the mark that transformers puts
+    on it.
+    """
     return any(module.__dict__.get("gradient_checkpointing") for _, module in modules(model))
 
 
@@ -383,15 +426,23 @@ def _blaming(origin: str) -> Iterator[None]:
 
 def _batch(inputs: tuple[Any, ...], options: Mapping[str, Any]) -> int | None:
     """How many rows a call of a model has, by its first tensor."""
-    return next((len(value) for value in (*inputs, *options.values()) if isinstance(value, Tensor) and value.ndim), None)
+    return next(
+        (len(value) for value in (*inputs, *options.values()) if isinstance(value, Tensor) and value.ndim),
+        None,
+    )
 
 
 def read_config(
-    model_id: str | os.PathLike[str], config: PeftConfig | None, is_trainable: bool, options: Mapping[str, Any]
+    model_id: str | os.PathLike[str],
+    config: PeftConfig | None,
+    is_trainable: bool,
+    options: Mapping[str, Any],
 ) -> PeftConfig:
     """The config given, or the one in the folder or repository, for inference unless `is_trainable`."""
     if config is None:
-        config = PeftConfig.from_pretrained(model_id, **{key: value for key, value in options.items() if key not in LOADER_OPTIONS})
+        config = PeftConfig.from_pretrained(
+            model_id, **{key: value for key, value in options.items() if key not in LOADER_OPTIONS}
+        )
     elif not isinstance(config, PeftConfig):
         raise AdapterError(f"The input config must be a PeftConfig, got {type(config).__name__}")
     config.inference_mode = not is_trainable

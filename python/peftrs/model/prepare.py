@@ -1,4 +1,6 @@
-"""From what a config says to what it means on one model: default targets, "all-linear", short lists, orientation."""
+"""From what a config says to what it means on one model: default targets, "all-linear", short lists,
+orientation.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,11 @@ from peftrs.model.defaults import FEEDFORWARD, SKIPPED, SKIPPING, TARGETS
 from peftrs.model.experts import converted
 
 CLASSIFIERS = ("score", "classifier")
-HEADS = {"SEQ_CLS": ("classifier", "score"), "TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+HEADS = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 """The names that configs of a task list for its head, whichever of them the model has."""
 LONG_LIST = 20
 """From how many names on a list of targets is shortened to suffixes that mean the same."""
@@ -37,7 +43,10 @@ def model_type(model: nn.Module) -> str:
 
 
 def settle(model: nn.Module, config: TargetedConfig, method: Method) -> dict[str, Any]:
-    """The config's fields that the model decides, by name; the config itself is left alone. Raises `ConfigError`."""
+    """The config's fields that the model decides, by name; the config itself is left alone.
+
+    Raises `ConfigError`.
+    """
     settled: dict[str, Any] = {}
     kind = model_type(model)
     if config.target_modules is None:
@@ -47,17 +56,28 @@ def settle(model: nn.Module, config: TargetedConfig, method: Method) -> dict[str
         if default is not None:
             settled["target_modules"] = default if isinstance(default, str) else set(default)
         elif not getattr(config, "target_parameters", None):
-            wanted = "`target_modules` or `target_parameters`" if hasattr(config, "target_parameters") else "`target_modules`"
-            raise ConfigError(f"Please specify {wanted} in `peft_config`: there is no default for model type {kind!r}")
+            wanted = (
+                "`target_modules` or `target_parameters`"
+                if hasattr(config, "target_parameters")
+                else "`target_modules`"
+            )
+            raise ConfigError(
+                f"Please specify {wanted} in `peft_config`: there is no default for model type {kind!r}"
+            )
     if hasattr(config, "feedforward_modules") and config.feedforward_modules is None:
         if kind not in FEEDFORWARD:
-            raise ConfigError(f"Please specify `feedforward_modules` in `peft_config`: there is no default for model type {kind!r}")
+            raise ConfigError(
+                "Please specify `feedforward_modules` in `peft_config`: there is no default for model type"
+                f" {kind!r}"
+            )
         settled["feedforward_modules"] = set(FEEDFORWARD[kind])
     return settled
 
 
 def exactly(names: set[str], modules: Iterable[str]) -> str | set[str]:
-    """What `target_modules` says for these modules and no others: their names, or a pattern where one is the end of another's."""
+    """What `target_modules` says for these modules and no others: their names, or a pattern where one is the
+    end of another's.
+    """
     endings = tuple(f".{name}" for name in names)
     if any(module.endswith(endings) and module not in names for module in modules):
         return "|".join(re.escape(name) for name in sorted(names))
@@ -84,8 +104,8 @@ def make_plan(
 ) -> tuple[Plan, dict[str, Any]]:
     """What the adapter changes, and the config's fields as they are to be kept; nothing is changed yet.
 
-    `heads` are modules to train whole if the model has them. `names` are the exact targets, whatever the config's patterns say;
-    `found` the model's modules, where they were walked through already.
+    `heads` are modules to train whole if the model has them. `names` are the exact targets, whatever the
+    config's patterns say; `found` the model's modules, where they were walked through already.
     """
     settled = settle(model, config, method)
     found = list(places(model)) if found is None else found
@@ -126,14 +146,22 @@ def make_plan(
 
 
 def uneven(config: TargetedConfig, plan: Plan) -> list[str]:
-    """What to say of lists of layers that short names of a config match in few of: hybrid models, more often than not.
+    """What to say of lists of layers that short names of a config match in few of: hybrid models, more often
+    than not.
 
     Whoever numbers layers, or gives a pattern, means some of them.
     """
     stated = config.target_modules
     numbered = isinstance(stated, str) and stated.lower() != ALL_LINEAR
-    numbered = numbered or any(part.isdecimal() for name in stated or () for part in name.split(".") if not isinstance(stated, str))
-    if numbered or config.inference_mode or getattr(config, "layers_to_transform", None) is not None or config.is_adaption_prompt:
+    numbered = numbered or any(
+        part.isdecimal() for name in stated or () for part in name.split(".") if not isinstance(stated, str)
+    )
+    if (
+        numbered
+        or config.inference_mode
+        or getattr(config, "layers_to_transform", None) is not None
+        or config.is_adaption_prompt
+    ):
         return []
     found = coverage([place.name for place in plan.found], [target.spec.name for target in plan.targets])
     return [f"{one}: the others have no module that the config names" for one in found if one.uneven]
@@ -141,7 +169,11 @@ def uneven(config: TargetedConfig, plan: Plan) -> list[str]:
 
 def present(names: list[str], heads: tuple[str, ...], modules: list[str]) -> list[str]:
     """The names without those heads that the model does not have: task classes list every usual one."""
-    return [name for name in names if name not in heads or any(module == name or module.endswith(f".{name}") for module in modules)]
+    return [
+        name
+        for name in names
+        if name not in heads or any(module == name or module.endswith(f".{name}") for module in modules)
+    ]
 
 
 def output_layers(model: nn.Module, found: list[Place], task_type: Any = None) -> frozenset[str]:
@@ -150,7 +182,9 @@ def output_layers(model: nn.Module, found: list[Place], task_type: Any = None) -
         return frozenset()
     output = _ask(model, "get_output_embeddings")
     if output is None and task_type == TaskType.SEQ_CLS:
-        output = next((head for name in CLASSIFIERS if (head := getattr(model, name, None)) is not None), None)
+        output = next(
+            (head for name in CLASSIFIERS if (head := getattr(model, name, None)) is not None), None
+        )
     return frozenset() if output is None else frozenset(_name_of(found, output))
 
 
@@ -179,8 +213,8 @@ def _check_skipped(plan: Plan, config: TargetedConfig, kind: str) -> None:
         if found:
             names = ", ".join(found)
             raise ConfigError(
-                f"`target_modules`: {names} is incompatible with Mamba-based models ({kind}), whose kernels read its "
-                "weight without calling it; leave it out"
+                f"`target_modules`: {names} is incompatible with Mamba-based models ({kind}), whose kernels"
+                " read its weight without calling it; leave it out"
             )
 
 
@@ -197,7 +231,8 @@ def _orientation(plan: Plan, stated: bool) -> dict[str, bool]:
         return {}
     kind = "Conv1D" if found else "torch.nn.Linear"
     warnings.warn(
-        f"fan_in_fan_out is set to {stated} but the target module is `{kind}`. Setting fan_in_fan_out to {found}.",
+        f"fan_in_fan_out is set to {stated} but the target module is `{kind}`. Setting fan_in_fan_out to"
+        f" {found}.",
         PeftrsWarning,
         stacklevel=6,
     )

@@ -23,7 +23,9 @@ from peftrs.model.tasks import class_for
 
 @dataclass(frozen=True)
 class EntryMatches:
-    """One entry of a config's field, how many modules or parameters it matches, and the nearest name if it matches none."""
+    """One entry of a config's field, how many modules or parameters it matches, and the nearest name if it
+    matches none.
+    """
 
     field: str
     entry: str
@@ -56,7 +58,9 @@ class TargetPlan:
         return [entry for entry in self.entries if not entry.matches]
 
     def __str__(self) -> str:
-        rows = [f"{self.method}: {len(self.targets)} layers, {self.trainable_parameters:,} parameters to train"]
+        rows = [
+            f"{self.method}: {len(self.targets)} layers, {self.trainable_parameters:,} parameters to train"
+        ]
         for entry in self.entries:
             near = f" (the nearest name is {entry.nearest!r})" if entry.nearest and not entry.matches else ""
             rows.append(f"  {entry.field}: {entry.entry!r} matches {entry.matches}{near}")
@@ -66,16 +70,21 @@ class TargetPlan:
 
 
 def plan(model: nn.Module, config: PeftConfig) -> TargetPlan:
-    """What `get_peft_model` or `add_adapter` would do with the config, without touching the model or the config.
+    """What `get_peft_model` or `add_adapter` would do with the config, without touching the model or the
+    config.
 
-    Entries that match nothing are told, not refused. Raises what those raise for anything else: `TargetError` where nothing at all
-    matches, `ConfigError` for layers that cannot be adapted as asked.
+    Entries that match nothing are told, not refused. Raises what those raise for anything else: `TargetError`
+    where nothing at all matches, `ConfigError` for layers that cannot be adapted as asked.
     """
     inner = cast(nn.Module, cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model
     if config.peft_type is None or not isinstance(config, TargetedConfig):
-        raise ConfigError(f"{type(config).__name__} does not say what kind of adapter it is for: use one such as LoraConfig")
+        raise ConfigError(
+            f"{type(config).__name__} does not say what kind of adapter it is for: use one such as LoraConfig"
+        )
     if getattr(config, "layer_replication", None):
-        raise ConfigError("`layer_replication` changes the model's layers, which nothing can be planned on before it has")
+        raise ConfigError(
+            "`layer_replication` changes the model's layers, which nothing can be planned on before it has"
+        )
     method = registry.method(config.peft_type)
     heads = getattr(model, "heads", ()) or class_for(config).heads
     planned = changed(config, {})
@@ -101,7 +110,9 @@ def plan(model: nn.Module, config: PeftConfig) -> TargetPlan:
 
 def _count(found: Plan, config: TargetedConfig) -> int:
     method = registry.method(cast(str, config.peft_type))
-    whole = sum(one.numel() for place, tied in found.saved if tied is None for one in place.module.parameters())
+    whole = sum(
+        one.numel() for place, tied in found.saved if tied is None for one in place.module.parameters()
+    )
     if isinstance(method, PromptMethod):
         encoder = method.encoder(changed(config, {"inference_mode": False}))
         return whole + sum(one.numel() for one in encoder.trained())

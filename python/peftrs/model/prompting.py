@@ -1,4 +1,6 @@
-"""Prompts on whole models: the sizes that a model's config decides, and what `PeftModel` shows of its prompts."""
+"""Prompts on whole models: the sizes that a model's config decides, and what `PeftModel` shows of its
+prompts.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ from torch import Tensor, nn
 
 from peftrs.config import PromptLearningConfig, TaskType
 from peftrs.core.prompt import PROMPT, CacheEncoder, Prompts, prompts_of
-from peftrs.core.prompt_call import ONLY, TASKS, fill, is_paired, prepend, refuse_checkpointing, word_embeddings
+from peftrs.core.prompt_call import (
+    ONLY,
+    TASKS,
+    fill,
+    is_paired,
+    prepend,
+    refuse_checkpointing,
+    word_embeddings,
+)
 from peftrs.errors import AdapterError, ConfigError, listed
 
 NAMES = {
@@ -23,12 +33,16 @@ NAMES = {
 
 
 def sizes(model: nn.Module, config: PromptLearningConfig) -> dict[str, Any]:
-    """The fields of a prompt's config that the model decides. Raises `ConfigError` for what is missing or cannot be.
+    """The fields of a prompt's config that the model decides. Raises `ConfigError` for what is missing or
+    cannot be.
 
     Keys and values to be trained are an `AdapterError` on a model under gradient checkpointing.
     """
     if str(config.task_type) not in TASKS:
-        raise ConfigError(f"a prompt needs a `task_type`, one of {listed(list(TASKS))}: it says what the model is given to read")
+        raise ConfigError(
+            f"a prompt needs a `task_type`, one of {listed(list(TASKS))}: it says what the model is given to"
+            " read"
+        )
     if config.num_virtual_tokens is None:
         raise ConfigError("Please specify `num_virtual_tokens` in `peft_config`")
     if _in_cache(config) and not config.inference_mode:
@@ -38,15 +52,21 @@ def sizes(model: nn.Module, config: PromptLearningConfig) -> dict[str, Any]:
     settled: dict[str, Any] = {}
     for name, spellings in NAMES.items():
         stated = [value for spelling in spellings if (value := _get(settings, spelling)) is not None]
-        settled[name] = getattr(config, name) if getattr(config, name) is not None or not stated else stated[0]
+        settled[name] = (
+            getattr(config, name) if getattr(config, name) is not None or not stated else stated[0]
+        )
         if settled[name] is None:
             raise ConfigError(f"Please specify `{name}` in `peft_config`: the model's config does not say")
     heads = _get(settings, "num_key_value_heads")
     if _in_cache(config) and heads is not None:
-        settled["num_attention_heads"], width = _widest(settings, heads, settled["token_dim"] // settled["num_attention_heads"])
+        settled["num_attention_heads"], width = _widest(
+            settings, heads, settled["token_dim"] // settled["num_attention_heads"]
+        )
         settled["token_dim"] = settled["num_attention_heads"] * width
     if _in_cache(config) and settled["token_dim"] % settled["num_attention_heads"]:
-        raise ConfigError(f"{settled['token_dim']} channels cannot be shared by {settled['num_attention_heads']} heads")
+        raise ConfigError(
+            f"{settled['token_dim']} channels cannot be shared by {settled['num_attention_heads']} heads"
+        )
     if config.num_transformer_submodules is None:
         settled["num_transformer_submodules"] = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
     if getattr(config, "encoder_hidden_size", 0) is None:
@@ -68,7 +88,10 @@ def _widest(settings: Any, heads: int, width: int) -> tuple[int, int]:
     """The heads and head size of keys, of the widest layers where layers differ."""
     layers = _get(settings, "per_layer_config")
     own = [layers[layer] for layer in range(_get(settings, "num_hidden_layers"))] if layers else []
-    found = [(_get(one, "head_dim") or width, _get(one, "num_key_value_heads") or heads) for one in (settings, *own)]
+    found = [
+        (_get(one, "head_dim") or width, _get(one, "num_key_value_heads") or heads)
+        for one in (settings, *own)
+    ]
     widest = max(found, key=lambda pair: pair[0])
     return widest[1], widest[0]
 
@@ -97,7 +120,9 @@ class Prompting:
         """The numbers of each prompt's rows."""
         return {name: torch.arange(len(self.prompts.encoder(name).saved()[PROMPT])) for name in self.prompts}
 
-    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None) -> Any:
+    def get_prompt(
+        self, batch_size: int, task_ids: Tensor | None = None, max_cache_len: int | None = None
+    ) -> Any:
         """The active prompt for a batch: (batch, tokens, embedding), or a cache with keys and values in it.
 
         Raises `AdapterError` if no prompt is active.
@@ -128,7 +153,8 @@ def generating(
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any]]]:
     """What `generate` is to be called with inside the `with`, for the active prompt to be read.
 
-    `task_ids` says which tasks the rows are of. An encoder is run once, before the steps whose calls the hooks see.
+    `task_ids` says which tasks the rows are of. An encoder is run once, before the steps whose calls the
+    hooks see.
     """
     prompts = prompts_of(model)
     name = prompts.acting() if prompts is not None else None
@@ -151,9 +177,11 @@ def generating(
 
 @contextmanager
 def _room(model: Any, count: int) -> Iterator[None]:
-    """Makes `generate` take static caches longer by the prompt, and leave it to the model to turn its mask into one for them.
+    """Makes `generate` take static caches longer by the prompt, and leave it to the model to turn its mask
+    into one for them.
 
-    What is made before the hooks see a call knows nothing of the prompt. The steps are not compiled: the hooks are a part of them.
+    What is made before the hooks see a call knows nothing of the prompt. The steps are not compiled: the
+    hooks are a part of them.
     """
     longer = getattr(model, "_prepare_static_cache", None)
     if longer is None:

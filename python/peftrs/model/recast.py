@@ -1,8 +1,9 @@
 """A whole model in another dtype: what it would be had it been loaded in that.
 
-transformers builds a model in a dtype and gives each tensor of a checkpoint the dtype of the one that it fills. So most are of
-that dtype, but not those that the model's code makes in another (the frequencies of rotary embeddings) or whose names the class
-wants in float32. The same class built without values, on the device meta, says which.
+transformers builds a model in a dtype and gives each tensor of a checkpoint the dtype of the one that it
+fills. So most are of that dtype, but not those that the model's code makes in another (the frequencies of
+rotary embeddings) or whose names the class wants in float32. The same class built without values, on the
+device meta, says which.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ Goal = Callable[["Held"], torch.dtype]
 
 
 class Held(NamedTuple):
-    """A tensor in a model: its name there, the module that has it, itself, and whether checkpoints hold it."""
+    """A tensor in a model: its name there, the module that has it, itself, and whether checkpoints hold
+    it.
+    """
 
     name: str
     module: nn.Module
@@ -38,24 +41,37 @@ class Held(NamedTuple):
 def check_castable(model: nn.Module, dtype: Any) -> None:
     """Raises `MergeError` for a model, with adapters in it, that cannot be had in this dtype."""
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point or dtype.itemsize < 2:
-        raise MergeError(f"no model computes in dtype={dtype!r}; hint: torch.bfloat16, torch.float16 or torch.float32")
-    most, lasting = torch.finfo(dtype).max, [held for held in _lasting(model) if held.tensor.dtype is not dtype]
-    spread = "DeepSpeed's ZeRO-3" if any(is_partitioned(held.tensor) for held in lasting) else sharded_by(model)
+        raise MergeError(
+            f"no model computes in dtype={dtype!r}; hint: torch.bfloat16, torch.float16 or torch.float32"
+        )
+    most, lasting = (
+        torch.finfo(dtype).max,
+        [held for held in _lasting(model) if held.tensor.dtype is not dtype],
+    )
+    spread = (
+        "DeepSpeed's ZeRO-3" if any(is_partitioned(held.tensor) for held in lasting) else sharded_by(model)
+    )
     if lasting and spread is not None:
         raise MergeError(
-            f"{spread} keeps the dtype that it met a model in, and {listed([held.name for held in lasting])} are not of {dtype}; "
-            "hint: merge without `dtype`, or load the adapter onto a model that is not spread"
+            f"{spread} keeps the dtype that it met a model in, and {listed([held.name for held in lasting])}"
+            f" are not of {dtype}; hint: merge without `dtype`, or load the adapter onto a model that is not"
+            " spread"
         )
     # Between 16 and 32 bits of the same range only what rounds up at its very end would be infinite.
     narrowed = [held for held in lasting if torch.finfo(held.tensor.dtype).max > 2 * most]
     if beyond := [held.name for held in narrowed if _reach(held) > most]:
-        raise MergeError(f"{listed(beyond)} hold numbers beyond {most:g}, the largest of {dtype}; hint: merge into a wider dtype")
+        raise MergeError(
+            f"{listed(beyond)} hold numbers beyond {most:g}, the largest of {dtype}; hint: merge into a wider"
+            " dtype"
+        )
 
 
 def recast(model: nn.Module, dtype: torch.dtype) -> None:
-    """Gives the model's tensors the dtypes that they would have had it been loaded in `dtype`, and says so in its config.
+    """Gives the model's tensors the dtypes that they would have had it been loaded in `dtype`, and says so in
+    its config.
 
-    What is shared stays so. Modules that are still quantized, and what is of no floating-point dtype, stay as they are.
+    What is shared stays so. Modules that are still quantized, and what is of no floating-point dtype, stay as
+    they are.
     """
     goals = planned(model, dtype)
     done: dict[Tensor, Tensor] = {}
@@ -68,10 +84,16 @@ def recast(model: nn.Module, dtype: torch.dtype) -> None:
             done[tensor] = tensor.to(goal)
         return done[tensor]
 
-    away = [held for held in _floating(model) if held.tensor.is_meta and isinstance(held.tensor, nn.Parameter)]
+    away = [
+        held for held in _floating(model) if held.tensor.is_meta and isinstance(held.tensor, nn.Parameter)
+    ]
     for held in away:
         if goals[held.tensor] is not held.tensor.dtype and hook_of(held.module) is not None:
-            put(held.module, held.name.rpartition(".")[2], fetched(held.module, held.tensor).to(goals[held.tensor]))
+            put(
+                held.module,
+                held.name.rpartition(".")[2],
+                fetched(held.module, held.tensor).to(goals[held.tensor]),
+            )
     if any(tensor.dtype is not goal for tensor, goal in goals.items()):
         model._apply(cast)  # type: ignore[no-untyped-call]
     for module in model.modules():
@@ -100,7 +122,9 @@ def planned(model: nn.Module, dtype: torch.dtype) -> dict[Tensor, torch.dtype]:
 
 
 def _as_loaded(module: nn.Module, dtype: torch.dtype) -> Goal | None:
-    """What dtypes a library would load the module's tensors in, or None for a module that is no model of one."""
+    """What dtypes a library would load the module's tensors in, or None for a module that is no model of
+    one.
+    """
     if _is_a(module, "transformers.modeling_utils", "PreTrainedModel"):
         return _as_by_transformers(module, dtype)
     if _is_a(module, "diffusers.models.modeling_utils", "ModelMixin"):
@@ -114,7 +138,11 @@ def _as_by_transformers(model: nn.Module, dtype: torch.dtype) -> Goal:
     wide, built = _kept_wide(model, dtype), _built(model, dtype)
 
     def goal(held: Held) -> torch.dtype:
-        if held.saved and (found := next((kind for pattern, kind in wide if pattern.search(held.name)), None)) is not None:
+        if (
+            held.saved
+            and (found := next((kind for pattern, kind in wide if pattern.search(held.name)), None))
+            is not None
+        ):
             return found
         if built is None and not held.saved:
             return held.tensor.dtype
@@ -124,7 +152,9 @@ def _as_by_transformers(model: nn.Module, dtype: torch.dtype) -> Goal:
 
 
 def _kept_wide(model: Any, dtype: torch.dtype) -> list[tuple[re.Pattern[str], torch.dtype]]:
-    """What the names of tensors hold that the class wants in a dtype of its own when it is loaded in this one."""
+    """What the names of tensors hold that the class wants in a dtype of its own when it is loaded in this
+    one.
+    """
     if hasattr(model, "_get_dtype_plan"):
         plan = model._get_dtype_plan(dtype)
         return [(re.compile(pattern.replace("*", ".*")), kind) for pattern, kind in plan.items()]
@@ -136,7 +166,9 @@ def _kept_wide(model: Any, dtype: torch.dtype) -> list[tuple[re.Pattern[str], to
 
 
 def _built(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype] | None:
-    """The dtypes of a model's tensors as its class makes them in `dtype`, or None where it cannot be built without values."""
+    """The dtypes of a model's tensors as its class makes them in `dtype`, or None where it cannot be built
+    without values.
+    """
     config = copy.deepcopy(model.config)
     _state(config, dtype)
     try:
@@ -162,7 +194,9 @@ def _is_a(one: Any, module: str, *kinds: str) -> bool:
 
 
 def _floating(model: nn.Module, *, recurse: bool = True) -> Iterator[Held]:
-    """The floating-point tensors of a model, or of the module alone, but for those of modules that are quantized."""
+    """The floating-point tensors of a model, or of the module alone, but for those of modules that are
+    quantized.
+    """
     for path, module in model.named_modules() if recurse else [("", model)]:
         prefix = f"{path}." if path else ""
         parameters = [(name, one) for name, one in module._parameters.items() if one is not None]
@@ -175,7 +209,9 @@ def _floating(model: nn.Module, *, recurse: bool = True) -> Iterator[Held]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is made of numbers that a model computes with, and is not one of a library that quantizes them."""
+    """Whether the tensor is made of numbers that a model computes with, and is not one of a library that
+    quantizes them.
+    """
     packed = hasattr(tensor, "__tensor_flatten__") and not is_distributed(tensor)
     return tensor.is_floating_point() and tensor.dtype.itemsize > 1 and not packed
 

@@ -1,4 +1,6 @@
-"""Growing a decoder by repeating its layers (`layer_replication`): the copies share the weights and get adapters of their own."""
+"""Growing a decoder by repeating its layers (`layer_replication`): the copies share the weights and get
+adapters of their own.
+"""
 
 from __future__ import annotations
 
@@ -33,17 +35,29 @@ class LayerList:
 
 def layer_lists(found: Iterable[Place]) -> list[LayerList]:
     """Every list of layers among a model's modules as they are now."""
-    return [LayerList(place.parent, place.attribute, place.module) for place in found if isinstance(place.module, nn.ModuleList)]
+    return [
+        LayerList(place.parent, place.attribute, place.module)
+        for place in found
+        if isinstance(place.module, nn.ModuleList)
+    ]
 
 
 def replicate(model: nn.Module, layer_map: Sequence[Sequence[int]]) -> None:
-    """Replaces the model's layers by those in `layer_map`, each `[first, last)`, in that order. Raises `ConfigError`."""
+    """Replaces the model's layers by those in `layer_map`, each `[first, last)`, in that order.
+
+    Raises `ConfigError`.
+    """
     owner, attribute = _find(model)
     layers = getattr(owner, attribute)
     wrong = [list(pair) for pair in layer_map if len(pair) != 2 or not 0 <= pair[0] < pair[1] <= len(layers)]
     if wrong or not layer_map:
-        raise ConfigError(f"`layer_replication`: {wrong or list(layer_map)} are not ranges within the model's {len(layers)} layers")
-    copies = nn.ModuleList(_sharing(layers[index]) for first, last in layer_map for index in range(first, last))
+        raise ConfigError(
+            f"`layer_replication`: {wrong or list(layer_map)} are not ranges within the model's {len(layers)}"
+            " layers"
+        )
+    copies = nn.ModuleList(
+        _sharing(layers[index]) for first, last in layer_map for index in range(first, last)
+    )
     for index, layer in enumerate(copies):
         parts: list[Any] = [module for module in layer.modules() if hasattr(module, "layer_idx")]
         for part in parts:
@@ -66,7 +80,9 @@ def _find(model: nn.Module) -> tuple[nn.Module, str]:
             continue
         if isinstance(owner._modules.get(attribute), nn.ModuleList):
             return owner, attribute
-    raise ConfigError(f"`layer_replication` works on models like Llama, BERT and Falcon, not on {type(model).__name__}")
+    raise ConfigError(
+        f"`layer_replication` works on models like Llama, BERT and Falcon, not on {type(model).__name__}"
+    )
 
 
 def _sharing(layer: nn.Module) -> nn.Module:

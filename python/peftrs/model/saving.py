@@ -43,14 +43,19 @@ def save(
 ) -> None:
     """Writes adapters and the card; see `PeftModel.save_pretrained`."""
     if not safe_serialization:
-        raise AdapterError("`safe_serialization=False`: peftrs writes safetensors only, since loading a pickle runs what is in it")
+        raise AdapterError(
+            "`safe_serialization=False`: peftrs writes safetensors only, since loading a pickle runs what is"
+            " in it"
+        )
     if os.path.isfile(folder):
         raise AdapterError(f"{os.fspath(folder)}: is a file; an adapter is saved into a folder")
     chosen = chosen_dtype(dtype, model.get_base_model())
     known = model.peft_config
     names = list(known) if selected is None else list(selected)
     if unknown := [name for name in names if name not in known]:
-        raise AdapterError(f"You passed an invalid `selected_adapters`: {unknown} are not among {list(known)}")
+        raise AdapterError(
+            f"You passed an invalid `selected_adapters`: {unknown} are not among {list(known)}"
+        )
     recorded = fingerprint(model.get_base_model()) if is_main_process else None
     for name in names:
         tensors = collect(model, state_dict, name, save_embedding_layers, keep=is_main_process)
@@ -69,7 +74,8 @@ def save(
 
 
 def chosen_dtype(dtype: str | torch.dtype | None, base: nn.Module) -> torch.dtype | None:
-    """The dtype to write in: the one named, with "auto" the one that most of the model itself is in, or None to keep what is.
+    """The dtype to write in: the one named, with "auto" the one that most of the model itself is in, or None
+    to keep what is.
 
     Raises `AdapterError` for what is no floating-point dtype of adapters' files.
     """
@@ -85,18 +91,28 @@ def chosen_dtype(dtype: str | torch.dtype | None, base: nn.Module) -> torch.dtyp
     else:
         found = getattr(torch, dtype.removeprefix("torch."), None)
     if dtype is not None and dtype != "auto" and found not in FLOATS:
-        raise AdapterError(f"dtype={dtype!r} is not one that adapters are saved in: {', '.join(map(str, sorted(FLOATS, key=str)))}")
+        raise AdapterError(
+            f"dtype={dtype!r} is not one that adapters are saved in:"
+            f" {', '.join(map(str, sorted(FLOATS, key=str)))}"
+        )
     return found
 
 
 def in_dtype(tensors: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """The tensors in another floating-point dtype. Raises `AdapterError` for values that are too large for it."""
+    """The tensors in another floating-point dtype.
+
+    Raises `AdapterError` for values that are too large for it.
+    """
     if dtype is None:
         return tensors
-    cast_to = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
+    cast_to = {
+        name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in tensors.items()
+    }
     lost = [name for name, tensor in cast_to.items() if not is_finite(tensor) and is_finite(tensors[name])]
     if lost:
-        raise AdapterError(f"{dtype} cannot hold the values of {listed(lost, 4)}; hint: save in bfloat16 or float32")
+        raise AdapterError(
+            f"{dtype} cannot hold the values of {listed(lost, 4)}; hint: save in bfloat16 or float32"
+        )
     return cast_to
 
 
@@ -135,7 +151,11 @@ def card_text(model: PeftModel, folder: str | os.PathLike[str]) -> str:
     kinds = [str(cast(str, config.peft_type)) for config in model.peft_config.values()]
     tags += ["lora"] if PeftType.LORA in kinds else []
     tags += [f"base_model:adapter:{name}"] if name else []
-    tags += ["transformers"] if any(kind.__module__.startswith("transformers.") for kind in type(base).__mro__) else []
+    tags += (
+        ["transformers"]
+        if any(kind.__module__.startswith("transformers.") for kind in type(base).__mro__)
+        else []
+    )
     tasks = {config.task_type for config in model.peft_config.values()}
     pipeline = "text-generation" if TaskType.CAUSAL_LM in tasks else None
     return card(existing, base=name, methods=kinds, tags=tags, pipeline=pipeline)

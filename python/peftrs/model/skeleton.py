@@ -1,4 +1,6 @@
-"""Models without values: the layers of a model in memory or of a checkpoint, to plan on and to name an adapter's tensors by."""
+"""Models without values: the layers of a model in memory or of a checkpoint, to plan on and to name an
+adapter's tensors by.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class Skeleton(nn.Module):
 
     def get_output_embeddings(self) -> nn.Module | None:
         """The output embedding, which "all-linear" leaves out."""
-        return next((module for name, module in self.named_modules() if name.rpartition(".")[2] in OUTPUTS), None)
+        return next(
+            (module for name, module in self.named_modules() if name.rpartition(".")[2] in OUTPUTS), None
+        )
 
 
 def of_model(model: nn.Module) -> nn.Module:

@@ -35,12 +35,17 @@ class TunerLayerStatus:
     devices: dict[str, list[str]]
     quantization_backend: str | None
     routes: dict[str, str] = field(default_factory=dict)
-    """How each active adapter runs in training: "fused" with the layer beneath it, or "composite: " and why."""
+    """How each active adapter runs in training: "fused" with the layer beneath it, or "composite: " and
+    why.
+    """
 
 
 @dataclass
 class TunerModelStatus:
-    """A model's adapters as a whole. What differs between its layers is "irregular": it may not work as expected."""
+    """A model's adapters as a whole.
+
+    What differs between its layers is "irregular": it may not work as expected.
+    """
 
     base_model_type: str
     adapter_model_type: str
@@ -56,7 +61,9 @@ class TunerModelStatus:
     devices: dict[str, list[str]]
     quantization_backend: str | Irregular | None
     routes: dict[str, int] = field(default_factory=dict)
-    """How active adapters run in training, each way with the number of layers that take it; see `TunerLayerStatus.routes`."""
+    """How active adapters run in training, each way with the number of layers that take it; see
+    `TunerLayerStatus.routes`.
+    """
 
 
 def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
@@ -64,7 +71,10 @@ def get_layer_status(model: nn.Module) -> list[TunerLayerStatus]:
     root = _inside(model)
     found = [_status(name, wrapper) for name, wrapper in wrappers(root)]
     if not found:
-        raise AdapterError("No adapter layers found in the model: it is neither a PeftModel nor has adapters injected into it")
+        raise AdapterError(
+            "No adapter layers found in the model: it is neither a PeftModel nor has adapters injected"
+            " into it"
+        )
     return found
 
 
@@ -77,9 +87,13 @@ def _status(name: str, wrapper: Holder) -> TunerLayerStatus:
         enabled=not wrapper.disable_adapters,
         active_adapters=list(wrapper.state.active),
         merged_adapters=adapted.merged_adapters if adapted else [],
-        requires_grad={key: _same(tensor.requires_grad for tensor in held) for key, held in tensors.items() if held},
+        requires_grad={
+            key: _same(tensor.requires_grad for tensor in held) for key, held in tensors.items() if held
+        },
         available_adapters=sorted(tensors),
-        devices={key: sorted({tensor.device.type for tensor in held}) for key, held in tensors.items() if held},
+        devices={
+            key: sorted({tensor.device.type for tensor in held}) for key, held in tensors.items() if held
+        },
         quantization_backend=None,
         routes=adapted.routes() if adapted else {},
     )
@@ -89,7 +103,11 @@ def _type_of(wrapper: Holder) -> str:
     """What kind of layer it is, in PEFT's words, where several methods change it with all of their names."""
     if isinstance(wrapper, AdaptedLayer):
         methods = {fitted.method.name.lower() for fitted in wrapper.adapters.values()}
-        kind = "ParamWrapper" if wrapper.spec.kind is LayerKind.PARAMETER else type(wrapper.get_base_layer()).__name__
+        kind = (
+            "ParamWrapper"
+            if wrapper.spec.kind is LayerKind.PARAMETER
+            else type(wrapper.get_base_layer()).__name__
+        )
         return f"{'+'.join(sorted(methods))}.{kind}"
     return "ModulesToSaveWrapper" if isinstance(wrapper, ReplacedModule) else type(wrapper).__name__
 
@@ -104,7 +122,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
     configs = getattr(base, "peft_config", {})
     available = sorted({name for layer in layers for name in layer.available_adapters})
     merged = sorted({name for layer in layers for name in layer.merged_adapters})
-    partly = any((set(layer.available_adapters) - set(layer.merged_adapters)) & set(merged) for layer in layers)
+    partly = any(
+        (set(layer.available_adapters) - set(layer.merged_adapters)) & set(merged) for layer in layers
+    )
     return TunerModelStatus(
         base_model_type=type(base).__name__,
         adapter_model_type=_name_of(root) if wrapped else "None",
@@ -116,10 +136,14 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
         active_adapters=_same(layer.active_adapters for layer in layers),
         merged_adapters="irregular" if partly else merged,
         requires_grad={
-            name: _same(layer.requires_grad[name] for layer in layers if name in layer.requires_grad) for name in available
+            name: _same(layer.requires_grad[name] for layer in layers if name in layer.requires_grad)
+            for name in available
         },
         available_adapters=available,
-        devices={name: sorted({kind for layer in layers for kind in layer.devices.get(name, ())}) for name in available},
+        devices={
+            name: sorted({kind for layer in layers for kind in layer.devices.get(name, ())})
+            for name in available
+        },
         quantization_backend=_same(layer.quantization_backend for layer in layers),
         routes=dict(Counter(route for layer in layers for route in layer.routes.values())),
     )
@@ -127,7 +151,9 @@ def get_model_status(model: nn.Module) -> TunerModelStatus:
 
 def _name_of(tuner: nn.Module) -> str:
     """What PEFT calls a tuner with such adapters."""
-    return next((kind.__name__ for kind in TUNERS.values() if kind.__instancecheck__(tuner)), type(tuner).__name__)
+    return next(
+        (kind.__name__ for kind in TUNERS.values() if kind.__instancecheck__(tuner)), type(tuner).__name__
+    )
 
 
 def _inside(model: nn.Module) -> nn.Module:

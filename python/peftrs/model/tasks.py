@@ -1,4 +1,6 @@
-"""One class a task, since libraries tell models by their class: they differ in the layers trained whole beside every adapter."""
+"""One class a task, since libraries tell models by their class: they differ in the layers trained whole
+beside every adapter.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,9 @@ class PeftModelForFeatureExtraction(PeftModel):
 
 
 class PeftMixedModel(PeftModel):
-    """Adapters of several kinds on one model, which every `PeftModel` here takes; this one has no task and several names."""
+    """Adapters of several kinds on one model, which every `PeftModel` here takes; this one has no task and
+    several names.
+    """
 
     def delete_adapter(self, adapter_name: str | Sequence[str]) -> None:
         """Takes one or several adapters out of the model."""

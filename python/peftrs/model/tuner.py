@@ -1,4 +1,6 @@
-"""What stands between `PeftModel` and the user's model, so that names read `base_model.model.<path>` as they do in files."""
+"""What stands between `PeftModel` and the user's model, so that names read `base_model.model.<path>` as they
+do in files.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,9 @@ class Tuner(nn.Module):
         )
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes one or several adapters act, in this order, and trains them alone (none with `inference_mode`)."""
+        """Makes one or several adapters act, in this order, and trains them alone (none with
+        `inference_mode`).
+        """
         manage.set_adapter(self.model, adapter_name, inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -111,7 +115,10 @@ class Tuner(nn.Module):
         manage.set_requires_grad(self.model, adapter_names, requires_grad)
 
     def disable_adapter_layers(self) -> None:
-        """Makes the model run without its adapters. Biases that an adapter trains stay trained, with a warning."""
+        """Makes the model run without its adapters.
+
+        Biases that an adapter trains stay trained, with a warning.
+        """
         self.warn_of_biases()
         manage.set_enabled(self.model, False)
 
@@ -125,14 +132,17 @@ class Tuner(nn.Module):
             bias = getattr(self.peft_config[name], "bias", "none")
             if bias != "none":
                 warnings.warn(
-                    f"Careful, disabling adapter layers with bias configured to be {bias!r} does not produce the same "
-                    "output as the base model would without adaption.",
+                    f"Careful, disabling adapter layers with bias configured to be {bias!r} does not produce"
+                    " the same output as the base model would without adaption.",
                     PeftrsWarning,
                     stacklevel=4,
                 )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out of the model. Raises `AdapterError` for an unknown one or while it is merged."""
+        """Takes an adapter out of the model.
+
+        Raises `AdapterError` for an unknown one or while it is merged.
+        """
         if adapter_name not in self.peft_config:
             raise AdapterError(f"Adapter {adapter_name} does not exist")
         if adapter_name in adapters(self.model):
@@ -156,16 +166,20 @@ class Tuner(nn.Module):
 
         For LoRA, of what each changes in a layer:
 
-        - "exact", "linear": the weighted sum itself. "cat": the same, of the sum of the ranks even where the layer has less.
-        - "svd": the best approximation of the sum of rank `svd_rank` (by default the largest among the sources), from the factors.
-        - "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd": the same of changes of which only the part
-          `density` of the entries is kept (see `peftrs.methods.task_vectors`).
-        - "ties", "dare_linear", "dare_ties", "magnitude_prune": both factors so, one by one; the sources need the same rank.
+        - "exact", "linear": the weighted sum itself. "cat": the same, of the sum of the ranks even where the
+          layer has less.
+        - "svd": the best approximation of the sum of rank `svd_rank` (by default the largest among the
+          sources), from the factors.
+        - "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd": the same of changes of which
+          only the part `density` of the entries is kept (see `peftrs.methods.task_vectors`).
+        - "ties", "dare_linear", "dare_ties", "magnitude_prune": both factors so, one by one; the sources need
+          the same rank.
 
-        Biases of LoRAs are put together likewise; layers keep ranks of their own. `svd_clamp` cuts off entries of the factors
-        beyond that quantile, `svd_driver` is torch's choice of solver on CUDA, `svd_full_matrices` has no effect: none are formed.
-        For IA3 the result is the weighted sum of the vectors. Under `peftrs.compat.install()` "linear" adds up the factors as PEFT
-        does, whose product is another change. Raises `AdapterError`, with nothing changed, for what cannot be combined (DoRA).
+        Biases of LoRAs are put together likewise; layers keep ranks of their own. `svd_clamp` cuts off
+        entries of the factors beyond that quantile, `svd_driver` is torch's choice of solver on CUDA,
+        `svd_full_matrices` has no effect: none are formed. For IA3 the result is the weighted sum of the
+        vectors. Under `peftrs.compat.install()` "linear" adds up the factors as PEFT does, whose product is
+        another change. Raises `AdapterError`, with nothing changed, for what cannot be combined (DoRA).
         """
         add_weighted(
             self.model,
@@ -181,7 +195,9 @@ class Tuner(nn.Module):
         )
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges adapters (the active ones unless named) into the weights, or none of them; weights are always checked."""
+        """Merges adapters (the active ones unless named) into the weights, or none of them; weights are
+        always checked.
+        """
         manage.merge(self.model, adapter_names)
 
     def unmerge_adapter(self) -> None:
@@ -199,12 +215,14 @@ class Tuner(nn.Module):
         adapter_names: list[str] | None = None,
         dtype: torch.dtype | None = None,
     ) -> nn.Module:
-        """The user's model with adapters (the active ones unless named) merged into its weights, and nothing of ours left.
+        """The user's model with adapters (the active ones unless named) merged into its weights, and nothing
+        of ours left.
 
-        Quantized layers are quantized again: a warning tells what that left of the update, and where it is less than half the merge
-        is refused, with nothing changed. With `dtype`, such as `torch.bfloat16`, every quantized layer of the model becomes a dense
-        one instead, and all of the model is of that dtype, but for what transformers would keep in another in a model loaded in it;
-        the model's config says the dtype, and no longer that it is quantized.
+        Quantized layers are quantized again: a warning tells what that left of the update, and where it is
+        less than half the merge is refused, with nothing changed. With `dtype`, such as `torch.bfloat16`,
+        every quantized layer of the model becomes a dense one instead, and all of the model is of that dtype,
+        but for what transformers would keep in another in a model loaded in it; the model's config says the
+        dtype, and no longer that it is quantized.
         """
         return self._unloaded(merged=True, names=adapter_names, progressbar=progressbar, dtype=dtype)
 
@@ -213,7 +231,12 @@ class Tuner(nn.Module):
         return self._unloaded(merged=False)
 
     def _unloaded(
-        self, *, merged: bool, names: list[str] | None = None, progressbar: bool = False, dtype: torch.dtype | None = None
+        self,
+        *,
+        merged: bool,
+        names: list[str] | None = None,
+        progressbar: bool = False,
+        dtype: torch.dtype | None = None,
     ) -> nn.Module:
         model = self.model
         track: manage.Track = partial(shown, doing="Merging") if progressbar else iter
@@ -238,7 +261,9 @@ def shown(layers: list[Layer], doing: str) -> Iterable[Layer]:
 
 
 def untie(model: nn.Module) -> None:
-    """Ties the input and output embeddings again where they are equal, and says in the config where they differ now."""
+    """Ties the input and output embeddings again where they are equal, and says in the config where they
+    differ now.
+    """
     settings = getattr(model, "config", None)
     if not getattr(settings, "tie_word_embeddings", False):
         return
@@ -251,7 +276,8 @@ def untie(model: nn.Module) -> None:
         return
     cast(Any, settings).tie_word_embeddings = False
     warnings.warn(
-        "the input and output embeddings differ now: tie_word_embeddings is set to False in the model's config",
+        "the input and output embeddings differ now: tie_word_embeddings is set to False in the model's"
+        " config",
         PeftrsWarning,
         stacklevel=4,
     )

@@ -1,4 +1,6 @@
-"""PEFT's classes of tuners, one a method (`LoraModel`): as questions what adapters a tuner holds, and as ways to make one."""
+"""PEFT's classes of tuners, one a method (`LoraModel`): as questions what adapters a tuner holds, and as ways
+to make one.
+"""
 
 from __future__ import annotations
 
@@ -63,5 +65,7 @@ OFTModel = _named("OFTModel", PeftType.OFT)
 AdaptionPromptModel = _named("AdaptionPromptModel", PeftType.ADAPTION_PROMPT)
 TrainableTokensModel = _named("TrainableTokensModel", PeftType.TRAINABLE_TOKENS)
 
-TUNERS = {one.peft_type: one for one in (LoraModel, IA3Model, OFTModel, AdaptionPromptModel, TrainableTokensModel)}
+TUNERS = {
+    one.peft_type: one for one in (LoraModel, IA3Model, OFTModel, AdaptionPromptModel, TrainableTokensModel)
+}
 """The classes by `peft_type`."""

@@ -1,4 +1,6 @@
-"""What `peft.utils` offers beside adapters: small functions that training scripts and other libraries take from there."""
+"""What `peft.utils` offers beside adapters: small functions that training scripts and other libraries take
+from there.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def infer_device() -> str:
 
 
 def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_start_token_id: int) -> Tensor:
-    """What a decoder reads for these labels, (batch, tokens): all moved right by one, ignored ones made padding."""
+    """What a decoder reads for these labels, (batch, tokens): all moved right by one, ignored ones made
+    padding.
+    """
     if pad_token_id is None:
         raise ValueError("self.model.config.pad_token_id has to be defined.")
     start = torch.full_like(input_ids[:, :1], decoder_start_token_id)
@@ -41,11 +45,13 @@ def shift_tokens_right(input_ids: Tensor, pad_token_id: int | None, decoder_star
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
-def bloom_model_postprocess_past_key_value(past_key_values: Sequence[Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
+def bloom_model_postprocess_past_key_value(
+    past_key_values: Sequence[Tensor],
+) -> tuple[tuple[Tensor, Tensor], ...]:
     """Keys and values (layers, 2, batch, heads, tokens, size) in the layout of the first Bloom models.
 
-    Keys (batch * heads, size, tokens) and values (batch * heads, tokens, size), layer by layer; keys in the order of numbers that
-    prefixes trained with PEFT have there, which is not that of a transposed matrix.
+    Keys (batch * heads, size, tokens) and values (batch * heads, tokens, size), layer by layer; keys in the
+    order of numbers that prefixes trained with PEFT have there, which is not that of a transposed matrix.
     """
     joined = torch.cat([*past_key_values])
     layers, batch, heads, tokens, size = joined.shape
@@ -62,7 +68,9 @@ def id_tensor_storage(tensor: Tensor) -> tuple[torch.device, int, int]:
 
 
 def map_cache_to_layer_device_map(model: nn.Module, cache: Any) -> None:
-    """Moves the keys and values in a cache to where the layers of a model that is spread over devices compute."""
+    """Moves the keys and values in a cache to where the layers of a model that is spread over devices
+    compute.
+    """
     cache = getattr(cache, "self_attention_cache", cache)
     for layer, device in layer_devices(model).items():
         if not hasattr(cache, "layers"):  # transformers 4 keeps two lists
@@ -98,7 +106,9 @@ def _set_adapter(model: nn.Module, adapter_name: str | list[str], inference_mode
     manage.set_adapter(model, adapter_name, inference_mode)
 
 
-def _prepare_prompt_learning_config(peft_config: PromptLearningConfig, model_config: Any) -> PromptLearningConfig:
+def _prepare_prompt_learning_config(
+    peft_config: PromptLearningConfig, model_config: Any
+) -> PromptLearningConfig:
     holder = nn.Module()
     holder.config = model_config
     for name, value in sizes(holder, peft_config).items():

@@ -1,4 +1,6 @@
-"""New adapters out of several others: weighted sums of what they change, exact or of a smaller rank, and PEFT's other mixtures."""
+"""New adapters out of several others: weighted sums of what they change, exact or of a smaller rank, and
+PEFT's other mixtures.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ SUMS = ("exact", "cat", "linear", "svd")
 PRUNED = {"magnitude_prune": task_vectors.magnitude_prune, "dare_linear": task_vectors.dare_linear}
 ELECTED = {"ties": task_vectors.ties, "dare_ties": task_vectors.dare_ties}
 KINDS = (*SUMS, *(f"{name}{form}" for name in {**PRUNED, **ELECTED} for form in ("", "_svd")))
-"""Every `combination_type`. Without `_svd` the pruning kinds act on the factors one by one, with it on the changes themselves."""
+"""Every `combination_type`.
+
+Without `_svd` the pruning kinds act on the factors one by one, with it on the changes themselves.
+"""
 
 _told: set[str] = set()
 """What was said once already."""
@@ -70,14 +75,20 @@ class Recipe:
         return task_vectors.task_arithmetic
 
 
-def add_weighted(model: nn.Module, name: str, adapters: Sequence[str], weights: Sequence[float], **options: Any) -> None:
-    """Adds the adapter `name`, frozen and not active, made of the others as `options` (the fields of `Recipe`) say.
+def add_weighted(
+    model: nn.Module, name: str, adapters: Sequence[str], weights: Sequence[float], **options: Any
+) -> None:
+    """Adds the adapter `name`, frozen and not active, made of the others as `options` (the fields of
+    `Recipe`) say.
 
     Raises `AdapterError` for unknown or unfit sources, with nothing changed.
     """
     configs = peft_configs(model)
     if len(adapters) != len(weights) or not adapters or len(set(adapters)) != len(adapters):
-        raise AdapterError(f"{len(adapters)} adapters and {len(weights)} weights were given: give one weight an adapter, each once")
+        raise AdapterError(
+            f"{len(adapters)} adapters and {len(weights)} weights were given: give one weight an adapter,"
+            " each once"
+        )
     if not all(math.isfinite(weight) for weight in weights):
         raise AdapterError(f"the weights {list(weights)} are not all finite numbers")
     check_known(model, adapters)
@@ -90,8 +101,8 @@ def add_weighted(model: nn.Module, name: str, adapters: Sequence[str], weights: 
         _add_scaling(model, name, recipe, configs)
     else:
         raise AdapterError(
-            f"adapters of the kinds {listed(sorted(map(str, kinds)))} have no weighted sum: LoRA and IA3 have one each; "
-            "hint: peftrs.convert_to_lora makes a LoRA of any adapter"
+            f"adapters of the kinds {listed(sorted(map(str, kinds)))} have no weighted sum: LoRA and IA3 have"
+            " one each; hint: peftrs.convert_to_lora makes a LoRA of any adapter"
         )
 
 
@@ -100,7 +111,9 @@ def _add_low_rank(model: nn.Module, name: str, recipe: Recipe, configs: dict[str
     held = _held(model, recipe)
     _check_sources(model, held, recipe, configs, factors=mixes)
     with torch.no_grad():
-        rank = recipe.rank or max(_factors(fitted)[0].shape[-1] for found in held.values() for fitted in found)
+        rank = recipe.rank or max(
+            _factors(fitted)[0].shape[-1] for found in held.values() for fitted in found
+        )
         if mixes:
             changes = [_mixed(found, recipe) for found in held.values()]
         elif recipe.dense:
@@ -116,17 +129,23 @@ def _add_low_rank(model: nn.Module, name: str, recipe: Recipe, configs: dict[str
 
 
 def _check_recipe(recipe: Recipe) -> bool:
-    """Raises `AdapterError` for what no source could be combined by; returns whether factors are merged one by one."""
+    """Raises `AdapterError` for what no source could be combined by; returns whether factors are merged one
+    by one.
+    """
     pruning = recipe.kind not in SUMS
     if recipe.kind not in KINDS:
-        raise AdapterError(f"Invalid combination_type: {recipe.kind}; use one of {listed(list(KINDS), len(KINDS))}")
+        raise AdapterError(
+            f"Invalid combination_type: {recipe.kind}; use one of {listed(list(KINDS), len(KINDS))}"
+        )
     faults = []
     if recipe.rank is not None and recipe.rank < 1:
         faults.append(f"`svd_rank` is {recipe.rank} and must be positive")
     if recipe.clamp is not None and not 0 <= recipe.clamp <= 1:
         faults.append(f"`svd_clamp` is {recipe.clamp} and must be a quantile, from 0 to 1")
     if pruning and (recipe.density is None or not 0 < recipe.density <= 1):
-        faults.append(f"combination_type={recipe.kind!r} needs a `density` above 0 and up to 1, not {recipe.density}")
+        faults.append(
+            f"combination_type={recipe.kind!r} needs a `density` above 0 and up to 1, not {recipe.density}"
+        )
     if recipe.sign not in ("total", "frequency"):
         faults.append(f"`majority_sign_method` is {recipe.sign!r} and must be 'total' or 'frequency'")
     if faults:
@@ -136,8 +155,8 @@ def _check_recipe(recipe: Recipe) -> bool:
     if "linear" not in _told and len(recipe.sources) > 1:
         _told.add("linear")
         warnings.warn(
-            "combination_type='linear' adds up factors, as PEFT does, and their product is not the weighted sum of the adapters; "
-            "hint: 'exact' is that sum, and 'svd' the best one of a small rank",
+            "combination_type='linear' adds up factors, as PEFT does, and their product is not the weighted"
+            " sum of the adapters; hint: 'exact' is that sum, and 'svd' the best one of a small rank",
             PeftrsWarning,
             stacklevel=5,
         )
@@ -145,9 +164,13 @@ def _check_recipe(recipe: Recipe) -> bool:
 
 
 def _held(model: nn.Module, recipe: Recipe) -> dict[AdaptedLayer, list[FittedAdapter]]:
-    """The sources on every layer that has any, in the order given; not those that share another layer's tensors."""
+    """The sources on every layer that has any, in the order given; not those that share another layer's
+    tensors.
+    """
     layers = [wrapper for _, wrapper in wrappers(model) if isinstance(wrapper, AdaptedLayer)]
-    held = {layer: [layer.adapters[each] for each in recipe.sources if each in layer.adapters] for layer in layers}
+    held = {
+        layer: [layer.adapters[each] for each in recipe.sources if each in layer.adapters] for layer in layers
+    }
     return {layer: found for layer, found in held.items() if any(fitted.leader is None for fitted in found)}
 
 
@@ -161,19 +184,33 @@ def _check_sources(
 ) -> None:
     for field in ("use_dora", "trainable_token_indices"):
         if holders := [each for each in recipe.sources if getattr(configs[each], field, None)]:
-            raise AdapterError(f"`{field}` of {listed(holders)} has no weighted sum: what it trains is not a sum of changes")
+            raise AdapterError(
+                f"`{field}` of {listed(holders)} has no weighted sum: what it trains is not a sum of changes"
+            )
     if not held:
         raise AdapterError(f"{listed(list(recipe.sources))} change no layer: there is nothing to combine")
-    faults = [f"{path}: {fault}" for path, wrapper in wrappers(model) if (fault := _fault(wrapper, held, recipe, factors))]
+    faults = [
+        f"{path}: {fault}"
+        for path, wrapper in wrappers(model)
+        if (fault := _fault(wrapper, held, recipe, factors))
+    ]
     if faults:
-        raise AdapterError("; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else ""))
+        raise AdapterError(
+            "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
+        )
 
 
-def _fault(wrapper: nn.Module, held: dict[AdaptedLayer, list[FittedAdapter]], recipe: Recipe, factors: bool) -> str | None:
+def _fault(
+    wrapper: nn.Module, held: dict[AdaptedLayer, list[FittedAdapter]], recipe: Recipe, factors: bool
+) -> str | None:
     """Why the sources cannot be combined on one layer or module, if so."""
     if isinstance(wrapper, ReplacedModule):
         replacing = [each for each in recipe.sources if each in wrapper.modules_to_save]
-        return f"{listed(replacing)} each replace this module, and whole modules are not added up" if len(replacing) > 1 else None
+        return (
+            f"{listed(replacing)} each replace this module, and whole modules are not added up"
+            if len(replacing) > 1
+            else None
+        )
     found = held.get(cast(AdaptedLayer, wrapper))
     if found is None:
         return None
@@ -185,12 +222,15 @@ def _fault(wrapper: nn.Module, held: dict[AdaptedLayer, list[FittedAdapter]], re
     if any(type(fitted.method).apply is not Additive.apply for fitted in found):
         return f"what {names} do is not added to the weight"
     if factors and any("origin_A.weight" in fitted for fitted in found):
-        return f"of {names} some start from the base weights: their factors mean nothing alone; hint: use a kind that ends in _svd"
+        return (
+            f"of {names} some start from the base weights: their factors mean nothing alone; hint: use a kind"
+            " that ends in _svd"
+        )
     if factors and len({fitted.values["r"] for fitted in found}) > 1:
         ranks = ", ".join(f"{fitted.name!r} has {fitted.values['r']}" for fitted in found)
         return (
-            f"combination_type={recipe.kind!r} takes factors of equal rank, and {ranks}; hint: use 'exact', 'svd' or a kind that "
-            "ends in _svd"
+            f"combination_type={recipe.kind!r} takes factors of equal rank, and {ranks}; hint: use 'exact',"
+            " 'svd' or a kind that ends in _svd"
         )
     return None
 
@@ -228,7 +268,9 @@ def _mixed(found: list[FittedAdapter], recipe: Recipe) -> Change:
 
 
 def _merged(found: list[FittedAdapter], recipe: Recipe, rank: int) -> Change:
-    """The changes merged as they are in the layer's own layout, then the best approximation of a small rank."""
+    """The changes merged as they are in the layer's own layout, then the best approximation of a small
+    rank.
+    """
     deltas, transposed = [], found[0].layer.base.transposed
     for fitted in found:
         up, down = _factors(fitted)
@@ -252,7 +294,9 @@ def _add_scaling(model: nn.Module, name: str, recipe: Recipe, configs: dict[str,
     held = _held(model, recipe)
     uneven = [layer.spec.name for layer, found in held.items() if len(found) < len(recipe.sources)]
     if uneven:
-        raise AdapterError(f"not all of {listed(list(recipe.sources))} are on the same layers: {listed(uneven, 4)}")
+        raise AdapterError(
+            f"not all of {listed(list(recipe.sources))} are on the same layers: {listed(uneven, 4)}"
+        )
     with torch.no_grad(), whole_or_not(model):
         attach(model, copy.deepcopy(configs[next(iter(recipe.sources))]), name)
         for layer, found in held.items():

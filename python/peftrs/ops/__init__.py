@@ -17,14 +17,18 @@ class _Switch:
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         _Switch.enabled = self.before
 
 
 def fused(enabled: bool) -> _Switch:
-    """Turns the fused operations on or off for the process, or as a context for a block: `with peftrs.ops.fused(False):`.
+    """Turns the fused operations on or off for the process, or as a context for a block: `with
+    peftrs.ops.fused(False):`.
 
-    Off, every layer runs the composite of plain torch operations. The environment variable `PEFTRS_FUSED=0` starts with them off.
+    Off, every layer runs the composite of plain torch operations. The environment variable `PEFTRS_FUSED=0`
+    starts with them off.
     """
     return _Switch(enabled)
 

@@ -1,7 +1,9 @@
-"""weight += scaling * up @ down in place, rounded once: the Rust kernel on CPU tensors, blocks of rows in torch elsewhere.
+"""weight += scaling * up @ down in place, rounded once: the Rust kernel on CPU tensors, blocks of rows in
+torch elsewhere.
 
-A correction takes it out again to the bit: the kernel subtracts the same update, which is the same to the bit whatever the
-machine, and the correction has, for the few weights that this does not bring back, how many steps they are off.
+A correction takes it out again to the bit: the kernel subtracts the same update, which is the same to the bit
+whatever the machine, and the correction has, for the few weights that this does not bring back, how many
+steps they are off.
 """
 
 from __future__ import annotations
@@ -16,7 +18,9 @@ from torch import Tensor
 from peftrs import _native
 
 ROWS = 256
-"""Rows a block in torch: the wide copy of a block stays small beside the weight (256 rows of 14,336 are 14 MB in float32)."""
+"""Rows a block in torch: the wide copy of a block stays small beside the weight (256 rows of 14,336 are 14 MB
+in float32).
+"""
 
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 NATIVE = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float32}
@@ -25,7 +29,9 @@ NATIVE = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bflo
 
 @dataclass(frozen=True)
 class Update:
-    """`scaling * up @ down`: `up` is `(rows, r)`, `down` `(r, columns)`, of any strides, or stacks of such."""
+    """`scaling * up @ down`: `up` is `(rows, r)`, `down` `(r, columns)`, of any strides, or stacks of
+    such.
+    """
 
     up: Tensor
     down: Tensor
@@ -52,7 +58,9 @@ class Update:
 
     @cached_property
     def reach(self) -> float:
-        """What no element of the update exceeds in magnitude, but for rounding; not finite if a factor is not."""
+        """What no element of the update exceeds in magnitude, but for rounding; not finite if a factor is
+        not.
+        """
         if not (self.up.numel() and self.down.numel()):
             return 0.0
         return abs(self.scaling) * self.up.shape[-1] * _largest(self.up) * _largest(self.down)
@@ -60,7 +68,9 @@ class Update:
 
 @dataclass(frozen=True)
 class Correction:
-    """What takes an update out of a weight of this dtype again: the update, and a code for each matrix of the stack."""
+    """What takes an update out of a weight of this dtype again: the update, and a code for each matrix of the
+    stack.
+    """
 
     update: Update
     dtype: torch.dtype
@@ -101,14 +111,17 @@ def add_low_rank_(weight: Tensor, update: Update, keep: bool = False) -> tuple[b
     if native:
         torch.autograd.graph.increment_version(weight)
     codes = tuple(code for _, code in done if code is not None)
-    return all(finite for finite, _ in done), Correction(update.copied(), weight.dtype, codes) if keep else None
+    return all(finite for finite, _ in done), Correction(
+        update.copied(), weight.dtype, codes
+    ) if keep else None
 
 
 @torch.no_grad()
 def overflows(weight: Tensor, update: Update) -> bool:
     """Whether the update would make a finite weight infinite; nothing is changed."""
     kind = torch.finfo(weight.dtype)
-    # What is less than half of a step at the end of the range rounds to no larger number there; twice that is left as margin.
+    # What is less than half of a step at the end of the range rounds to no larger number there; twice that is
+    # left as margin.
     if update.reach < kind.max * kind.eps / 8:
         return False
     return any(
@@ -154,7 +167,10 @@ def _blocks(weight: Tensor, update: Update) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _largest(factor: Tensor) -> float:
-    """The largest magnitude. On the CPU it is not torch that looks, whose threads would spin on while the kernel's want to work."""
+    """The largest magnitude.
+
+    On the CPU it is not torch that looks, whose threads would spin on while the kernel's want to work.
+    """
     if factor.device.type == "cpu" and factor.dtype in NAMES:
         return max(_native.largest_magnitude(_given(matrix)) for matrix in matrices(factor.detach()))
     return max(map(abs, map(float, torch.aminmax(factor))))

@@ -21,8 +21,9 @@ def create_loraplus_optimizer(
 ) -> Optimizer:
     """An optimizer of the class given over all that the model trains.
 
-    `lora_B` and vectors get the rate `lr * loraplus_lr_ratio`, what is trained of embeddings `loraplus_lr_embedding` (1e-6), all
-    else `lr`. `loraplus_weight_decay` (0.0) is for matrices; other keyword arguments are the class's own.
+    `lora_B` and vectors get the rate `lr * loraplus_lr_ratio`, what is trained of embeddings
+    `loraplus_lr_embedding` (1e-6), all else `lr`. `loraplus_weight_decay` (0.0) is for matrices; other
+    keyword arguments are the class's own.
     """
     decay = kwargs.pop("loraplus_weight_decay", 0.0)
     embedding_lr = kwargs.pop("loraplus_lr_embedding", 1e-6)
@@ -50,8 +51,15 @@ def create_loraplus_optimizer(
         else:
             groups["A"].append(parameter)
     fast = lr * loraplus_lr_ratio
-    options = {"A": (decay, lr), "embedding": (decay, embedding_lr), "B": (decay, fast), "undecayed": (0.0, fast)}
-    stated = [{"params": groups[name], "weight_decay": own, "lr": rate} for name, (own, rate) in options.items()]
+    options = {
+        "A": (decay, lr),
+        "embedding": (decay, embedding_lr),
+        "B": (decay, fast),
+        "undecayed": (0.0, fast),
+    }
+    stated = [
+        {"params": groups[name], "weight_decay": own, "lr": rate} for name, (own, rate) in options.items()
+    ]
     optimizer: Optimizer = cast(Any, optimizer_cls)(stated, lr=lr, **kwargs)
     if optimizer_cls.__name__ in EIGHT_BIT:
         _widen_embeddings(model, optimizer_cls)
@@ -62,7 +70,9 @@ def _widen_embeddings(model: nn.Module, optimizer_cls: type[Optimizer]) -> None:
     """Has the 8-bit optimizers keep the state of embeddings in 32 bits, as their authors advise."""
     from importlib import import_module
 
-    manager = import_module(f"{optimizer_cls.__module__.partition('.')[0]}.optim").GlobalOptimManager.get_instance()
+    manager = import_module(
+        f"{optimizer_cls.__module__.partition('.')[0]}.optim"
+    ).GlobalOptimManager.get_instance()
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             manager.register_module_override(module, "weight", {"optim_bits": 32})

@@ -15,7 +15,9 @@ TABLES = ("lora_embedding_A", "lora_embedding_B")
 
 
 def pairs(model: nn.Module, *, tables: bool) -> Iterator[tuple[FittedAdapter, nn.Parameter, nn.Parameter]]:
-    """Each adapter of a layer with matrices `A (r, in)` and `B (out, r)`, trained or not; those of embeddings too with `tables`."""
+    """Each adapter of a layer with matrices `A (r, in)` and `B (out, r)`, trained or not; those of embeddings
+    too with `tables`.
+    """
     for layer in adapted_layers(model):
         for fitted in layer.adapters.values():
             held = dict(fitted.parameters())
@@ -26,5 +28,7 @@ def pairs(model: nn.Module, *, tables: bool) -> Iterator[tuple[FittedAdapter, nn
 
 def inverse(gram: Tensor, damping: float) -> Tensor:
     """`(G + damping·I)⁻¹` of a symmetric `(r, r)` matrix; its pseudo-inverse where that has no inverse."""
-    found: Tensor = torch.linalg.pinv(gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), hermitian=True)
+    found: Tensor = torch.linalg.pinv(
+        gram + damping * torch.eye(len(gram), dtype=gram.dtype, device=gram.device), hermitian=True
+    )
     return found

@@ -1,4 +1,6 @@
-"""accelerate over peftrs: prepared training, mixed precision, two processes, saved states, models kept on the CPU or on disk."""
+"""accelerate over peftrs: prepared training, mixed precision, two processes, saved states, models kept on the
+CPU or on disk.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,8 @@ def fresh_state() -> Iterator[None]:
 
 def adapted(**settings: Any) -> PeftModel:
     return get_peft_model(
-        llama(), LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings})
+        llama(),
+        LoraConfig(**{"r": 4, "target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", **settings}),
     )
 
 
@@ -43,7 +46,9 @@ def trained(model: Any) -> dict[str, torch.Tensor]:
     return {name: value.detach().clone() for name, value in model.named_parameters() if value.requires_grad}
 
 
-def prepared(accelerator: Accelerator, rows: torch.Tensor = TOKENS, batch: int = 4, rate: float = 0.1) -> tuple[Any, Any, Any]:
+def prepared(
+    accelerator: Accelerator, rows: torch.Tensor = TOKENS, batch: int = 4, rate: float = 0.1
+) -> tuple[Any, Any, Any]:
     model = adapted()
     optimizer = torch.optim.SGD([one for one in model.parameters() if one.requires_grad], lr=rate)
     return accelerator.prepare(model, optimizer, DataLoader(list(rows), batch_size=batch))
@@ -74,12 +79,16 @@ def half(folder: str) -> None:
     torch.save((trained(inner), losses), f"{folder}/{accelerator.process_index}.pt")
     accelerator.save_state(f"{folder}/state")
     inner.save_pretrained(
-        f"{folder}/adapter", is_main_process=accelerator.is_main_process, state_dict=accelerator.get_state_dict(model)
+        f"{folder}/adapter",
+        is_main_process=accelerator.is_main_process,
+        state_dict=accelerator.get_state_dict(model),
     )
     accelerator.wait_for_everyone()
     stir(inner)
     accelerator.load_state(f"{folder}/state")
-    assert all(torch.equal(value, trained(inner)[name]) for name, value in torch.load(f"{folder}/0.pt")[0].items())
+    assert all(
+        torch.equal(value, trained(inner)[name]) for name, value in torch.load(f"{folder}/0.pt")[0].items()
+    )
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
@@ -140,7 +149,9 @@ CONFIGS = {
     "lora": LoraConfig(r=4, target_modules=["q_proj", "down_proj", "embed_tokens"], init_lora_weights=False),
     "dora": LoraConfig(r=4, target_modules=["q_proj", "down_proj"], use_dora=True, init_lora_weights=False),
     "pissa": LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa"),
-    "ia3": IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False),
+    "ia3": IA3Config(
+        target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"], init_ia3_weights=False
+    ),
     "whole": LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False, modules_to_save=["lm_head"]),
 }
 
@@ -154,9 +165,15 @@ def test_adapters_on_offloaded_models(kind: str, method: str, tmp_path: Path) ->
     expected = logits(there)
     there.save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(offloaded(kind, llama(), tmp_path / "offload"), tmp_path / "adapter")
-    layer = next(module for module in model.modules() if isinstance(module, BaseTunerLayer) and module.spec.kind == "linear")
+    layer = next(
+        module
+        for module in model.modules()
+        if isinstance(module, BaseTunerLayer) and module.spec.kind == "linear"
+    )
     assert any(one.is_meta for one in model.parameters())
-    assert not any(value.is_meta for name, value in model.named_parameters() if "lora_" in name or "ia3_" in name)
+    assert not any(
+        value.is_meta for name, value in model.named_parameters() if "lora_" in name or "ia3_" in name
+    )
     assert distance(logits(model), expected) < 1e-5
     with model.disable_adapter():
         assert distance(logits(model), plain) < 1e-6

@@ -23,13 +23,21 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from tests.ecosystem.tiny import distance, stable_diffusion
 
-TEXT = {"vocab_size": 50, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+TEXT = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+}
 FILE = "pytorch_lora_weights.safetensors"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
 
 def clip() -> CLIPTextModel:
-    return CLIPTextModel(CLIPTextConfig(**TEXT, projection_dim=16, max_position_embeddings=16, eos_token_id=2, bos_token_id=1))
+    return CLIPTextModel(
+        CLIPTextConfig(**TEXT, projection_dim=16, max_position_embeddings=16, eos_token_id=2, bos_token_id=1)
+    )
 
 
 def flux() -> FluxPipeline:
@@ -58,11 +66,15 @@ def flux() -> FluxPipeline:
         scaling_factor=1.0,
     )
     parts = {"transformer": transformer, "vae": vae, "text_encoder": clip(), "text_encoder_2": t5}
-    return FluxPipeline(**parts, scheduler=FlowMatchEulerDiscreteScheduler(), tokenizer=None, tokenizer_2=None)
+    return FluxPipeline(
+        **parts, scheduler=FlowMatchEulerDiscreteScheduler(), tokenizer=None, tokenizer_2=None
+    )
 
 
 def image(pipe: Any, **options: Any) -> torch.Tensor:
-    """What the pipeline makes of one prompt, its text encoder being asked for it, in two steps of denoising."""
+    """What the pipeline makes of one prompt, its text encoder being asked for it, in two steps of
+    denoising.
+    """
     tokens = torch.arange(3, 11)[None]
     with torch.no_grad():
         text = pipe.text_encoder(tokens)
@@ -72,7 +84,13 @@ def image(pipe: Any, **options: Any) -> torch.Tensor:
     else:
         options["guidance_scale"] = 1.0
     pipe.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": 2, "height": 8, "width": 8, "output_type": "pt", "generator": torch.manual_seed(0)}
+    settings = {
+        "num_inference_steps": 2,
+        "height": 8,
+        "width": 8,
+        "output_type": "pt",
+        "generator": torch.manual_seed(0),
+    }
     return pipe(**prompt, **settings, **options).images
 
 
@@ -84,7 +102,9 @@ def denoiser(pipe: Any) -> Any:
     return getattr(pipe, name_of(pipe))
 
 
-def saved(make: Callable[[], Any], folder: Path, seed: int, *, text: bool = True, **settings: Any) -> torch.Tensor:
+def saved(
+    make: Callable[[], Any], folder: Path, seed: int, *, text: bool = True, **settings: Any
+) -> torch.Tensor:
     """Makes a pipeline's LoRA, saves it as its trainers do, and returns the image that it made."""
     pipe = make()
     model = denoiser(pipe)
@@ -96,7 +116,9 @@ def saved(make: Callable[[], Any], folder: Path, seed: int, *, text: bool = True
     }
     adapted = {name_of(pipe): model}
     if text:
-        pipe.text_encoder.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+        pipe.text_encoder.add_adapter(
+            LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+        )
         adapted["text_encoder"] = pipe.text_encoder
     spelled = dict if isinstance(pipe, FluxPipeline) else convert_state_dict_to_diffusers
     layers = {f"{name}_lora_layers": spelled(get_peft_model_state_dict(one)) for name, one in adapted.items()}
@@ -184,8 +206,15 @@ class TestFamilies:
             inputs["encoder_hidden_states"] = torch.randn(2, 8, model.config.cross_attention_dim)
             wanted = torch.randn(2, 4, 8, 8)
         else:
-            inputs = {"hidden_states": torch.randn(2, 16, 4), "timestep": torch.tensor([0.3, 0.5]), "img_ids": torch.zeros(16, 3)}
-            inputs |= {"encoder_hidden_states": torch.randn(2, 8, 16), "pooled_projections": torch.randn(2, 16)}
+            inputs = {
+                "hidden_states": torch.randn(2, 16, 4),
+                "timestep": torch.tensor([0.3, 0.5]),
+                "img_ids": torch.zeros(16, 3),
+            }
+            inputs |= {
+                "encoder_hidden_states": torch.randn(2, 8, 16),
+                "pooled_projections": torch.randn(2, 16),
+            }
             inputs |= {"txt_ids": torch.zeros(8, 3)}
             wanted = torch.randn(2, 16, 4)
         optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=1e-2)
@@ -199,7 +228,9 @@ class TestFamilies:
         assert losses[-1] < losses[0]
         model.save_lora_adapter(str(tmp_path), adapter_name="style")
         other = denoiser(FAMILIES[family]())
-        other.load_lora_adapter(str(tmp_path), prefix=None, adapter_name="style", use_safetensors=True, weight_name=FILE)
+        other.load_lora_adapter(
+            str(tmp_path), prefix=None, adapter_name="style", use_safetensors=True, weight_name=FILE
+        )
         with torch.no_grad():
             learnt, loaded = (one.eval()(**inputs, return_dict=False)[0] for one in (model, other))
         assert torch.equal(learnt, loaded)
@@ -217,7 +248,9 @@ class TestFamilies:
         load(pipe, tmp_path / "one", adapter_name="default_0", hotswap=True)
         assert distance(image(pipe), one) < 1e-4
 
-    @pytest.mark.skipif(torch.__version__ < "2.7", reason="torch 2.6 compiles once more where ranks differ by layer")
+    @pytest.mark.skipif(
+        torch.__version__ < "2.7", reason="torch 2.6 compiles once more where ranks differ by layer"
+    )
     def test_hotswap_of_a_compiled_model(self, family: str, tmp_path: Path) -> None:
         make = FAMILIES[family]
         expected = {

@@ -36,10 +36,18 @@ def test_an_encoders_adapter(base: str, tmp_path: Path) -> None:
     model.add_adapter(LoraConfig(r=4, target_modules=["query", "value"], task_type="FEATURE_EXTRACTION"))
     assert np.array_equal(model.encode(sentences(4)), plain)
     rows = {"sentence1": sentences(), "sentence2": sentences()[::-1], "score": [n % 2 / 1 for n in range(16)]}
-    options = {"max_steps": 4, "learning_rate": 5e-2, "per_device_train_batch_size": 8, "save_steps": 4, "logging_steps": 1}
+    options = {
+        "max_steps": 4,
+        "learning_rate": 5e-2,
+        "per_device_train_batch_size": 8,
+        "save_steps": 4,
+        "logging_steps": 1,
+    }
     trainer = SentenceTransformerTrainer(
         model=model,
-        args=SentenceTransformerTrainingArguments(str(tmp_path / "out"), report_to=[], use_cpu=True, disable_tqdm=True, **options),
+        args=SentenceTransformerTrainingArguments(
+            str(tmp_path / "out"), report_to=[], use_cpu=True, disable_tqdm=True, **options
+        ),
         train_dataset=Dataset.from_dict(rows),
         loss=losses.CosineSimilarityLoss(model),
     )
@@ -72,7 +80,9 @@ def test_a_cross_encoder_with_its_head(tmp_path: Path) -> None:
     model = CrossEncoder(str(tmp_path / "base"), device="cpu")
     pairs = list(zip(sentences(4), sentences(4)[::-1], strict=True))
     plain = model.predict(pairs)
-    model.model.add_adapter(LoraConfig(r=4, target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False))
+    model.model.add_adapter(
+        LoraConfig(r=4, target_modules=["query"], modules_to_save=["classifier"], init_lora_weights=False)
+    )
     with torch.no_grad():
         model.model.classifier.modules_to_save["default"].bias += 0.5
     changed = model.predict(pairs)

@@ -1,4 +1,6 @@
-"""transformers over peftrs: the trainers, models that manage adapters themselves, pipelines, generation, speech and images."""
+"""transformers over peftrs: the trainers, models that manage adapters themselves, pipelines, generation,
+speech and images.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,13 @@ def rows(count: int = 32) -> list[dict[str, Any]]:
 
 
 def arguments(folder: Path, kind: Any = TrainingArguments, **settings: Any) -> Any:
-    held = {"per_device_train_batch_size": 8, "report_to": [], "logging_steps": 1, "use_cpu": True, "disable_tqdm": True}
+    held = {
+        "per_device_train_batch_size": 8,
+        "report_to": [],
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
     return kind(str(folder), **{**held, **settings})
 
 
@@ -54,7 +62,9 @@ def logits(model: Any, **inputs: Any) -> torch.Tensor:
 
 def adapter(model: Any) -> dict[str, torch.Tensor]:
     return {
-        name: value.detach().clone() for name, value in model.named_parameters() if "lora_" in name or "modules_to_save" in name
+        name: value.detach().clone()
+        for name, value in model.named_parameters()
+        if "lora_" in name or "modules_to_save" in name
     }
 
 
@@ -64,15 +74,25 @@ def test_peft_is_available() -> None:
 
 def test_trainer_resumes_with_gradient_checkpointing(tmp_path: Path) -> None:
     def trainer() -> Trainer:
-        model = get_peft_model(bert(), LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", lora_dropout=0.1))
-        settings = {"max_steps": 6, "save_steps": 3, "learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 3}
+        model = get_peft_model(
+            bert(), LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS", lora_dropout=0.1)
+        )
+        settings = {
+            "max_steps": 6,
+            "save_steps": 3,
+            "learning_rate": 1e-2,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+        }
         settings |= {"gradient_checkpointing": True, "label_names": ["labels"]}
         return Trainer(model, arguments(tmp_path, **settings), train_dataset=rows(), eval_dataset=rows(8))
 
     first, again = trainer(), trainer()
     first.train()
     saved = tmp_path / "checkpoint-6"
-    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in saved.iterdir()}
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= {
+        path.name for path in saved.iterdir()
+    }
     assert not (saved / "model.safetensors").exists()
     assert sum("eval_loss" in entry for entry in first.state.log_history) == 2
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
@@ -85,7 +105,13 @@ def test_trainer_resumes_with_gradient_checkpointing(tmp_path: Path) -> None:
 def test_trainer_takes_the_best_checkpoint_back(tmp_path: Path) -> None:
     model = get_peft_model(bert(), LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"))
     # Steps this long make matters worse, so the first checkpoint is the best.
-    settings = {"max_steps": 6, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 1.0}
+    settings = {
+        "max_steps": 6,
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "learning_rate": 1.0,
+    }
     settings |= {"load_best_model_at_end": True, "label_names": ["labels"], "lr_scheduler_type": "constant"}
     trainer = Trainer(model, arguments(tmp_path, **settings), train_dataset=rows(), eval_dataset=rows(8))
     trainer.train()
@@ -99,7 +125,13 @@ def test_trainer_takes_the_best_checkpoint_back(tmp_path: Path) -> None:
 def test_trainer_takes_the_best_prompt_back(tmp_path: Path) -> None:
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, tokenizer_name_or_path=None)
     model = get_peft_model(llama(), config)
-    settings = {"max_steps": 6, "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "learning_rate": 3.0}
+    settings = {
+        "max_steps": 6,
+        "save_steps": 2,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "learning_rate": 3.0,
+    }
     settings |= {"load_best_model_at_end": True, "label_names": ["labels"], "lr_scheduler_type": "constant"}
     texts = [{"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in rows()]
     trainer = Trainer(model, arguments(tmp_path, **settings), train_dataset=texts, eval_dataset=texts[:8])
@@ -113,9 +145,13 @@ def test_trainer_resumes_several_adapters(tmp_path: Path) -> None:
     def trainer() -> Trainer:
         torch.manual_seed(1)
         model = get_peft_model(bert(), LoraConfig(r=4, target_modules=["query"], task_type="SEQ_CLS"))
-        model.add_adapter("other", LoraConfig(r=2, target_modules=["value"], task_type="SEQ_CLS", init_lora_weights=False))
+        model.add_adapter(
+            "other", LoraConfig(r=2, target_modules=["value"], task_type="SEQ_CLS", init_lora_weights=False)
+        )
         model.set_adapter("other")
-        return Trainer(model, arguments(tmp_path, max_steps=4, save_steps=2, learning_rate=1e-2), train_dataset=rows())
+        return Trainer(
+            model, arguments(tmp_path, max_steps=4, save_steps=2, learning_rate=1e-2), train_dataset=rows()
+        )
 
     first, again = trainer(), trainer()
     first.train()
@@ -128,15 +164,27 @@ def test_trainer_resumes_several_adapters(tmp_path: Path) -> None:
 
 def test_seq2seq_trainer_generates(tmp_path: Path) -> None:
     model = get_peft_model(t5(), LoraConfig(r=4, target_modules=["q", "v"], task_type="SEQ_2_SEQ_LM"))
-    settings = {"max_steps": 3, "learning_rate": 1e-2, "predict_with_generate": True, "generation_max_length": 6, "save_steps": 3}
-    pairs = [{"input_ids": TOKENS[0], "attention_mask": torch.ones(8, dtype=torch.long), "labels": TOKENS[1]}] * 8
-    trainer = Seq2SeqTrainer(model, arguments(tmp_path, Seq2SeqTrainingArguments, **settings), train_dataset=pairs)
+    settings = {
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "predict_with_generate": True,
+        "generation_max_length": 6,
+        "save_steps": 3,
+    }
+    pairs = [
+        {"input_ids": TOKENS[0], "attention_mask": torch.ones(8, dtype=torch.long), "labels": TOKENS[1]}
+    ] * 8
+    trainer = Seq2SeqTrainer(
+        model, arguments(tmp_path, Seq2SeqTrainingArguments, **settings), train_dataset=pairs
+    )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
     predicted = trainer.predict(pairs[:2]).predictions
     loaded = PeftModel.from_pretrained(t5(), tmp_path / "checkpoint-3").eval()
-    expected = loaded.generate(input_ids=TOKENS[:1], attention_mask=torch.ones(1, 8, dtype=torch.long), max_length=6)
+    expected = loaded.generate(
+        input_ids=TOKENS[:1], attention_mask=torch.ones(1, 8, dtype=torch.long), max_length=6
+    )
     assert predicted[0, : expected.shape[1]].tolist() == expected[0].tolist()
 
 
@@ -154,7 +202,9 @@ class TestModelsThatManageAdapters:
         plain = logits(fresh)
         fresh.add_adapter(LoraConfig(r=4, target_modules=["query", "value"]), "one")
         assert fresh.active_adapters() == ["one"]
-        assert all(("lora_" in name) == parameter.requires_grad for name, parameter in fresh.named_parameters())
+        assert all(
+            ("lora_" in name) == parameter.requires_grad for name, parameter in fresh.named_parameters()
+        )
         stir(fresh)
         one = logits(fresh)
         fresh.add_adapter(LoraConfig(r=2, target_modules=["key"], init_lora_weights=False), "two")
@@ -169,7 +219,9 @@ class TestModelsThatManageAdapters:
         assert torch.equal(logits(fresh), both)
         fresh.set_adapter("one")
         assert torch.equal(logits(fresh), one)
-        assert set(fresh.get_adapter_state_dict("two")) == set(fresh.get_adapter_state_dict("two", fresh.state_dict()))
+        assert set(fresh.get_adapter_state_dict("two")) == set(
+            fresh.get_adapter_state_dict("two", fresh.state_dict())
+        )
         fresh.delete_adapter("two")
         assert torch.equal(logits(fresh), one)
         with pytest.raises(ValueError, match="two"):
@@ -181,12 +233,20 @@ class TestModelsThatManageAdapters:
         assert distance(logits(fresh), plain) > 1e-4
 
     def test_save_and_load(self, fresh: Any, base: Path, tmp_path: Path) -> None:
-        fresh.add_adapter(LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"]), "one")
+        fresh.add_adapter(
+            LoraConfig(r=4, target_modules=["query", "value"], modules_to_save=["classifier"]), "one"
+        )
         stir(fresh)
         changed = logits(fresh)
         fresh.save_pretrained(tmp_path / "adapter")
-        assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-        assert all(name.startswith("base_model.model.") for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+        assert {path.name for path in (tmp_path / "adapter").iterdir()} >= {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+        assert all(
+            name.startswith("base_model.model.")
+            for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        )
         other = BertForSequenceClassification.from_pretrained(base)
         other.add_adapter(LoraConfig(r=2, target_modules=["key"]), "first")
         other.load_adapter(str(tmp_path / "adapter"), "two")
@@ -202,7 +262,10 @@ class TestModelsThatManageAdapters:
     def test_load_tensors_from_memory(self, fresh: Any) -> None:
         config = LoraConfig(r=4, target_modules=["query"], init_lora_weights=False)
         source = get_peft_model(bert(), config)
-        state = {name.removeprefix("base_model.model."): value for name, value in get_peft_model_state_dict(source).items()}
+        state = {
+            name.removeprefix("base_model.model."): value
+            for name, value in get_peft_model_state_dict(source).items()
+        }
         fresh.load_adapter(peft_config=config, adapter_state_dict=state)
         assert distance(logits(fresh), logits(source)) < 1e-6
 
@@ -239,14 +302,23 @@ class TestModelsThatManageAdapters:
 
 
 def test_pipelines(tmp_path: Path) -> None:
-    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False))
+    model = get_peft_model(
+        llama(),
+        LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM", init_lora_weights=False),
+    )
     words = tokenizer()
     options = {"max_new_tokens": 4, "do_sample": False}
-    written = pipeline("text-generation", model=model, tokenizer=words, device="cpu")("the cat sat", **options)[0]["generated_text"]
-    merged = pipeline("text-generation", model=model.merge_and_unload(), tokenizer=words, device="cpu")("the cat sat", **options)
+    written = pipeline("text-generation", model=model, tokenizer=words, device="cpu")(
+        "the cat sat", **options
+    )[0]["generated_text"]
+    merged = pipeline("text-generation", model=model.merge_and_unload(), tokenizer=words, device="cpu")(
+        "the cat sat", **options
+    )
     assert written == merged[0]["generated_text"]
     assert written.startswith("the cat sat")
-    judge = get_peft_model(bert(), LoraConfig(target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False))
+    judge = get_peft_model(
+        bert(), LoraConfig(target_modules=["query"], task_type="SEQ_CLS", init_lora_weights=False)
+    )
     judged = pipeline("text-classification", model=judge, tokenizer=words, device="cpu")(sentences(2))
     inputs = words(sentences(2), return_tensors="pt", return_token_type_ids=False)
     best = logits(judge, **inputs).softmax(-1).max(-1)
@@ -262,10 +334,17 @@ def test_pipelines(tmp_path: Path) -> None:
 
 
 def test_generate_greedily_by_beams_and_by_sampling() -> None:
-    model = get_peft_model(llama(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)).eval()
+    model = get_peft_model(
+        llama(), LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", init_lora_weights=False)
+    ).eval()
     plain = llama().eval()
     for options in ({"do_sample": False}, {"num_beams": 3}, {"do_sample": True, "top_k": 5}):
-        settings = {"input_ids": TOKENS, "attention_mask": torch.ones_like(TOKENS), "max_new_tokens": 6, **options}
+        settings = {
+            "input_ids": TOKENS,
+            "attention_mask": torch.ones_like(TOKENS),
+            "max_new_tokens": 6,
+            **options,
+        }
         torch.manual_seed(0)
         adapted = model.generate(**settings)
         torch.manual_seed(0)
@@ -282,8 +361,20 @@ def test_generate_greedily_by_beams_and_by_sampling() -> None:
 def test_a_speech_model_trains_and_writes(tmp_path: Path) -> None:
     def whisper() -> WhisperForConditionalGeneration:
         torch.manual_seed(0)
-        sizes = {"vocab_size": 48, "d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "num_mel_bins": 8, "dropout": 0.0}
-        sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+        sizes = {
+            "vocab_size": 48,
+            "d_model": 16,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "num_mel_bins": 8,
+            "dropout": 0.0,
+        }
+        sizes |= {
+            "encoder_attention_heads": 2,
+            "decoder_attention_heads": 2,
+            "encoder_ffn_dim": 24,
+            "decoder_ffn_dim": 24,
+        }
         tokens = {
             "pad_token_id": 0,
             "bos_token_id": 1,
@@ -291,14 +382,26 @@ def test_a_speech_model_trains_and_writes(tmp_path: Path) -> None:
             "decoder_start_token_id": 1,
             "begin_suppress_tokens": None,
         }
-        config = WhisperConfig(**sizes, **tokens, max_source_positions=30, max_target_positions=24, suppress_tokens=None)
+        config = WhisperConfig(
+            **sizes, **tokens, max_source_positions=30, max_target_positions=24, suppress_tokens=None
+        )
         return WhisperForConditionalGeneration(config)
 
-    model = get_peft_model(whisper(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["conv1"]))
+    model = get_peft_model(
+        whisper(), LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["conv1"])
+    )
     examples = [{"input_features": torch.randn(8, 60), "labels": torch.arange(3, 9)} for _ in range(8)]
-    settings = {"max_steps": 4, "learning_rate": 1e-2, "remove_unused_columns": False, "label_names": ["labels"], "save_steps": 4}
+    settings = {
+        "max_steps": 4,
+        "learning_rate": 1e-2,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "save_steps": 4,
+    }
     settings |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    trainer = Seq2SeqTrainer(model, arguments(tmp_path, Seq2SeqTrainingArguments, **settings), train_dataset=examples)
+    trainer = Seq2SeqTrainer(
+        model, arguments(tmp_path, Seq2SeqTrainingArguments, **settings), train_dataset=examples
+    )
     trainer.train()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < losses[0]
@@ -318,9 +421,17 @@ def test_an_image_model_trains(tmp_path: Path) -> None:
         return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=8, num_labels=3))
 
     attention = "query" if any(name.endswith(".query") for name, _ in vit().named_modules()) else "q_proj"
-    model = get_peft_model(vit(), LoraConfig(r=4, target_modules=[attention, "projection"], modules_to_save=["classifier"]))
+    model = get_peft_model(
+        vit(), LoraConfig(r=4, target_modules=[attention, "projection"], modules_to_save=["classifier"])
+    )
     examples = [{"pixel_values": torch.randn(3, 16, 16), "labels": n % 3} for n in range(12)]
-    settings = {"max_steps": 6, "learning_rate": 2e-2, "remove_unused_columns": False, "label_names": ["labels"], "save_steps": 6}
+    settings = {
+        "max_steps": 6,
+        "learning_rate": 2e-2,
+        "remove_unused_columns": False,
+        "label_names": ["labels"],
+        "save_steps": 6,
+    }
     trainer = Trainer(model, arguments(tmp_path, **settings), train_dataset=examples, eval_dataset=examples)
     before = trainer.evaluate()["eval_loss"]
     trainer.train()

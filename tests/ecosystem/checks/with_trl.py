@@ -1,4 +1,6 @@
-"""trl over peftrs: supervised tuning, preferences with the adapter turned off as reference, rewards, and policies."""
+"""trl over peftrs: supervised tuning, preferences with the adapter turned off as reference, rewards, and
+policies.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification, LlamaForSequenceClassification
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
+from trl import (
+    DPOConfig,
+    DPOTrainer,
+    GRPOConfig,
+    GRPOTrainer,
+    RewardConfig,
+    RewardTrainer,
+    SFTConfig,
+    SFTTrainer,
+)
 
 from tests.ecosystem.tiny import distance, llama, sentences, tokenizer
 
@@ -20,8 +31,21 @@ TARGETS = ["q_proj", "v_proj"]
 
 
 def settings(folder: Path, **further: Any) -> dict[str, Any]:
-    held = {"output_dir": str(folder), "max_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "report_to": []}
-    return held | {"logging_steps": 1, "use_cpu": True, "disable_tqdm": True, "bf16": False, "save_steps": 3, **further}
+    held = {
+        "output_dir": str(folder),
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "report_to": [],
+    }
+    return held | {
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "bf16": False,
+        "save_steps": 3,
+        **further,
+    }
 
 
 @torch.no_grad()
@@ -40,7 +64,9 @@ def base(tmp_path: Path, kind: Any = None) -> str:
 
 def pairs(count: int = 8) -> Dataset:
     rows = sentences(count)
-    return Dataset.from_dict({"prompt": [row[:7] for row in rows], "chosen": [" is good"] * count, "rejected": [" is bad"] * count})
+    return Dataset.from_dict(
+        {"prompt": [row[:7] for row in rows], "chosen": [" is good"] * count, "rejected": [" is bad"] * count}
+    )
 
 
 def learnt(trainer: Any, fresh: Any, folder: Path) -> None:
@@ -54,10 +80,17 @@ def learnt(trainer: Any, fresh: Any, folder: Path) -> None:
 
 
 def test_supervised_tuning(tmp_path: Path) -> None:
-    chats = [[{"role": "user", "content": row}, {"role": "assistant", "content": "the cat is good"}] for row in sentences()]
+    chats = [
+        [{"role": "user", "content": row}, {"role": "assistant", "content": "the cat is good"}]
+        for row in sentences()
+    ]
     trainer = SFTTrainer(
         model=base(tmp_path),
-        args=SFTConfig(**settings(tmp_path, max_length=32, gradient_checkpointing=True, eval_strategy="steps", eval_steps=3)),
+        args=SFTConfig(
+            **settings(
+                tmp_path, max_length=32, gradient_checkpointing=True, eval_strategy="steps", eval_steps=3
+            )
+        ),
         train_dataset=Dataset.from_dict({"messages": chats}),
         eval_dataset=Dataset.from_dict({"messages": chats[:4]}),
         peft_config=LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM"),
@@ -94,7 +127,8 @@ def test_preferences(tmp_path: Path) -> None:
 
     trainer.model.disable_adapter = watched
     trainer.train()
-    # The model without its adapter is the reference: at the first step both say the same, which makes the loss log 2.
+    # The model without its adapter is the reference: at the first step both say the same, which makes the
+    # loss log 2.
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[0] == pytest.approx(0.6931, abs=1e-3)
     assert losses[-1] < losses[0]
@@ -105,7 +139,9 @@ def test_preferences(tmp_path: Path) -> None:
 
 def test_preferences_of_a_model_that_has_an_adapter(tmp_path: Path) -> None:
     """The reference is then the adapter as it was: trl keeps a frozen copy of it under the name "ref"."""
-    model = get_peft_model(llama(), LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", init_lora_weights=False))
+    model = get_peft_model(
+        llama(), LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM", init_lora_weights=False)
+    )
     before = logits(model)
     arguments = DPOConfig(**settings(tmp_path, max_length=32))
     trainer = DPOTrainer(model=model, args=arguments, train_dataset=pairs(), processing_class=tokenizer())
@@ -120,7 +156,9 @@ def test_preferences_of_a_model_that_has_an_adapter(tmp_path: Path) -> None:
 
 def test_rewards(tmp_path: Path) -> None:
     trainer = RewardTrainer(
-        model=AutoModelForSequenceClassification.from_pretrained(base(tmp_path, LlamaForSequenceClassification), num_labels=1),
+        model=AutoModelForSequenceClassification.from_pretrained(
+            base(tmp_path, LlamaForSequenceClassification), num_labels=1
+        ),
         args=RewardConfig(**settings(tmp_path, max_length=32)),
         train_dataset=pairs(),
         processing_class=tokenizer(),

@@ -1,4 +1,6 @@
-"""Start-up code that `python -m peftrs.compat` puts on the path of the program it runs: installs the alias, then steps aside."""
+"""Start-up code that `python -m peftrs.compat` puts on the path of the program it runs: installs the alias,
+then steps aside.
+"""
 
 import sys
 from importlib import import_module

@@ -1,20 +1,22 @@
 """A frozen linear layer and a LoRA over it as one operation with one gradient formula.
 
-It keeps for the backward pass what it is given, by reference, and `u (M, r)`: no copy of `x` in another dtype, no mask of
-dropout. `reference` states the formula in plain torch operations, `triton` the same in kernels, `function` puts either together.
-Eager code runs a `torch.autograd.Function`, or the composite of torch's own operations where that is quicker (`SMALL`), compiled
-code on a GPU an operator (`library`, which says why).
+It keeps for the backward pass what it is given, by reference, and `u (M, r)`: no copy of `x` in another
+dtype, no mask of dropout. `reference` states the formula in plain torch operations, `triton` the same in
+kernels, `function` puts either together. Eager code runs a `torch.autograd.Function`, or the composite of
+torch's own operations where that is quicker (`SMALL`), compiled code on a GPU an operator (`library`, which
+says why).
 
-A quantized weight (`Unstored`) is dequantized in each pass and let go when the product with it is taken, on a CPU
-into one tensor that is reused (`bases.workspace`).
+A quantized weight (`Unstored`) is dequantized in each pass and let go when the product with it is taken, on a
+CPU into one tensor that is reused (`bases.workspace`).
 
-Layers that share one `x` (q, k and v; gate and up) each read it. Reading it once for all was weighed and left out: the forward
-half alone would have the first layer read its siblings' parameters before their turn (offloading hooks and shards that gather a
-module at a time have not brought them yet) and hand `u` on through a cache that is keyed on the identity and version of `x`, which
-a compiler cannot trace and which recomputation under checkpointing fills again without emptying. The backward half, where two
-thirds of those reads are, needs one autograd node for all siblings: a node that a caller who skips, hooks or freezes one of them
-does not have. With dropout, siblings have masks of their own, which one pass would have to make all. Where a model joins
-the projections itself (`qkv_proj`), one layer reads `x` once.
+Layers that share one `x` (q, k and v; gate and up) each read it. Reading it once for all was weighed and left
+out: the forward half alone would have the first layer read its siblings' parameters before their turn
+(offloading hooks and shards that gather a module at a time have not brought them yet) and hand `u` on through
+a cache that is keyed on the identity and version of `x`, which a compiler cannot trace and which
+recomputation under checkpointing fills again without emptying. The backward half, where two thirds of those
+reads are, needs one autograd node for all siblings: a node that a caller who skips, hooks or freezes one of
+them does not have. With dropout, siblings have masks of their own, which one pass would have to make all.
+Where a model joins the projections itself (`qkv_proj`), one layer reads `x` once.
 """
 
 from __future__ import annotations
@@ -46,7 +48,9 @@ def unfit(weight: Tensor | Unstored, down: Tensor, up: Tensor, dropout: float = 
     if type(weight) not in (*PLAIN, Unstored) or type(down) not in PLAIN or type(up) not in PLAIN:
         return "its tensors are of a class with operations of its own"
     dtype = down.dtype
-    if dtype != up.dtype or (dtype != weight.dtype and not (dtype is torch.float32 and weight.dtype in NARROW)):
+    if dtype != up.dtype or (
+        dtype != weight.dtype and not (dtype is torch.float32 and weight.dtype in NARROW)
+    ):
         return "its factors are neither in the weight's dtype nor in float32 over a narrower one"
     if weight.requires_grad:
         return "the weight beneath is trained"
@@ -59,7 +63,8 @@ def unfit(weight: Tensor | Unstored, down: Tensor, up: Tensor, dropout: float = 
 
 @asked_once
 def is_transformed() -> bool:
-    """Whether `torch.func` or forward mode is at work, which need rules that functions and operators of one's own lack.
+    """Whether `torch.func` or forward mode is at work, which need rules that functions and operators of one's
+    own lack.
 
     A compiler asks while it traces, which it does inside the transform.
     """
@@ -67,9 +72,11 @@ def is_transformed() -> bool:
 
 
 SMALL = 2**17
-"""The elements of input and output together up to which, on a CPU, calls cost more than what they move: torch's own operations are
-then quicker than one node of ours, which is written in Python: with dropout 1.1 to 4 times, with casts 1.1 to 1.8, with neither up
-to 1.1. Whether gradients are wanted must not decide: the same bits come out with and without."""
+"""The elements of input and output together up to which, on a CPU, calls cost more than what they move:
+torch's own operations are then quicker than one node of ours, which is written in Python: with dropout 1.1 to
+4 times, with casts 1.1 to 1.8, with neither up to 1.1. Whether gradients are wanted must not decide: the same
+bits come out with and without.
+"""
 
 
 def is_small(x: Tensor, weight: Tensor | Unstored) -> bool:
@@ -85,13 +92,19 @@ def is_compiled(device: torch.device) -> bool:
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor | Unstored, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropout: float = 0.0
+    x: Tensor,
+    weight: Tensor | Unstored,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    dropout: float = 0.0,
 ) -> Tensor | None:
     """`x·Wᵀ + bias + s·dropout(x)·Aᵀ·Bᵀ`, or None where the caller must compose it of plain operations.
 
-    `x (..., in)`, `W (out, in)`, `A (r, in)`, `B (out, r)`. Computes in the dtype of `x`, under autocast in autocast's, as
-    `functional.linear` does. The mask of dropout follows from a number drawn from torch's generator, and is not the one that
-    `functional.dropout` would draw.
+    `x (..., in)`, `W (out, in)`, `A (r, in)`, `B (out, r)`. Computes in the dtype of `x`, under autocast in
+    autocast's, as `functional.linear` does. The mask of dropout follows from a number drawn from torch's
+    generator, and is not the one that `functional.dropout` would draw.
     """
     if is_transformed():
         return None
@@ -109,7 +122,9 @@ def lora_linear(
         if dtype is torch.float64:
             return None
         dtype = torch.get_autocast_dtype(device)
-    elif dtype != weight.dtype and not (isinstance(weight, Unstored) and weight.rounds and dtype == down.dtype and x.is_cpu):
+    elif dtype != weight.dtype and not (
+        isinstance(weight, Unstored) and weight.rounds and dtype == down.dtype and x.is_cpu
+    ):
         return None  # on a GPU it is not known to be quicker where the layer rounds its input
     trained = torch.is_grad_enabled() and (
         x.requires_grad or down.requires_grad or up.requires_grad or (bias is not None and bias.requires_grad)

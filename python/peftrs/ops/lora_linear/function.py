@@ -1,4 +1,5 @@
-"""What the passes of `lora_linear` are put together to, forward and backward, and the same as a `torch.autograd.Function`.
+"""What the passes of `lora_linear` are put together to, forward and backward, and the same as a
+`torch.autograd.Function`.
 
 Where Triton's kernels fit they are the passes, elsewhere plain torch operations (`reference`).
 """
@@ -30,7 +31,9 @@ Function = TypeVar("Function", bound=Callable[..., object])
 
 
 def asked_once(function: Function) -> Function:
-    """Has a compiler take the function's answer as it is: what `torch.compiler.assume_constant_result` does, which imports one."""
+    """Has a compiler take the function's answer as it is: what `torch.compiler.assume_constant_result` does,
+    which imports one.
+    """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
@@ -47,7 +50,13 @@ def passes(x: Tensor, down: Tensor) -> Any:
 
 
 def forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropout: Dropout | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    dropout: Dropout | None,
 ) -> tuple[Tensor, Tensor]:
     """The output, in the dtype of `x` or under autocast of the weight, and `u (M, r)`."""
     rows, dtype = x, weight.dtype
@@ -75,7 +84,10 @@ def backward(
     dropout: Dropout | None,
     needs: tuple[bool, bool, bool],
 ) -> Gradients:
-    """The gradients of `x`, `A` and `B`, each in the dtype and shape of its own. Differentiable where gradients are on."""
+    """The gradients of `x`, `A` and `B`, each in the dtype and shape of its own.
+
+    Differentiable where gradients are on.
+    """
     rows = x
     if x.ndim != 2:
         rows, dy = x.reshape(-1, weight.shape[1]), dy.reshape(-1, weight.shape[0])
@@ -108,7 +120,9 @@ class LoraLinear(torch.autograd.Function):
         scaling: float,
         dropout: Dropout | None,
     ) -> Tensor:
-        y, u = forward(x, weight.compute() if isinstance(weight, Unstored) else weight, bias, down, up, scaling, dropout)
+        y, u = forward(
+            x, weight.compute() if isinstance(weight, Unstored) else weight, bias, down, up, scaling, dropout
+        )
         if u.dtype != y.dtype and not u.is_cuda:  # there the kernels round it as they read it
             u = u.to(y.dtype)
         stored, ctx.unstored = (None, weight) if isinstance(weight, Unstored) else (weight, None)

@@ -1,8 +1,9 @@
 """The Triton kernels of the skinny passes: each reads or writes one large matrix once, and sums in float32.
 
-`rank` columns or rows of the small matrices lie in a tile of `R`, the next power of two from 16 on. A sum is cut into parts of
-`share` elements, a program each, and `add` adds the parts' sums in one order, so that results repeat to the bit. Offsets have 64
-bits. Factors wider than `x` meet it as the narrow value and the rest: `x` is not widened.
+`rank` columns or rows of the small matrices lie in a tile of `R`, the next power of two from 16 on. A sum is
+cut into parts of `share` elements, a program each, and `add` adds the parts' sums in one order, so that
+results repeat to the bit. Offsets have 64 bits. Factors wider than `x` meet it as the narrow value and the
+rest: `x` is not widened.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator"
@@ -13,14 +14,21 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 
 ROUNDS = tl.constexpr(7)
-"""Of Philox: the fewest with which it passes the statistical tests of its paper (Salmon et al. 2011), which are BigCrush's."""
+"""Of Philox: the fewest with which it passes the statistical tests of its paper (Salmon et al. 2011), which
+are BigCrush's.
+"""
 REST = tl.constexpr(2048.0)
-"""What the rest of a split value is multiplied by, so that float16, whose smallest normal number is 2⁻¹⁴, holds it in full."""
+"""What the rest of a split value is multiplied by, so that float16, whose smallest normal number is 2⁻¹⁴,
+holds it in full.
+"""
 
 
 @triton.jit
 def product(left, right, total, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
-    """`total + left·right` in float32. `UPCAST` is for Triton's interpreter, whose products of bfloat16 are wrong."""
+    """`total + left·right` in float32.
+
+    `UPCAST` is for Triton's interpreter, whose products of bfloat16 are wrong.
+    """
     if UPCAST:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
@@ -31,12 +39,15 @@ def product(left, right, total, UPCAST: tl.constexpr, PRECISION: tl.constexpr):
 def is_kept(seed, dropped, rows, first, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Whether dropout keeps each element of `rows` and the columns from `first`, a multiple of 8, on.
 
-    A function of the seed, the row and the column alone: eight neighbours in a row take the 16-bit halves of the four words that
-    Philox makes of (column // 8, row), and the element is dropped if its half is less than `dropped`.
+    A function of the seed, the row and the column alone: eight neighbours in a row take the 16-bit halves of
+    the four words that Philox makes of (column // 8, row), and the element is dropped if its half is less
+    than `dropped`.
     """
     zeros = tl.zeros([ROWS, COLUMNS // 8], tl.int32)
     groups = (first // 8 + tl.arange(0, COLUMNS // 8))[None, :] + zeros
-    w0, w1, w2, w3 = tl.philox(tl.load(seed), groups, rows.to(tl.int32)[:, None] + zeros, zeros, zeros, ROUNDS)
+    w0, w1, w2, w3 = tl.philox(
+        tl.load(seed), groups, rows.to(tl.int32)[:, None] + zeros, zeros, zeros, ROUNDS
+    )
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (ROWS, COLUMNS // 2))
     halves = tl.reshape(tl.join(words & 0xFFFF, words >> 16), (ROWS, COLUMNS))
     return halves.to(tl.int32) >= dropped
@@ -45,10 +56,13 @@ def is_kept(seed, dropped, rows, first, ROWS: tl.constexpr, COLUMNS: tl.constexp
 @triton.jit
 def down(
     x, factor, u, seed, rows, columns, rank, x_row, x_column, factor_rank, factor_column, share, dropped,
-    M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, DROP: tl.constexpr, UPCAST: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, SPLIT: tl.constexpr, DROP: tl.constexpr,
+    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`u[part, row, rank] = Σ (x ∘ mask)[row, column] · factor[rank, column]` over the columns of the part."""
+    """`u[part, row, rank] = Σ (x ∘ mask)[row, column] · factor[rank, column]` over the columns of the
+    part.
+    """
     block = tl.program_id(0)
     part = tl.program_id(1)
     m = (block * M + tl.arange(0, M)).to(tl.int64)
@@ -57,7 +71,9 @@ def down(
     rest = tl.zeros([M, R], tl.float32)
     for first in range(part * share, tl.minimum(part * share + share, columns), K):
         k = (first + tl.arange(0, K)).to(tl.int64)
-        xs = tl.load(x + m[:, None] * x_row + k[None, :] * x_column, (m < rows)[:, None] & (k < columns)[None, :], 0.0)
+        xs = tl.load(
+            x + m[:, None] * x_row + k[None, :] * x_column, (m < rows)[:, None] & (k < columns)[None, :], 0.0
+        )
         inside = (k < columns)[:, None] & (r < rank)[None, :]
         factors = tl.load(factor + k[:, None] * factor_column + r[None, :] * factor_rank, inside, 0.0)
         if DROP:
@@ -76,10 +92,13 @@ def down(
 @triton.jit
 def up(
     u, factor, bias, y, seed, rows, columns, rank, u_row, factor_rank, factor_column, scaling, dropped,
-    M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr, UPCAST: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, BIAS: tl.constexpr, DROP: tl.constexpr,
+    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`y[row, column] = scaling · Σ u[row, rank] · factor[rank, column] + bias[column]`, or nought where dropout drops."""
+    """`y[row, column] = scaling · Σ u[row, rank] · factor[rank, column] + bias[column]`, or nought where
+    dropout drops.
+    """
     m = (tl.program_id(0) * M + tl.arange(0, M)).to(tl.int64)
     first = tl.program_id(1) * K
     k = (first + tl.arange(0, K)).to(tl.int64)
@@ -95,17 +114,24 @@ def up(
         ys += tl.load(bias + k, k < columns, 0.0).to(tl.float32)[None, :]
     if DROP:
         ys = tl.where(is_kept(seed, dropped, m, first, M, K), ys, 0.0)
-    tl.store(y + m[:, None] * columns + k[None, :], ys.to(y.dtype.element_ty), (m < rows)[:, None] & (k < columns)[None, :])
+    tl.store(
+        y + m[:, None] * columns + k[None, :],
+        ys.to(y.dtype.element_ty),
+        (m < rows)[:, None] & (k < columns)[None, :],
+    )
 
 
 @triton.jit
 def across(
-    g, x, factor, out, start, seed, rows, columns, rank, g_row, x_row, x_column, factor_rank, factor_column, out_rank, out_column,
+    g, x, factor, out, start, seed, rows, columns, rank, g_row, x_row, x_column, factor_rank, factor_column,
+    out_rank, out_column,
     scaling, share, dropped,
-    M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, START: tl.constexpr, DROP: tl.constexpr, UPCAST: tl.constexpr,
+    M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, START: tl.constexpr, DROP: tl.constexpr,
+    UPCAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`out[part, rank, column] = scaling · Σ g[row, rank] · (x ∘ mask)[row, column]` over the rows of the part.
+    """`out[part, rank, column] = scaling · Σ g[row, rank] · (x ∘ mask)[row, column]` over the rows of the
+    part.
 
     With `START` in the same pass `start = scaling · (g · factor) ∘ mask`, of the shape of `x`.
     """
@@ -116,12 +142,16 @@ def across(
     total = tl.zeros([K, R], tl.float32)
     if START:
         held = (r < rank)[:, None] & (k < columns)[None, :]
-        factors = tl.load(factor + r[:, None] * factor_rank + k[None, :] * factor_column, held, 0.0).to(x.dtype.element_ty)
+        factors = tl.load(factor + r[:, None] * factor_rank + k[None, :] * factor_column, held, 0.0).to(
+            x.dtype.element_ty
+        )
     for top in range(part * share, tl.minimum(part * share + share, rows), M):
         m = (top + tl.arange(0, M)).to(tl.int64)
         inside = (m < rows)[:, None] & (k < columns)[None, :]
         xs = tl.load(x + m[:, None] * x_row + k[None, :] * x_column, inside, 0.0)
-        gs = tl.load(g + m[:, None] * g_row + r[None, :], (m < rows)[:, None] & (r < rank)[None, :], 0.0).to(xs.dtype)
+        gs = tl.load(g + m[:, None] * g_row + r[None, :], (m < rows)[:, None] & (r < rank)[None, :], 0.0).to(
+            xs.dtype
+        )
         if DROP:
             kept = is_kept(seed, dropped, m, first, M, K)
             xs = tl.where(kept, xs, 0.0)
@@ -137,11 +167,13 @@ def across(
 
 @triton.jit
 def both(
-    dy, factor, u, du, d_factor, rows, columns, rank, dy_row, dy_column, factor_rank, factor_column, u_row, scaling, share,
+    dy, factor, u, du, d_factor, rows, columns, rank, dy_row, dy_column, factor_rank, factor_column, u_row,
+    scaling, share,
     M: tl.constexpr, K: tl.constexpr, R: tl.constexpr, UPCAST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One pass of `dy (rows, columns)` for `du[part] = dy · factor`, over the columns of the part, and for
-    `d_factor[block] = scaling · dyᵀ · u`, over the rows of the block. `factor` is `(columns, rank)`, `u` is `(rows, rank)`.
+    `d_factor[block] = scaling · dyᵀ · u`, over the rows of the block. `factor` is `(columns, rank)`, `u` is
+    `(rows, rank)`.
     """
     block = tl.program_id(0)
     part = tl.program_id(1)
@@ -152,12 +184,20 @@ def both(
     total = tl.zeros([M, R], tl.float32)
     for first in range(part * share, tl.minimum(part * share + share, columns), K):
         k = (first + tl.arange(0, K)).to(tl.int64)
-        ys = tl.load(dy + m[:, None] * dy_row + k[None, :] * dy_column, (m < rows)[:, None] & (k < columns)[None, :], 0.0)
+        ys = tl.load(
+            dy + m[:, None] * dy_row + k[None, :] * dy_column,
+            (m < rows)[:, None] & (k < columns)[None, :],
+            0.0,
+        )
         inside = (k < columns)[:, None] & (r < rank)[None, :]
-        factors = tl.load(factor + k[:, None] * factor_column + r[None, :] * factor_rank, inside, 0.0).to(ys.dtype)
+        factors = tl.load(factor + k[:, None] * factor_column + r[None, :] * factor_rank, inside, 0.0).to(
+            ys.dtype
+        )
         total = product(ys, factors, total, UPCAST, PRECISION)
         other = scaling * product(tl.trans(ys), us, tl.zeros([K, R], tl.float32), UPCAST, PRECISION)
-        tl.store(d_factor + block.to(tl.int64) * columns * rank + k[:, None] * rank + r[None, :], other, inside)
+        tl.store(
+            d_factor + block.to(tl.int64) * columns * rank + k[:, None] * rank + r[None, :], other, inside
+        )
     tl.store(du + part.to(tl.int64) * rows * rank + m[:, None] * rank + r[None, :], total, small)
 
 
@@ -178,4 +218,8 @@ def mask(out, seed, rows, columns, dropped, M: tl.constexpr, K: tl.constexpr):
     first = tl.program_id(1) * K
     k = first + tl.arange(0, K)
     kept = is_kept(seed, dropped, m, first, M, K)
-    tl.store(out + m[:, None] * columns + k[None, :], kept.to(tl.int8), (m < rows)[:, None] & (k < columns)[None, :])
+    tl.store(
+        out + m[:, None] * columns + k[None, :],
+        kept.to(tl.int8),
+        (m < rows)[:, None] & (k < columns)[None, :],
+    )

@@ -1,12 +1,16 @@
-"""`lora_linear` as operators of `torch.library`, for graphs: `peftrs::lora_linear` and `peftrs::lora_linear_backward`.
+"""`lora_linear` as operators of `torch.library`, for graphs: `peftrs::lora_linear` and
+`peftrs::lora_linear_backward`.
 
-An opaque operator costs more host time than a `torch.autograd.Function` (95 and 215 µs against 37 and 105, forward and with the
-backward pass), so eager code never calls these. In a compiled graph that cost is gone, and on a GPU the operator is what keeps
-the plan: a compiler given the composite copies the low-rank part before the product accumulates onto it, keeps or makes again what
-`u` replaces, and reads `x` and `dy` once for each product. On the CPU a compiled layer takes as long with it as with the composite,
-to 3 % (512 tokens, 576 to 576 and to 1536, float32 and autocast, torch 2.15), so that the composite, which more tools read, stays.
+An opaque operator costs more host time than a `torch.autograd.Function` (95 and 215 µs against 37 and 105,
+forward and with the backward pass), so eager code never calls these. In a compiled graph that cost is gone,
+and on a GPU the operator is what keeps the plan: a compiler given the composite copies the low-rank part
+before the product accumulates onto it, keeps or makes again what `u` replaces, and reads `x` and `dy` once
+for each product. On the CPU a compiled layer takes as long with it as with the composite, to 3 % (512 tokens,
+576 to 576 and to 1536, float32 and autocast, torch 2.15), so that the composite, which more tools read,
+stays.
 
-Both operators are one kernel for every device, which picks its passes as eager code does, and functions of their arguments alone.
+Both operators are one kernel for every device, which picks its passes as eager code does, and functions of
+their arguments alone.
 """
 
 from __future__ import annotations
@@ -24,13 +28,13 @@ Needs = tuple[bool, bool, bool]
 
 torch.library.define(
     FORWARD,
-    "(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, float scaling, int dropped, Tensor? seed)"
-    " -> (Tensor y, Tensor u)",
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor down, Tensor up, float scaling, int dropped, Tensor?"
+    " seed) -> (Tensor y, Tensor u)",
 )
 torch.library.define(
     BACKWARD,
-    "(Tensor dy, Tensor x, Tensor weight, Tensor down, Tensor up, Tensor u, float scaling, int dropped, Tensor? seed,"
-    " bool[3] needs) -> Tensor[]",
+    "(Tensor dy, Tensor x, Tensor weight, Tensor down, Tensor up, Tensor u, float scaling, int dropped,"
+    " Tensor? seed, bool[3] needs) -> Tensor[]",
 )
 
 
@@ -40,14 +44,28 @@ def _dropout(dropped: int, seed: Tensor | None) -> Dropout | None:
 
 @torch.library.impl(FORWARD, "default")
 def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropped: int, seed: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    dropped: int,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     return function.forward(x, weight, bias, down, up, scaling, _dropout(dropped, seed))
 
 
 @torch.library.register_fake(FORWARD)  # type: ignore[untyped-decorator]
 def _forward_fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropped: int, seed: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    dropped: int,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     rows = 1
     for size in x.shape[:-1]:
@@ -87,7 +105,9 @@ def _backward_fake(
     needs: Needs,
 ) -> list[Tensor]:
     return [
-        torch.empty_like(one, memory_format=torch.contiguous_format) for one, need in zip((x, down, up), needs, strict=True) if need
+        torch.empty_like(one, memory_format=torch.contiguous_format)
+        for one, need in zip((x, down, up), needs, strict=True)
+        if need
     ]
 
 
@@ -106,7 +126,9 @@ def _gradients(ctx: Any, dy: Tensor, _: Tensor | None) -> tuple[Tensor | None, .
     if torch.is_grad_enabled():
         gradients = function.backward(dy, x, weight, down, up, u, scaling, _dropout(dropped, seed), needs)
     else:
-        made = iter(torch.ops.peftrs.lora_linear_backward(dy, x, weight, down, up, u, scaling, dropped, seed, needs))
+        made = iter(
+            torch.ops.peftrs.lora_linear_backward(dy, x, weight, down, up, u, scaling, dropped, seed, needs)
+        )
         gradients = Gradients(*(next(made) if need else None for need in needs))
     d_bias = dy.reshape(-1, dy.shape[-1]).sum(0) if need_bias else None
     return gradients.x, None, d_bias, gradients.down, gradients.up, None, None, None
@@ -117,9 +139,18 @@ torch.library.register_autograd(FORWARD, _gradients, setup_context=_setup)
 
 @torch.library.impl(FORWARD, ("AutocastCPU", "AutocastCUDA"))
 def _autocast(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropped: int, seed: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    dropped: int,
+    seed: Tensor | None,
 ) -> Any:
-    """As `functional.linear`: everything in autocast's dtype, but for factors that the passes take as they are."""
+    """As `functional.linear`: everything in autocast's dtype, but for factors that the passes take as they
+    are.
+    """
     device = x.device.type
     dtype = torch.get_autocast_dtype(device)
     x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -130,7 +161,14 @@ def _autocast(
 
 
 def operator(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropped: int, seed: Tensor | None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    up: Tensor,
+    scaling: float,
+    dropped: int,
+    seed: Tensor | None,
 ) -> Tensor:
     """The output of `peftrs::lora_linear`; a seed makes it drop `dropped` of 65,536 elements."""
     y, _ = torch.ops.peftrs.lora_linear(x, weight, bias, down, up, scaling, dropped, seed)

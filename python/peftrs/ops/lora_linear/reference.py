@@ -1,13 +1,15 @@
-"""`y = x·Wᵀ + bias + scaling·(x ∘ mask)·Aᵀ·Bᵀ` and its gradients in plain torch operations, the low-rank part first.
+"""`y = x·Wᵀ + bias + scaling·(x ∘ mask)·Aᵀ·Bᵀ` and its gradients in plain torch operations, the low-rank part
+first.
 
-Writing the low-rank part first lets the product with the frozen weight accumulate onto it: the sum is rounded once and no pass
-over the output is made for it. All matrices here are two-dimensional: `x (M, in)`, `W (out, in)`, `A (r, in)`, `B (out, r)`,
-`dy (M, out)`. `u = (x ∘ mask)·Aᵀ`, `(M, r)`, is all that the backward pass needs beyond the arguments. `scaling` is the
-strength of the change, divided by the share that dropout keeps.
+Writing the low-rank part first lets the product with the frozen weight accumulate onto it: the sum is rounded
+once and no pass over the output is made for it. All matrices here are two-dimensional: `x (M, in)`, `W (out,
+in)`, `A (r, in)`, `B (out, r)`, `dy (M, out)`. `u = (x ∘ mask)·Aᵀ`, `(M, r)`, is all that the backward pass
+needs beyond the arguments. `scaling` is the strength of the change, divided by the share that dropout keeps.
 
-Factors may be float32 over a narrower `x`. Then `u` is computed in float32, and `B` meets it as two narrow halves where the
-narrow dtype has float32's range, so that nothing but the output is rounded to it. Factors and `x` may be float32 over a narrower
-weight, as where a library's layer rounds what it is given: then only the product with the weight is taken in the weight's dtype.
+Factors may be float32 over a narrower `x`. Then `u` is computed in float32, and `B` meets it as two narrow
+halves where the narrow dtype has float32's range, so that nothing but the output is rounded to it. Factors
+and `x` may be float32 over a narrower weight, as where a library's layer rounds what it is given: then only
+the product with the weight is taken in the weight's dtype.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ class Dropout(NamedTuple):
     dropped: int
     """How many of 65,536 elements."""
     seed: int | Tensor
-    """Where the mask is made: a number on the CPU, on a GPU a tensor of one, which a CUDA graph can draw anew."""
+    """Where the mask is made: a number on the CPU, on a GPU a tensor of one, which a CUDA graph can draw
+    anew.
+    """
 
     def mask(self, x: Tensor) -> Tensor:
         """Whether each element of `x (M, in)` is kept, a function of the seed and the shape alone.
@@ -46,7 +50,9 @@ class Dropout(NamedTuple):
 
 @dataclass(frozen=True)
 class Unstored:
-    """A frozen weight, `(out, in)`, that is computed each time a pass reads it, as from a quantized one, and not kept."""
+    """A frozen weight, `(out, in)`, that is computed each time a pass reads it, as from a quantized one, and
+    not kept.
+    """
 
     compute: Callable[[], Tensor]
     shape: torch.Size
@@ -59,7 +65,11 @@ class Unstored:
 
     def to(self, dtype: torch.dtype) -> Unstored:
         """The same in another dtype."""
-        return self if dtype == self.dtype else replace(self, compute=lambda: self.compute().to(dtype), dtype=dtype)
+        return (
+            self
+            if dtype == self.dtype
+            else replace(self, compute=lambda: self.compute().to(dtype), dtype=dtype)
+        )
 
 
 class Gradients(NamedTuple):
@@ -86,10 +96,15 @@ def high(u: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, up: Tensor, 
         return functional.linear(x.to(weight.dtype), weight, bias).to(dtype).addmm_(u, up.t(), alpha=scaling)
     if u.dtype != dtype:
         if dtype is not torch.bfloat16:
-            product = torch.addmm(bias.to(u.dtype), u, up.t(), alpha=scaling) if bias is not None else scaling * (u @ up.t())
+            product = (
+                torch.addmm(bias.to(u.dtype), u, up.t(), alpha=scaling)
+                if bias is not None
+                else scaling * (u @ up.t())
+            )
             return product.to(dtype).addmm_(x, weight.t())
         u, up = _halves(u, dtype, (0, 1, 0)), _halves(up, dtype, (0, 0, 1))
-    # Written into a tensor made here: a policy of selective checkpointing may keep what `mm` returns, which must not change.
+    # Written into a tensor made here: a policy of selective checkpointing may keep what `mm` returns, which
+    # must not change.
     y = x.new_empty(x.shape[0], weight.shape[0])
     if bias is None:
         return torch.mm(u, up.t(), out=y).addmm_(x, weight.t(), beta=scaling)
@@ -107,12 +122,16 @@ def backward(
     dropout: Dropout | None,
     needs: tuple[bool, bool, bool],
 ) -> Gradients:
-    """The gradients of `x`, `A` and `B`, each in the dtype of its own, computed in that of `x`. Differentiable if `u` is."""
+    """The gradients of `x`, `A` and `B`, each in the dtype of its own, computed in that of `x`.
+
+    Differentiable if `u` is.
+    """
     need_x, need_down, need_up = needs
     wide = down.dtype
     if wide != x.dtype:
         down, up, u = down.to(x.dtype), up.to(x.dtype), u.to(x.dtype)
-    # `beta=0` ignores the first argument: it lends its shape, so that the factor is applied where the product accumulates.
+    # `beta=0` ignores the first argument: it lends its shape, so that the factor is applied where the product
+    # accumulates.
     d_up = torch.addmm(up, dy.t(), u, beta=0, alpha=scaling) if need_up else None
     if d_up is not None and wide != x.dtype:
         d_up = d_up.to(wide)
@@ -122,7 +141,9 @@ def backward(
     du = dy @ up
     d_down = None
     if need_down:
-        d_down = torch.addmm(down, du.t(), x if mask is None else torch.where(mask, x, 0.0), beta=0, alpha=scaling)
+        d_down = torch.addmm(
+            down, du.t(), x if mask is None else torch.where(mask, x, 0.0), beta=0, alpha=scaling
+        )
         if wide != x.dtype:
             d_down = d_down.to(wide)
     if not need_x:
@@ -138,10 +159,13 @@ def backward(
     return Gradients(dx.addmm_(dy, weight, beta=scaling), d_down, d_up)
 
 
-def composed(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropout: float) -> Tensor:
+def composed(
+    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropout: float
+) -> Tensor:
     """The output for `x (..., in)` in torch's own differentiable operations.
 
-    It keeps and moves what `LoraLinear` does not, a mask, copies in other dtypes and of outputs, in the fewest calls.
+    It keeps and moves what `LoraLinear` does not, a mask, copies in other dtypes and of outputs, in the
+    fewest calls.
     """
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     kept = torch.dropout(rows, dropout, True) if dropout else rows
@@ -149,17 +173,22 @@ def composed(x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: T
         y, u = functional.linear(rows, weight, bias), functional.linear(kept.to(down.dtype), down)
         y = torch.addmm(y.to(u.dtype), u, up.t(), alpha=scaling).to(y.dtype)
     elif bias is not None:
-        y = torch.addmm(torch.addmm(bias, functional.linear(kept, down), up.t(), alpha=scaling), rows, weight.t())
+        y = torch.addmm(
+            torch.addmm(bias, functional.linear(kept, down), up.t(), alpha=scaling), rows, weight.t()
+        )
     else:
         low = functional.linear(functional.linear(kept, down), up)
-        # In place only without gradients: with them it saves nothing, and a policy of selective checkpointing may keep `low`.
+        # In place only without gradients: with them it saves nothing, and a policy of selective checkpointing
+        # may keep `low`.
         accumulate = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
         y = accumulate(low, rows, weight.t(), beta=scaling)
     return y if x.ndim == 2 else y.view(x.shape[:-1] + y.shape[-1:])
 
 
 def _halves(tensor: Tensor, dtype: torch.dtype, order: tuple[int, int, int]) -> Tensor:
-    """The value rounded to `dtype` and what that lost, side by side in the order given (0 the value, 1 the rest)."""
+    """The value rounded to `dtype` and what that lost, side by side in the order given (0 the value, 1 the
+    rest).
+    """
     value = tensor.to(dtype)
     parts = (value, (tensor - value).to(dtype))
     return torch.cat([parts[at] for at in order], 1)

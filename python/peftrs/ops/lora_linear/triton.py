@@ -1,8 +1,10 @@
-"""The passes of `reference` as Triton kernels, with the same arguments, on NVIDIA GPUs of compute capability 8.0 and later.
+"""The passes of `reference` as Triton kernels, with the same arguments, on NVIDIA GPUs of compute capability
+8.0 and later.
 
-Beyond the library's own products with the frozen weight they move: one read of `x` and one write of the output forward; one read
-of `dy`, one of `x` and one write of `dx` backward. The products with the frozen weight then accumulate in place. Nothing is tuned
-at run time and no sum depends on timing, so that a step costs what it costs from the first and repeats to the bit.
+Beyond the library's own products with the frozen weight they move: one read of `x` and one write of the
+output forward; one read of `dy`, one of `x` and one write of `dx` backward. The products with the frozen
+weight then accumulate in place. Nothing is tuned at run time and no sum depends on timing, so that a step
+costs what it costs from the first and repeats to the bit.
 """
 
 from __future__ import annotations
@@ -51,13 +53,17 @@ TILES = {
         128: (Tile(32, 32, 8), Tile(16, 32, 8)),
     },
 }
-"""The tiles of `down` and `across` by bytes of an element and padded rank: no more than 99 KiB of shared memory on any device,
-and at least 16 KiB of the large matrix on its way to a processor, which hides the latency of memory."""
+"""The tiles of `down` and `across` by bytes of an element and padded rank: no more than 99 KiB of shared
+memory on any device, and at least 16 KiB of the large matrix on its way to a processor, which hides the
+latency of memory.
+"""
 BOTH = {2: Tile(256, 32, 8), 4: Tile(128, 32, 8, 2)}
 UP = {2: Tile(64, 128, 4), 4: Tile(64, 64, 4)}
 JOINED = 32
-"""The largest rank at which one pass of `dy` beats two. A tile of `m` rows writes and reads again `r` float32 sums for each of its
-`m` elements of a column: of two-byte elements `4·r/m` of a pass, half of one at `r = 32`; beyond, a second read is cheaper."""
+"""The largest rank at which one pass of `dy` beats two. A tile of `m` rows writes and reads again `r` float32
+sums for each of its `m` elements of a column: of two-byte elements `4·r/m` of a pass, half of one at `r =
+32`; beyond, a second read is cheaper.
+"""
 
 
 @cache
@@ -104,7 +110,9 @@ def backward(
     dropout: Dropout | None,
     needs: tuple[bool, bool, bool],
 ) -> Gradients:
-    """The gradients of `x`, `A` and `B`, the last two in the dtype of the factors, which may be float32 over a narrower `x`."""
+    """The gradients of `x`, `A` and `B`, the last two in the dtype of the factors, which may be float32 over
+    a narrower `x`.
+    """
     need_x, need_down, need_up = needs
     du = dx = d_down = d_up = None
     with _on(x):
@@ -160,7 +168,9 @@ def _padded(rank: int) -> int:
 
 
 def _parts(blocks: int, length: int, tile: int, device: torch.device) -> tuple[int, int]:
-    """Into how many parts a sum over `length` is cut, so that every processor has two programs, and the length of one."""
+    """Into how many parts a sum over `length` is cut, so that every processor has two programs, and the
+    length of one.
+    """
     tiles = _blocks(length, tile)
     share = _blocks(tiles, min(tiles, _blocks(2 * _processors(device), blocks))) * tile
     return _blocks(length, share), share
@@ -175,7 +185,9 @@ def _added(sums: Tensor, dtype: torch.dtype) -> Tensor:
     if sums.dtype == dtype and sums.shape[0] == 1:
         return sums[0]
     out = torch.empty(sums.shape[1:], dtype=dtype, device=sums.device)
-    kernels.add[(_blocks(out.numel(), 256),)](sums, out, sums.shape[0], out.numel(), BLOCK=256, enable_fp_fusion=True)
+    kernels.add[(_blocks(out.numel(), 256),)](
+        sums, out, sums.shape[0], out.numel(), BLOCK=256, enable_fp_fusion=True
+    )
     return out
 
 
@@ -195,7 +207,9 @@ def _down(x: Tensor, factor: Tensor, dtype: torch.dtype, dropout: Dropout | None
     parts, share = _parts(blocks, columns, tile.columns, x.device)
     sums = _sums(parts, (rows, rank), dtype, x.device)
     seed, dropped = _drop(dropout)
-    split = factor.dtype != x.dtype and dtype != x.dtype  # what is rounded to the narrow dtype anyway needs no more
+    split = (
+        factor.dtype != x.dtype and dtype != x.dtype
+    )  # what is rounded to the narrow dtype anyway needs no more
     kernels.down[blocks, parts](
         x, factor, sums, seed, rows, columns, rank, *x.stride(), *factor.stride(), share, dropped,
         R=padded, SPLIT=split, DROP=dropout is not None, PRECISION="ieee", **_options(tile),
@@ -203,14 +217,17 @@ def _down(x: Tensor, factor: Tensor, dtype: torch.dtype, dropout: Dropout | None
     return _added(sums, dtype)
 
 
-def _up(u: Tensor, factor: Tensor, bias: Tensor | None, y: Tensor, scaling: float, dropout: Dropout | None) -> None:
+def _up(
+    u: Tensor, factor: Tensor, bias: Tensor | None, y: Tensor, scaling: float, dropout: Dropout | None
+) -> None:
     rows, columns = y.shape
     tile = UP[y.itemsize]
     seed, dropped = _drop(dropout)
     # Three products of 11 bits each: near to float32's own, in a fraction of the time.
     precision = "tf32x3" if y.itemsize == 2 and u.dtype is torch.float32 else "ieee"
     kernels.up[_blocks(rows, tile.rows), _blocks(columns, tile.columns)](
-        u, factor, bias, y, seed, rows, columns, factor.shape[0], u.stride(0), *factor.stride(), scaling, dropped,
+        u, factor, bias, y, seed, rows, columns, factor.shape[0], u.stride(0), *factor.stride(), scaling,
+        dropped,
         R=16, BIAS=bias is not None, DROP=dropout is not None, PRECISION=precision, **_options(tile),
     )  # fmt: skip
 
@@ -224,7 +241,9 @@ def _across(
     dropout: Dropout | None,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`scaling·gᵀ·(x ∘ mask)`, `(r, in)` or `transposed`, and `scaling·(g·factor) ∘ mask` where there is a factor."""
+    """`scaling·gᵀ·(x ∘ mask)`, `(r, in)` or `transposed`, and `scaling·(g·factor) ∘ mask` where there is a
+    factor.
+    """
     (rows, columns), rank = x.shape, g.shape[1]
     padded = _padded(rank)
     tile = TILES[x.itemsize][padded][1]
@@ -235,7 +254,8 @@ def _across(
     seed, dropped = _drop(dropout)
     strides = (*((0, 0) if factor is None else factor.stride()), *((1, rank) if transposed else (columns, 1)))
     kernels.across[blocks, parts](
-        g, x, factor, sums, start, seed, rows, columns, rank, g.stride(0), *x.stride(), *strides, scaling, share, dropped,
+        g, x, factor, sums, start, seed, rows, columns, rank, g.stride(0), *x.stride(), *strides, scaling,
+        share, dropped,
         R=padded, START=factor is not None, DROP=dropout is not None, PRECISION="ieee", **_options(tile),
     )  # fmt: skip
     return _added(sums, dtype), start
@@ -250,7 +270,8 @@ def _both(dy: Tensor, up: Tensor, u: Tensor, scaling: float) -> tuple[Tensor, Te
     du = torch.empty(parts, rows, rank, dtype=torch.float32, device=dy.device)
     d_up = torch.empty(blocks, columns, rank, dtype=torch.float32, device=dy.device)
     kernels.both[blocks, parts](
-        dy, up, u, du, d_up, rows, columns, rank, *dy.stride(), up.stride(1), up.stride(0), u.stride(0), scaling, share,
+        dy, up, u, du, d_up, rows, columns, rank, *dy.stride(), up.stride(1), up.stride(0), u.stride(0),
+        scaling, share,
         R=_padded(rank), PRECISION="ieee", **_options(tile),
     )  # fmt: skip
     return _added(du, dy.dtype), _added(d_up, up.dtype)
