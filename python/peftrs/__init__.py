@@ -21,7 +21,7 @@ _MODULES = {
     ),
     "io.checkpoint": ("load_peft_weights",),
     "io.state": ("get_peft_model_state_dict", "set_peft_model_state_dict"),
-    "inits.loftq": ("LoftQConfig",),
+    "methods.lora.inits.loftq": ("LoftQConfig",),
     "methods.ia3": ("IA3Config",),
     "methods.lora": ("LoraConfig", "LoraRuntimeConfig"),
     "methods.oft": ("OFTConfig",),
@@ -39,7 +39,7 @@ _MODULES = {
     "methods.prefix_tuning": ("PrefixEncoder", "PrefixTuningConfig"),
     "methods.prompt_tuning": ("PromptEmbedding", "PromptTuningConfig", "PromptTuningInit"),
     "methods.trainable_tokens": ("TrainableTokensConfig",),
-    "model.as_lora": ("convert_to_lora", "save_as_lora"),
+    "convert.as_lora": ("convert_to_lora", "save_as_lora"),
     "model.auto": (
         "AutoPeftModel", "AutoPeftModelForCausalLM", "AutoPeftModelForFeatureExtraction",
         "AutoPeftModelForQuestionAnswering",
@@ -48,18 +48,18 @@ _MODULES = {
     ),
     "model.base_state": ("cast_mixed_precision_params", "get_base_model_state_dict",
     "set_base_model_state_dict"),
-    "model.compose": ("compose_cartridge_adapters",),
-    "model.extract": ("extract_lora",),
-    "model.kappa": ("find_kappa_target_modules",),
+    "convert.cartridges": ("compose_cartridge_adapters",),
+    "convert.extract": ("extract_lora",),
+    "plan.choose_layers": ("find_kappa_target_modules",),
     "model.kbit": ("prepare_model_for_kbit_training",),
-    "model.loftq": ("replace_lora_weights_loftq",),
-    "model.mapping": (
+    "convert.loftq": ("replace_lora_weights_loftq",),
+    "model.create": (
         "PEFT_TYPE_TO_CONFIG_MAPPING", "PEFT_TYPE_TO_MIXED_MODEL_MAPPING", "PEFT_TYPE_TO_TUNER_MAPPING",
         "get_peft_config",
         "get_peft_model", "inject_adapter_in_model",
     ),
     "model.peft_model": ("PeftModel",),
-    "model.preview": ("TargetPlan", "plan"),
+    "plan.preview": ("TargetPlan", "plan"),
     "model.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
     "model.tasks": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModelForCausalLM",
@@ -68,11 +68,11 @@ _MODULES = {
         "PeftModelForTokenClassification",
     ),
     "model.tuners": ("AdaptionPromptModel", "IA3Model", "LoraModel", "OFTModel", "TrainableTokensModel"),
-    "model.utilities": (
+    "compat.utilities": (
         "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING", "bloom_model_postprocess_past_key_value",
         "shift_tokens_right",
     ),
-    "model.coming": tuple(
+    "compat.coming": tuple(
         name for names in COMING.values() for name in names if name != "MontecloraTrainerMixin"
     ),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from peftrs._native import PeftrsError, merge_main, tool_main
 
 if TYPE_CHECKING:
-    from peftrs.model.outline import Outline
+    from peftrs.plan.outline import Outline
 
 LACKING = "hint: pip install peftrs[transformers]"
 
@@ -31,7 +31,7 @@ def tool() -> int:
 
 def _by_class(model: PathLike[str], task: str | None) -> Outline:
     try:
-        from peftrs.model import outline
+        from peftrs.plan import outline
 
         return outline.by_class(model, task)
     except ImportError as error:
@@ -40,7 +40,7 @@ def _by_class(model: PathLike[str], task: str | None) -> Outline:
 
 def _extract(request: str) -> str:
     try:
-        from peftrs.model.extract import extract
+        from peftrs.convert.extract import extract
     except ImportError as error:
         raise PeftrsError(f"{error}: extracting takes torch; {LACKING}") from None
     with warnings.catch_warnings(record=True) as told:
@@ -51,7 +51,7 @@ def _extract(request: str) -> str:
 
 def _memory(request: str) -> str:
     try:
-        from peftrs.model.memory import plan
+        from peftrs.train.memory import plan
 
         return json.dumps(plan(**json.loads(request)))
     except ImportError as error:

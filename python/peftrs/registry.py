@@ -28,7 +28,7 @@ MODULES = {
 }
 """The module under `peftrs.methods` for each `peft_type` that works today."""
 
-VARIANTS = {"DORA": "dora", "QALORA": "qalora", "TOKEN_ROWS": "trainable_tokens"}
+VARIANTS = {"DORA": "lora.dora", "QALORA": "lora.qalora", "TOKEN_ROWS": "trainable_tokens"}
 """Methods that no file names: a config of another method asks for them."""
 
 COMING = {

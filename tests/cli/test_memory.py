@@ -14,7 +14,7 @@ import transformers
 import peftrs
 from peftrs._native import tool_main
 from peftrs.cli import _by_class, _extract, _memory
-from peftrs.model import memory
+from peftrs.train import memory
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -14,7 +14,7 @@ import torch
 
 import peftrs
 from peftrs import CheckpointError, LoraConfig
-from peftrs.model.hotswap import hotswap_adapter
+from peftrs.convert.hotswap import hotswap_adapter
 from tests.model.tiny import llama, logits, shake
 
 NAME = "somebody/adapter"

@@ -15,13 +15,14 @@ from transformers.pytorch_utils import Conv1D
 
 from peftrs import registry
 from peftrs.config import TargetedConfig
-from peftrs.core import inject, plan, tree
+from peftrs.core import inject, tree
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.tree import adapted_layers
 from peftrs.methods.ia3 import IA3Config
 from peftrs.methods.lora import LoraConfig
 from peftrs.methods.oft import OFTConfig
+from peftrs.plan import targets as plan
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """How far two views of one adapted layer may lie apart, as ‖difference‖ / ‖output‖: four units of rounding of

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from peftrs.methods.dora import Dora
 from peftrs.methods.lora import LoraConfig
+from peftrs.methods.lora.dora import Dora
 from tests.laws.cases import WAYS, adapted, add, distance, fitted, seeds, sole_layer
 from tests.ops.accounting import Largest
 

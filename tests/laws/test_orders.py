@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import peftrs
 from peftrs import AdapterError, LoraConfig
-from peftrs.model.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
+from peftrs.convert.hotswap import hotswap_adapter, hotswap_adapter_from_state_dict
 from tests.model.tiny import fingerprint, llama, logits, shake
 
 X = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))

@@ -18,8 +18,8 @@ from peftrs import (
     get_peft_model,
     inject_adapter_in_model,
 )
+from peftrs.compat import functional
 from peftrs.methods.oft import Oft
-from peftrs.model import functional
 
 
 class Small(nn.Module):

@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, MambaConfig, MambaForCausa
 
 import peftrs
 from peftrs import AdapterError, ConfigError, IA3Config, LoraConfig, PeftrsWarning
+from peftrs.compat import functional
 from peftrs.core.tree import adapted_layers
-from peftrs.model import functional
 from peftrs.registry import MODULES
 from tests.model.tiny import bert, llama, logits, stack
 

@@ -17,9 +17,9 @@ import torch
 
 import peftrs
 from peftrs import ConfigError, registry
+from peftrs.compat import coming
 from peftrs.compat.finder import Alias
 from peftrs.compat.parts import PARTS, Defaults, Part, part
-from peftrs.model import coming
 from tests.model.tiny import llama, logits, shake
 
 SURFACES = {

@@ -11,8 +11,8 @@ import sys
 import warnings
 
 from peftrs.compat.finder import Finder
+from peftrs.convert.habits import mix_linear
 from peftrs.errors import PeftrsError, PeftrsWarning, is_strict, set_strict
-from peftrs.model.habits import mix_linear
 
 _installed: list[tuple[Finder, bool, bool]] = []
 

@@ -10,10 +10,10 @@ from __future__ import annotations
 import peftrs
 
 LAYERS = "peftrs.compat.layers"
-FUNCTIONAL = "peftrs.model.functional"
+FUNCTIONAL = "peftrs.compat.functional"
 INNER = "peftrs.compat.inner"
 OTHER = "peftrs.compat.other"
-TASK_VECTORS = "peftrs.methods.task_vectors"
+TASK_VECTORS = "peftrs.convert.task_vectors"
 
 
 def _in(module: str, names: str) -> dict[str, str]:
@@ -42,19 +42,19 @@ NAMES: dict[str, str] = {
         " fsdp_auto_wrap_policy gather_params_ctx init_empty_weights replicate_layers transpose",
     ),
     **_in(
-        "peftrs.model.defaults",
+        "peftrs.plan.defaults",
         "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING"
         " TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING"
         " TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
         " TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING",
     ),
     **_in(
-        "peftrs.model.helpers",
+        "peftrs.compat.helpers",
         "DoraCaching check_if_peft_model rescale_adapter_scale update_forward_signature"
         " update_generate_signature update_signature",
     ),
     **_in(
-        "peftrs.model.hotswap",
+        "peftrs.convert.hotswap",
         "check_hotswap_configs_compatible hotswap_adapter hotswap_adapter_from_state_dict"
         " prepare_model_for_compiled_hotswap",
     ),
@@ -68,14 +68,14 @@ NAMES: dict[str, str] = {
         " register_peft_method skip_init_on_device starcoder_model_postprocess_past_key_value str_to_bool",
     ),
     "BasePromptEncoder": "peftrs.core.prompt:Encoder",
-    "LoraFAOptimizer": "peftrs.optimizers.lora_fa:LoraFAOptimizer",
+    "LoraFAOptimizer": "peftrs.train.lora_fa:LoraFAOptimizer",
     "PeftConfigMixin": "peftrs.config:PeftConfig",
-    "KappaTuneSelector": "peftrs.model.kappa:KappaTuneSelector",
+    "KappaTuneSelector": "peftrs.plan.choose_layers:KappaTuneSelector",
     "MixedModel": "peftrs.model.tuner:Tuner",
-    "MontecloraTrainerMixin": "peftrs.model.coming:MontecloraTrainerMixin",
-    "PEFT_TYPE_TO_PREFIX_MAPPING": "peftrs.model.mapping:PEFT_TYPE_TO_PREFIX_MAPPING",
+    "MontecloraTrainerMixin": "peftrs.compat.coming:MontecloraTrainerMixin",
+    "PEFT_TYPE_TO_PREFIX_MAPPING": "peftrs.model.create:PEFT_TYPE_TO_PREFIX_MAPPING",
     **_in(
-        "peftrs.model.utilities",
+        "peftrs.compat.utilities",
         "ALLOWED_COMPUTE_DTYPES UPCAST_DTYPES _freeze_adapter _get_batch_size _get_input_embeddings_name"
         " _is_valid_match _prepare_prompt_learning_config _set_adapter id_tensor_storage infer_device"
         " map_cache_to_layer_device_map",

@@ -16,15 +16,15 @@ from peftrs.bases.resolve import resolve
 from peftrs.config import CONFIG_NAME, NO_TARGETS, TargetedConfig
 from peftrs.core import merge as merging
 from peftrs.core.layer import AdaptedLayer
-from peftrs.core.plan import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peftrs.core.plan import select
+from peftrs.core.select import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peftrs.core.select import select
 from peftrs.core.tree import Place
 from peftrs.errors import ConfigError, listed
 from peftrs.io.checkpoint import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from peftrs.io.state import EMBEDDING_LAYER_NAMES
-from peftrs.model.prepare import CLASSIFIERS as SEQ_CLS_HEAD_NAMES
-from peftrs.model.prepare import LONG_LIST as MIN_TARGET_MODULES_FOR_OPTIMIZATION
-from peftrs.model.replicate import replicate as replicate_layers
+from peftrs.plan.grow import replicate as replicate_layers
+from peftrs.plan.settle import CLASSIFIERS as SEQ_CLS_HEAD_NAMES
+from peftrs.plan.settle import LONG_LIST as MIN_TARGET_MODULES_FOR_OPTIMIZATION
 
 WEIGHTS_NAME = "adapter_model.bin"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from peftrs import registry
 from peftrs.bases.experts import Fusion, fusion_of
 from peftrs.config import PeftConfig, PeftType, TargetedConfig
-from peftrs.core.plan import ALL_LINEAR
+from peftrs.core.select import ALL_LINEAR
 from peftrs.core.tree import places
 from peftrs.io.checkpoint import PREFIX, MemorySource
 from peftrs.io.experts import fused, joined_down, joined_up
-from peftrs.model.experts import converted
+from peftrs.plan.experts import converted
 
 CONTAINERS = {"token_adapter"}
 """Containers besides those with the method's prefix."""

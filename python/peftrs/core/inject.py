@@ -19,12 +19,11 @@ from peftrs.core import merge as merging
 from peftrs.core.activation import Activation
 from peftrs.core.dtype import adapter_dtype
 from peftrs.core.layer import AdaptedLayer
-from peftrs.core.plan import Plan
 from peftrs.core.prompt import Encoder
 from peftrs.core.prompt_call import plant
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
-from peftrs.core.target import Target
+from peftrs.core.target import Plan, Target
 from peftrs.core.tree import Place, first_wrapper, original, wrappers
 from peftrs.errors import AdapterError, ConfigError, listed
 

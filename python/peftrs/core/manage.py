@@ -6,6 +6,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar, cast
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ from peftrs.core.prompt import Prompts, prompts_of
 from peftrs.core.prompt_call import uproot
 from peftrs.core.tree import Wrapped, adapted_layers, places
 from peftrs.errors import AdapterError, MergeError, PeftrsWarning, listed
+
+Layer = TypeVar("Layer")
 
 EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 """In the names of modules that are one of several experts, each given the tokens that are sent to it."""
@@ -337,3 +340,12 @@ def trainable_parameters(model: nn.Module) -> tuple[int, int]:
         total += count
         trained += count if parameter.requires_grad else 0
     return trained, total
+
+
+def progress(layers: list[Layer], doing: str) -> Iterable[Layer]:
+    """The layers, with a bar that shows how many went by where tqdm is installed."""
+    try:
+        from tqdm import tqdm  # type: ignore[import-untyped]
+    except ImportError:
+        return layers
+    return cast(Iterable[Layer], tqdm(layers, desc=doing, unit="layer"))

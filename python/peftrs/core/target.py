@@ -1,15 +1,21 @@
-"""One layer that an adapter is for, before it is adapted."""
+"""What an adapter is to change: the layers that it is for, before they are adapted."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from peftrs import _native
 from peftrs.bases.base import Base
 from peftrs.bases.kinds import LayerSpec
 from peftrs.bases.parallel import Parallel
 from peftrs.core.method import Method
 from peftrs.core.tree import Place, original
+
+PROJECTION = 2.0
+"""PEFT adds the change of an attention's output projection twice when the attention is a target, in its
+forward and in merging. The files of such adapters were trained for that, so that it is what they mean.
+"""
 
 
 @dataclass(frozen=True)
@@ -23,6 +29,27 @@ class Target:
     tied: str | None = None
     parallel: Parallel | None = None
     """How the layer lies over processes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The layers that an adapter changes, the modules it replaces, each with the one it is tied to, and what
+    matched.
+
+    `found` are all modules of the model.
+    """
+
+    found: list[Place]
+    targets: list[Target]
+    saved: list[tuple[Place, str | None]]
+    selection: _native.Selection
+
+    def summary(self, adapter: str) -> str:
+        """One line for people."""
+        kinds = ", ".join(sorted({target.spec.kind.value for target in self.targets}))
+        saved = f", {len(self.saved)} modules trained whole" if self.saved else ""
+        excluded = f", {len(self.selection.excluded)} excluded" if self.selection.excluded else ""
+        return f"adapter {adapter!r}: {len(self.targets)} layers adapted ({kinds}){saved}{excluded}"
 
 
 def aim(

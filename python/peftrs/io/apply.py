@@ -20,7 +20,7 @@ from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
 from peftrs.config import CONFIG_NAME, PeftConfig, TargetedConfig
 from peftrs.core.dtype import adapter_dtype
 from peftrs.core.method import Additive, Method
-from peftrs.core.plan import PROJECTION
+from peftrs.core.target import PROJECTION
 from peftrs.errors import ConfigError, MergeError
 from peftrs.io.checkpoint import DTYPES
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftrs.bases.sharded import reshard, whole
 from peftrs.config import PeftType, TargetedConfig
-from peftrs.core.plan import select
+from peftrs.core.select import select
 from peftrs.core.tree import places, uncompiled
 from peftrs.errors import AdapterError, PeftrsWarning, complain, listed
 from peftrs.hub import cached_file

@@ -23,9 +23,9 @@ from peftrs.io.experts import fused
 from peftrs.io.fingerprint import difference
 from peftrs.io.load import LoadReport, load
 from peftrs.model import saving, status
-from peftrs.model.attach import attach, whole_or_not
 from peftrs.model.prompting import Prompting, generating
 from peftrs.model.tuner import Tuner
+from peftrs.plan.attach import attach, whole_or_not
 
 LOADER_OPTIONS = frozenset(
     {
@@ -390,7 +390,7 @@ class PeftModel(Prompting, Pushable, nn.Module):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether `convert_to_lora` can take the adapter."""
-        from peftrs.model.as_lora import supports
+        from peftrs.convert.as_lora import supports
 
         return supports(self.get_base_model(), adapter_name)
 

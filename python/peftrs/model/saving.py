@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from peftrs.config import PeftConfig, PeftType, TaskType
+from peftrs.convert.plain import to_plain
 from peftrs.core.tree import original, places
 from peftrs.errors import AdapterError, listed
 from peftrs.io.card import CARD_NAME, card
@@ -20,7 +21,6 @@ from peftrs.io.checkpoint import is_finite, write
 from peftrs.io.fingerprint import KEY, fingerprint
 from peftrs.io.load import FLOATS
 from peftrs.io.state import collect
-from peftrs.model.convert import to_plain
 
 if TYPE_CHECKING:
     from peftrs.model.peft_model import PeftModel

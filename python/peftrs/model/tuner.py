@@ -7,7 +7,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,17 +16,16 @@ from peftrs import registry
 from peftrs.bases.kinds import LayerKind
 from peftrs.bases.sharded import reshard
 from peftrs.config import PeftConfig
+from peftrs.convert.weighted import add_weighted
 from peftrs.core import manage
 from peftrs.core.inject import activation, adapters
+from peftrs.core.manage import progress
 from peftrs.core.tree import adapted_layers
 from peftrs.errors import AdapterError, PeftrsWarning
 from peftrs.io.entries import TOKEN_ROWS
-from peftrs.model.attach import attach, peft_configs
 from peftrs.model.kbit import no_longer_quantized
 from peftrs.model.recast import check_castable, recast
-from peftrs.model.weighted import add_weighted
-
-Layer = TypeVar("Layer")
+from peftrs.plan.attach import attach, peft_configs
 
 
 class Tuner(nn.Module):
@@ -94,7 +93,7 @@ class Tuner(nn.Module):
         config: PeftConfig,
         **options: Any,
     ) -> None:
-        """Puts one more adapter into the model; see `peftrs.model.attach`."""
+        """Puts one more adapter into the model; see `peftrs.plan.attach`."""
         attach(
             model,
             config,
@@ -171,7 +170,7 @@ class Tuner(nn.Module):
         - "svd": the best approximation of the sum of rank `svd_rank` (by default the largest among the
           sources), from the factors.
         - "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd": the same of changes of which
-          only the part `density` of the entries is kept (see `peftrs.methods.task_vectors`).
+          only the part `density` of the entries is kept (see `peftrs.convert.task_vectors`).
         - "ties", "dare_linear", "dare_ties", "magnitude_prune": both factors so, one by one; the sources need
           the same rank.
 
@@ -239,7 +238,7 @@ class Tuner(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> nn.Module:
         model = self.model
-        track: manage.Track = partial(shown, doing="Merging") if progressbar else iter
+        track: manage.Track = partial(progress, doing="Merging") if progressbar else iter
         if dtype is not None:
             check_castable(model, dtype)
         manage.unload(model, merged=merged, names=names, track=track, dtype=dtype)
@@ -249,15 +248,6 @@ class Tuner(nn.Module):
         model.__dict__.pop("peft_config", None)
         untie(model)
         return model
-
-
-def shown(layers: list[Layer], doing: str) -> Iterable[Layer]:
-    """The layers, with a bar that shows how many went by where tqdm is installed."""
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped]
-    except ImportError:
-        return layers
-    return cast(Iterable[Layer], tqdm(layers, desc=doing, unit="layer"))
 
 
 def untie(model: nn.Module) -> None:

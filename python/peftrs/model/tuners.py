@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from peftrs import registry
 from peftrs.config import PeftConfig, PeftType
-from peftrs.model.attach import attach
-from peftrs.model.defaults import TARGETS
 from peftrs.model.tuner import Tuner
+from peftrs.plan.attach import attach
+from peftrs.plan.defaults import TARGETS
 
 
 class TunerKind(type):

@@ -1,0 +1,1 @@
+"""One adapter, or several, into another."""

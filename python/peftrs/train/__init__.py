@@ -1,0 +1,1 @@
+"""What training takes beside a model: optimizers, and memory."""
