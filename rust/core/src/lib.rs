@@ -1,6 +1,6 @@
 //! Adapter checkpoints, target matching and merging: the core of peftrs, without Python.
 //!
-//! Rooms, each importing only those above it: [`error`], [`dtype`], [`checkpoint`] (reading safetensors folders),
+//! Rooms, each importing only those above it: [`error`], [`dtype`], [`threads`] (those that work is spread over), [`checkpoint`] (reading safetensors folders),
 //! [`writer`] (writing them), [`pattern`] (Python's regular expressions), [`config`] (adapter configs), [`keys`] (the key
 //! grammar), [`target`] (which modules an adapter is for), [`kernels`] (arithmetic on blocks of weights), [`inspect`] (what
 //! adapters and checkpoints hold), [`outline`] (a model's layers), [`quantized`] (weights of fewer bits, read as floats), [`plan`] (what a merge will do) [`merge`] and
@@ -19,5 +19,6 @@ pub mod pattern;
 pub mod plan;
 pub mod quantized;
 pub mod target;
+pub mod threads;
 pub mod verify;
 pub mod writer;

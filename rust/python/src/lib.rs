@@ -17,6 +17,7 @@ use pyo3::prelude::*;
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     error::add_classes(module)?;
+    error::run(module.py(), peftrs_core::threads::survive_forks)?;
     module.add_class::<checkpoint::Checkpoint>()?;
     module.add_class::<target::Selection>()?;
     module.add_function(wrap_pyfunction!(checkpoint::write_adapter, module)?)?;

@@ -70,7 +70,7 @@ pub trait Python: Sync {
     fn outline(&self, model: &Path, task: Option<&str>) -> Result<Outline>;
     /// Makes the adapter between two models; what it returns is the report.
     fn extract(&self, request: &Extraction) -> Result<Value>;
-    /// What training takes, as the report; the request has the arguments of `peftrs.model.memory.plan`.
+    /// What training takes, as the report; the request has the arguments of `peftrs.train.memory.plan`.
     fn memory(&self, request: &Value) -> Result<Value>;
 }
 

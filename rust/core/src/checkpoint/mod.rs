@@ -20,6 +20,7 @@ use rayon::prelude::*;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
 use crate::kernels::values::all_finite;
+use crate::threads;
 
 pub(crate) use find::{CONFIG_DIGEST, digest};
 pub use made::{Made, Make};
@@ -245,7 +246,7 @@ impl Checkpoint {
             }
             Ok(finite)
         };
-        let finite = wanted.par_iter_mut().map(fill).collect::<Result<_>>()?;
+        let finite = threads::install(|| wanted.par_iter_mut().map(fill).collect())?;
         self.check_unchanged()?;
         Ok(finite)
     }

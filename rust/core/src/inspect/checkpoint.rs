@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::values::{Statistics, statistics};
 use crate::checkpoint::{ADAPTER_CONFIG, Checkpoint, Links, read_small};
 use crate::error::{Error, Result, show_name};
+use crate::threads;
 use crate::writer::MARKER;
 
 /// The longest config or record that is read, in bytes.
@@ -132,7 +133,7 @@ impl Model {
     pub fn scan(&self) -> Result<Scan> {
         let names: Vec<&str> = self.weights.names().collect();
         let one = |name: &&str| Ok(statistics(&self.weights, name)?.map(|found| ((*name).to_owned(), found)));
-        let found: Vec<Option<(String, Statistics)>> = names.par_iter().map(one).collect::<Result<_>>()?;
+        let found: Vec<Option<(String, Statistics)>> = threads::install(|| names.par_iter().map(one).collect())?;
         Ok(found.into_iter().flatten().collect())
     }
 }

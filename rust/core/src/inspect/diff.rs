@@ -10,6 +10,7 @@ use super::gram::root;
 use super::values::side_by_side;
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
+use crate::threads;
 
 /// How two tensors, or two updates of one weight, differ.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -75,12 +76,8 @@ impl Row {
 /// Compares two adapters: updates of low rank by their factors, everything else tensor by tensor.
 pub fn adapters(left: &Adapter, right: &Adapter) -> Result<Vec<Row>> {
     let paths: BTreeSet<&String> = left.modules.keys().chain(right.modules.keys()).collect();
-    let rows: Vec<Vec<Row>> = paths
-        .into_iter()
-        .collect::<Vec<_>>()
-        .par_iter()
-        .map(|path| module(left, right, path))
-        .collect::<Result<_>>()?;
+    let paths: Vec<&String> = paths.into_iter().collect();
+    let rows: Vec<Vec<Row>> = threads::install(|| paths.par_iter().map(|path| module(left, right, path)).collect())?;
     Ok(rows.concat())
 }
 
@@ -156,7 +153,8 @@ pub fn checkpoints(left: &Checkpoint, right: &Checkpoint) -> Result<Vec<Row>> {
             _ => Ok(Row::Right(owned)),
         }
     };
-    names.into_iter().collect::<Vec<_>>().par_iter().map(row).collect()
+    let names: Vec<&str> = names.into_iter().collect();
+    threads::install(|| names.par_iter().map(row).collect())
 }
 
 /// Compares two tensors.

@@ -2,6 +2,8 @@
 
 use std::sync::Mutex;
 
+use crate::threads;
+
 /// What `work` returns for each item, in their order, with a scratch of its own for each of at most so many threads.
 ///
 /// The caller is one of the threads: little work does not wake the others.
@@ -21,13 +23,15 @@ pub fn parallel<I: Send, S: Default, R: Send>(
             *result = Some(work(item, &mut scratch));
         }
     };
-    if others == 0 {
-        run();
-    } else {
-        rayon::in_place_scope(|scope| {
+    let shared = || {
+        threads::in_place_scope(|scope| {
             (0..others).for_each(|_| scope.spawn(|_| run()));
             run();
-        });
+        })
+    };
+    // Where there are no others to be had, the caller does it alone.
+    if others == 0 || shared().is_err() {
+        run();
     }
     drop(queue);
     results.into_iter().flatten().collect()

@@ -10,6 +10,7 @@ use super::write::stop_if_interrupted;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
 use crate::plan::{File, Output};
+use crate::threads;
 use crate::writer::PositionedFile;
 
 /// Groups of rows of a changed tensor that are made again.
@@ -82,7 +83,7 @@ pub fn check(
 /// Compares a tensor with its source, byte for byte.
 fn copied(inputs: Inputs, output: &Output, target: &PositionedFile, start: u64, watch: &dyn Watch) -> Result<Checked> {
     let (source, name) = inputs.source(output)?;
-    (0..output.bytes()).step_by(BLOCK).collect::<Vec<_>>().into_par_iter().try_for_each(|at| {
+    let block = |at: usize| {
         stop_if_interrupted(watch)?;
         let length = BLOCK.min(output.bytes() - at);
         let (mut read, mut written) = (vec![0; length], vec![0; length]);
@@ -93,7 +94,9 @@ fn copied(inputs: Inputs, output: &Output, target: &PositionedFile, start: u64, 
         } else {
             Err(wrong(&output.name, &format!("differ from their source near byte {at}")))
         }
-    })?;
+    };
+    let blocks: Vec<usize> = (0..output.bytes()).step_by(BLOCK).collect();
+    threads::install(|| blocks.into_par_iter().try_for_each(block))?;
     Ok(Checked { copied: 1, ..Checked::default() })
 }
 
@@ -124,7 +127,7 @@ fn changed(inputs: Inputs, output: &Output, target: &PositionedFile, start: u64)
         }
         Ok(Checked { rows: count as u64, values: expected.values.len() as u64, off, copied: 0 })
     };
-    sampled.into_par_iter().map(one).try_reduce(Checked::default, |one, other| Ok(one.add(other)))
+    threads::install(|| sampled.into_par_iter().map(one).try_reduce(Checked::default, |one, other| Ok(one.add(other))))
 }
 
 fn wrong(name: &str, how: &str) -> Error {

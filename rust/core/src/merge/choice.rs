@@ -11,6 +11,7 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
 use crate::kernels::values::widen;
 use crate::plan::{Output, Source};
+use crate::threads;
 
 /// How far the merged weights are from those that were trained, as a share of the change: root mean squares over all of them.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -50,7 +51,7 @@ impl Choice {
             }
             sums(quantized, original, output, &there, target.dtype)
         };
-        let all: Vec<[f64; 3]> = changed.par_iter().map(one).collect::<Result<_>>()?;
+        let all: Vec<[f64; 3]> = threads::install(|| changed.par_iter().map(one).collect())?;
         let [change, rounded, replaced] = all.iter().fold([0.0; 3], |[a, b, c], [x, y, z]| [a + x, b + y, c + z]);
         Ok(Self { dequantized: (rounded / change).sqrt(), original: (replaced / change).sqrt() })
     }

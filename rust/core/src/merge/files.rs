@@ -7,10 +7,11 @@ use sha2::{Digest as _, Sha256};
 
 use super::restore::RESTORE;
 use super::{Checked, Merge, Way, Written};
-use crate::checkpoint::{Checkpoint, digest, read_small};
+use crate::checkpoint::{Checkpoint, Shard, digest, read_small};
 use crate::error::{Error, Result, show_name};
 use crate::plan::{Adapter, Change, Plan};
 use crate::quantized;
+use crate::threads;
 use crate::writer::{FolderWriter, MARKER};
 
 /// The largest file that is copied along. Tokenizers reach 40 MB; what is larger is not part of a model's description.
@@ -114,27 +115,18 @@ impl Merge {
 
     /// What was merged from what. Folders are named without the path to them, which is nobody else's business.
     fn record(&self, written: &Written) -> Result<Value> {
-        let (files, adapters) = rayon::join(
-            || {
-                self.base
-                    .files()
-                    .iter()
-                    .enumerate()
-                    .map(|(index, file)| {
-                        Ok(json!({
-                            "name": file.name,
-                            "bytes": file.length(),
-                            "header_sha256": digest(&self.base.read_header(index)?),
-                            "sampled_sha256": file.sampled_digest()?,
-                        }))
-                    })
-                    .collect::<Result<Vec<Value>>>()
-            },
-            || {
-                let adapters = self.adapters.iter().enumerate();
-                adapters.map(|(index, adapter)| self.adapter_record(index, adapter)).collect::<Result<Vec<Value>>>()
-            },
-        );
+        let file = |(index, file): (usize, &Shard)| {
+            Ok(json!({
+                "name": file.name,
+                "bytes": file.length(),
+                "header_sha256": digest(&self.base.read_header(index)?),
+                "sampled_sha256": file.sampled_digest()?,
+            }))
+        };
+        let files = || self.base.files().iter().enumerate().map(file).collect::<Result<Vec<Value>>>();
+        let adapter = |(index, adapter)| self.adapter_record(index, adapter);
+        let adapters = || self.adapters.iter().enumerate().map(adapter).collect::<Result<Vec<Value>>>();
+        let (files, adapters) = threads::install(|| Ok(rayon::join(files, adapters)))?;
         let changed = self.plan.changed().map(|output| {
             let mut row = json!({"tensor": output.name, "change": output.what()});
             if let (Some(row), Some(moved)) = (row.as_object_mut(), written.moved.get(&output.name)) {

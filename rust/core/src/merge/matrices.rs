@@ -10,6 +10,7 @@ use crate::error::{Error, Result, show_name};
 use crate::kernels::values::all_finite;
 use crate::kernels::{Element, ROWS, Wide, block_rows};
 use crate::plan::{Change, Output};
+use crate::threads;
 
 /// Blocks of the kernels that are read and written at once: the system stores a few large pieces in less time than many small ones.
 const BLOCKS: usize = 2;
@@ -71,7 +72,8 @@ impl<'a, E: Element> Matrices<'a, E> {
         // A few blocks at once, added up in their order: the sums are the same for any number of threads.
         for group in self.tiles().chunks(16) {
             let partial = |tile: &Range<usize>| self.column_squares(tile);
-            for block in group.par_iter().map(partial).collect::<Result<Vec<_>>>()? {
+            let blocks: Vec<Vec<f64>> = threads::install(|| group.par_iter().map(partial).collect())?;
+            for block in blocks {
                 squares.iter_mut().zip(block).for_each(|(sum, square): (&mut f64, f64)| *sum += square);
             }
         }

@@ -7,6 +7,7 @@ use rayon::prelude::*;
 use super::work::Inputs;
 use crate::error::Result;
 use crate::plan::{Change, File, LowRank, Output};
+use crate::threads;
 use crate::writer::PositionedFile;
 
 /// Bytes of a block that is looked at, and from the start of one such to the next.
@@ -39,11 +40,11 @@ pub fn moved(inputs: Inputs, file: &File, target: &PositionedFile, offset: u64) 
         (output, start - output.bytes() as u64)
     });
     let placed: Vec<_> = placed.filter(|(output, _)| is_meant_for_all(output)).collect();
-    let found = placed.into_par_iter().filter_map(|(output, start)| {
+    let one = |(output, start): (&Output, u64)| {
         let moved = tensor(inputs, output, target, start).transpose()?;
         Some(moved.map(|moved| (output.name.clone(), moved)))
-    });
-    found.collect()
+    };
+    threads::install(|| placed.into_par_iter().filter_map(one).collect())
 }
 
 /// Whether a change is meant for all values of a tensor, so that many that stay tell of its smallness.

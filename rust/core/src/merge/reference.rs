@@ -14,6 +14,7 @@ use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::kernels::values::widen;
 use crate::plan::{Change, LowRank, Output};
+use crate::threads;
 
 /// How the rows of one output are made.
 pub struct Reference<'a> {
@@ -143,7 +144,9 @@ impl<'a> Reference<'a> {
         let squares = |row: usize| -> Result<Vec<f64>> {
             Ok(self.rows(row, 1)?.values.into_iter().map(|value| value * value).collect())
         };
-        let sums = (0..rows).into_par_iter().map(squares).try_reduce(zero, |sums, more| Ok(plus(sums, more)))?;
+        let sums = threads::install(|| {
+            (0..rows).into_par_iter().map(squares).try_reduce(zero, |sums, more| Ok(plus(sums, more)))
+        })?;
         Ok(sums.into_iter().map(f64::sqrt).collect())
     }
 }

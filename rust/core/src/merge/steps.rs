@@ -128,7 +128,7 @@ pub fn steps<E: Element>(
             Change::Elsewhere(change) => take(Step::Set(whole(inputs, output, values, update.adapter, change)?))?,
             Change::Turn(turn) => {
                 let above: Vec<f64> = read(inputs.adapter(update.adapter)?, &turn.key)?;
-                take(Step::Turn(Blocks::new(turn, &above)))?;
+                take(Step::Turn(Blocks::new(turn, &above)?))?;
             }
         }
         updates = rest;

@@ -10,6 +10,7 @@ use super::work::Inputs;
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::plan::{File, Output};
+use crate::threads;
 use crate::writer::PositionedFile;
 
 /// Bytes that are looked at together.
@@ -68,7 +69,8 @@ fn tensor(inputs: Inputs, output: &Output, target: &PositionedFile, start: u64) 
         Ok(Subtracted { values: (length / size) as u64, open: open.count() as u64 })
     };
     let blocks: Vec<usize> = (0..output.bytes()).step_by(BLOCK).collect();
-    blocks.into_par_iter().map(one).try_reduce(Subtracted::default, |one, other| Ok(one.add(other)))
+    let sum = || blocks.into_par_iter().map(one).try_reduce(Subtracted::default, |one, other| Ok(one.add(other)));
+    threads::install(sum)
 }
 
 /// The exponents of the grid that a value is on, and of that just nearer to zero, which is finer next to a power of two.

@@ -2,8 +2,10 @@
 
 use rayon::prelude::*;
 
+use crate::error::Result;
 use crate::kernels::Wide;
 use crate::plan::Turn;
+use crate::threads;
 
 /// A block-diagonal matrix `M` by which columns of a weight, or the rows within each of its blocks, are multiplied: `M x`.
 pub struct Blocks<W> {
@@ -15,19 +17,20 @@ pub struct Blocks<W> {
 
 impl<W: Wide> Blocks<W> {
     /// The blocks of `turn` from `above`, the numbers of all of them; one that is alone stands for all.
-    pub fn new(turn: &Turn, above: &[f64]) -> Self {
+    pub fn new(turn: &Turn, above: &[f64]) -> Result<Self> {
         let size = turn.size;
         let numbers = size * (size - 1) / 2;
         let count = above.len() / numbers.max(1);
         #[allow(clippy::cast_precision_loss, reason = "a weight has less than 2^53 rows")]
         let bound = turn.bound.map(|bound| bound / (count as f64).sqrt());
-        let transposes = above.par_chunks_exact(numbers.max(1)).map(|above| {
+        let one = |above: &[f64]| {
             let block = orthogonal(&skew(above, size, bound), size, turn.terms);
             // Files hold blocks for row vectors, `x B`: inputs are multiplied by `B`, outputs by its transpose.
             let block = if turn.on_input { transpose(&block, size) } else { block };
             block.into_iter().map(Wide::from_f64).collect()
-        });
-        Self { size, transposes: transposes.collect(), rows: turn.rows }
+        };
+        let transposes = threads::install(|| Ok(above.par_chunks_exact(numbers.max(1)).map(one).collect()))?;
+        Ok(Self { size, transposes, rows: turn.rows })
     }
 
     /// How many rows have to be changed together.

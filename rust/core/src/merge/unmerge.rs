@@ -15,6 +15,7 @@ use super::{MAX_CONFIG, Merge, Settings};
 use crate::checkpoint::{Checkpoint, Links, read_small};
 use crate::error::{Error, Result, show_name};
 use crate::plan::{Adapter, Change, File, Output, Plan, Source};
+use crate::threads;
 use crate::writer::MARKER;
 
 /// Bytes of tensors that are compared at once.
@@ -174,7 +175,8 @@ fn compare(merged: &Checkpoint, base: &Checkpoint, record: Option<&Value>, path:
             base.read_range(name, *at as u64, &mut other)?;
             Ok(one == other)
         };
-        Ok(blocks.par_iter().map(equal).collect::<Result<Vec<_>>>()?.into_iter().all(|equal| equal))
+        let equal: Vec<bool> = threads::install(|| blocks.par_iter().map(equal).collect())?;
+        Ok(equal.into_iter().all(|equal| equal))
     };
     for name in base.names().filter(|name| !changed.contains(name) && merged.entry(name).is_some()) {
         if !same(name)? {

@@ -16,6 +16,7 @@ use super::{Merge, Watch, place, work};
 use crate::checkpoint::{Checkpoint, digest};
 use crate::error::{Error, Result};
 use crate::plan::{File, Output};
+use crate::threads;
 use crate::writer::{FolderWriter, PositionedFile, Storage, header};
 
 /// How a merge is written.
@@ -156,7 +157,10 @@ impl Merge {
     /// Makes and writes some tensors that follow each other in the file from `offset` on.
     fn write_wave(&self, target: &PositionedFile, wave: &[Output], offset: u64, watch: &dyn Watch) -> Result<()> {
         let wave = Wave { inputs: self.inputs(), target, watch, outputs: wave, failed: OnceLock::new() };
-        rayon::in_place_scope_fifo(|scope| wave.go_on(scope, 0, offset));
+        threads::install(|| {
+            rayon::in_place_scope_fifo(|scope| wave.go_on(scope, 0, offset));
+            Ok(())
+        })?;
         wave.failed.into_inner().map_or(Ok(()), Err)
     }
 }

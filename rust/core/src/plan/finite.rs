@@ -6,6 +6,7 @@ use super::problems::{NONFINITE, Problems};
 use crate::checkpoint::Checkpoint;
 use crate::error::{Result, show_name};
 use crate::kernels::values::all_finite;
+use crate::threads;
 
 /// Values read at once when the adapter is searched for infinities and NaN.
 const SCAN_BYTES: usize = 1 << 20;
@@ -28,7 +29,7 @@ pub fn find_nonfinite(adapter: &Checkpoint, problems: &mut Problems) -> Result<(
         }
         Ok(true)
     };
-    let finite: Vec<bool> = names.par_iter().map(scan).collect::<Result<_>>()?;
+    let finite: Vec<bool> = threads::install(|| names.par_iter().map(scan).collect())?;
     names
         .iter()
         .zip(finite)

@@ -13,6 +13,7 @@ use super::{Comparison, Row, Verdict, parts};
 use crate::dtype::Dtype;
 use crate::error::Result;
 use crate::plan::Output;
+use crate::threads;
 
 /// Elements that are looked at of each tensor, spread over all of it, and of all tensors together.
 const MAX_SAMPLES: usize = 1 << 14;
@@ -59,7 +60,7 @@ pub fn explain(comparison: &Comparison, outputs: &[&Output], rows: &mut [Row]) -
             |&(row, part): &(usize, usize)| Some(Wrong { row, sample: std::mem::take(samples.get_mut(part)?), grid });
         Ok(members.iter().filter_map(one).collect())
     };
-    let wrong: Vec<Vec<Wrong>> = wrong.par_iter().map(looks).collect::<Result<_>>()?;
+    let wrong: Vec<Vec<Wrong>> = threads::install(|| wrong.par_iter().map(looks).collect())?;
     let mut groups: BTreeMap<String, Vec<Wrong>> = BTreeMap::new();
     for one in wrong.into_iter().flatten() {
         let Some(row) = rows.get_mut(one.row) else { continue };

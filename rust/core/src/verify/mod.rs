@@ -23,6 +23,7 @@ use crate::inspect::Model;
 use crate::kernels::values::widen;
 use crate::merge::work::{Inputs, prepare};
 use crate::plan::{Adapter, Change, Homes, Options, Output, Plan, Source};
+use crate::threads;
 use tally::Grid;
 
 /// What was found out about one tensor, or about one expert of a stack.
@@ -77,7 +78,7 @@ pub fn verify(base: &Path, adapters: &[(PathBuf, f64)], merged: &Path, links: Li
     let comparison = Comparison::open(base, adapters, merged, links)?;
     let mut notes = comparison.plan.notes.clone();
     let outputs: Vec<&Output> = comparison.plan.files.iter().flat_map(|file| &file.outputs).collect();
-    let rows: Vec<Vec<Row>> = outputs.par_iter().map(|output| comparison.rows(output)).collect::<Result<_>>()?;
+    let rows: Vec<Vec<Row>> = threads::install(|| outputs.par_iter().map(|output| comparison.rows(output)).collect())?;
     let mut rows: Vec<Row> = rows.concat();
     explain::explain(&comparison, &outputs, &mut rows)?;
     let extra = spare::settle(&comparison, &mut rows, &mut notes)?;
@@ -193,7 +194,7 @@ impl Comparison {
             })?;
             Ok(found)
         };
-        let found: Vec<Vec<T>> = work.tiles().par_iter().map(one).collect::<Result<_>>()?;
+        let found: Vec<Vec<T>> = threads::install(|| work.tiles().par_iter().map(one).collect())?;
         Ok(found.into_iter().flatten().collect())
     }
 

@@ -7,6 +7,7 @@ use peftrs_core::config::Names;
 use peftrs_core::error::{Result, show_name};
 use peftrs_core::inspect::{Adapter, LowRank, Module, Norms, Statistics, statistics};
 use peftrs_core::keys::without_base_layer;
+use peftrs_core::threads;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
@@ -60,10 +61,10 @@ impl Values {
     pub fn read(adapter: &Adapter) -> Result<Self> {
         let updates: Vec<(&str, &LowRank)> = adapter.updates().collect();
         let one = |(path, update): &(&str, &LowRank)| Ok(((*path).to_owned(), adapter.norms(update)?));
-        let updates: Vec<(String, Norms)> = updates.par_iter().map(one).collect::<Result<_>>()?;
+        let updates: Vec<(String, Norms)> = threads::install(|| updates.par_iter().map(one).collect())?;
         let keys: Vec<&str> = adapter.weights.names().collect();
         let one = |key: &&str| Ok(statistics(&adapter.weights, key)?.map(|found| ((*key).to_owned(), found)));
-        let tensors: Vec<Option<(String, Statistics)>> = keys.par_iter().map(one).collect::<Result<_>>()?;
+        let tensors: Vec<Option<(String, Statistics)>> = threads::install(|| keys.par_iter().map(one).collect())?;
         let tensors: Vec<(String, Statistics)> = tensors.into_iter().flatten().collect();
         let mut warnings = scan_warnings(Some(&tensors));
         let untrained = updates.iter().filter(|(_, norms)| norms.up == 0.0 || norms.down == 0.0).count();
