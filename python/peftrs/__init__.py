@@ -50,7 +50,7 @@ _MODULES = {
     "set_base_model_state_dict"),
     "convert.cartridges": ("compose_cartridge_adapters",),
     "convert.extract": ("extract_lora",),
-    "plan.choose_layers": ("find_kappa_target_modules",),
+    "planning.choose_layers": ("find_kappa_target_modules",),
     "model.kbit": ("prepare_model_for_kbit_training",),
     "convert.loftq": ("replace_lora_weights_loftq",),
     "model.create": (
@@ -59,7 +59,7 @@ _MODULES = {
         "get_peft_model", "inject_adapter_in_model",
     ),
     "model.peft_model": ("PeftModel",),
-    "plan.preview": ("TargetPlan", "plan"),
+    "planning.preview": ("TargetPlan", "plan"),
     "model.status": ("TunerLayerStatus", "TunerModelStatus", "get_layer_status", "get_model_status"),
     "model.tasks": (
         "MODEL_TYPE_TO_PEFT_MODEL_MAPPING", "PeftMixedModel", "PeftModelForCausalLM",

@@ -176,8 +176,8 @@ from peftrs.model.tuners import IA3Model as IA3Model
 from peftrs.model.tuners import LoraModel as LoraModel
 from peftrs.model.tuners import OFTModel as OFTModel
 from peftrs.model.tuners import TrainableTokensModel as TrainableTokensModel
-from peftrs.plan.choose_layers import find_kappa_target_modules as find_kappa_target_modules
-from peftrs.plan.preview import TargetPlan as TargetPlan
-from peftrs.plan.preview import plan as plan
+from peftrs.planning.choose_layers import find_kappa_target_modules as find_kappa_target_modules
+from peftrs.planning.preview import TargetPlan as TargetPlan
+from peftrs.planning.preview import plan as plan
 
 __all__: list[str]

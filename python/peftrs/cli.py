@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from peftrs._native import PeftrsError, merge_main, tool_main
 
 if TYPE_CHECKING:
-    from peftrs.plan.outline import Outline
+    from peftrs.planning.outline import Outline
 
 LACKING = "hint: pip install peftrs[transformers]"
 
@@ -31,7 +31,7 @@ def tool() -> int:
 
 def _by_class(model: PathLike[str], task: str | None) -> Outline:
     try:
-        from peftrs.plan import outline
+        from peftrs.planning import outline
 
         return outline.by_class(model, task)
     except ImportError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, ClassVar, Self, cast
@@ -83,10 +84,41 @@ class TaskType(StrEnum):
 
 RUNTIME: dict[str, bool] = {"runtime": True}
 """Metadata of a field that is never written to a file."""
+NO_FIELD: frozenset[str] = frozenset()
+"""What a list of names is in configs of a kind that has no such field, where None is a field left unset."""
+
+
+class Absent:
+    """The settings that only some kinds of config have as fields, with what holds for all other kinds.
+
+    This is no dataclass, so that they are in no file and no constructor; a field of the same name overrides
+    them. Code asks any config for any of them, and never whether a config has one.
+    """
+
+    target_modules: str | Collection[str] | None = None
+    target_parameters: Collection[str] | None = NO_FIELD
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    layer_replication: list[tuple[int, int]] | None = None
+    feedforward_modules: str | Collection[str] | None = NO_FIELD
+    modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool | None = None
+    """None: no tie is kept, and nobody could ask for it, where False is that nobody did."""
+    fan_in_fan_out: bool | None = None
+    """None: the config does not state how layers store their weights."""
+    bias: str = "none"
+    init_weights: bool | str | None = True
+    use_dora: bool = False
+    use_rslora: bool = False
+    lora_bias: bool = False
+    lora_dropout: float = 0.0
+    encoder_hidden_size: int | None = 0
+    runtime_config: Any = None
 
 
 @dataclass
-class PeftConfig(Pushable):
+class PeftConfig(Absent, Pushable):
     """What every adapter config holds. Raises `ConfigError` on construction, listing every fault at once."""
 
     sources: ClassVar[tuple[str, ...]] = ()
@@ -320,8 +352,10 @@ def _json_value(value: Any) -> Any:
 __all__ = [
     "CONFIG_NAME",
     "FORMAT_VERSION",
+    "NO_FIELD",
     "NO_TARGETS",
     "RUNTIME",
+    "Absent",
     "LayeredConfig",
     "PeftConfig",
     "PeftType",

@@ -6,12 +6,9 @@ A method's module is imported when it is first asked for, and registers itself.
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 from peftrs.errors import ConfigError
-
-if TYPE_CHECKING:
-    from peftrs.core.method import Method
 
 MODULES = {
     "LORA": "lora",
@@ -78,9 +75,9 @@ COMING = {
 meanwhile.
 """
 
-_methods: dict[str, Method] = {}
+_methods: dict[str, Any] = {}
 
-MethodClass = TypeVar("MethodClass", bound="type[Method]")
+MethodClass = TypeVar("MethodClass", bound=type[Any])
 
 
 def register(method: MethodClass) -> MethodClass:
@@ -89,8 +86,8 @@ def register(method: MethodClass) -> MethodClass:
     return method
 
 
-def method(peft_type: str) -> Method:
-    """The method for a `peft_type`. Raises `ConfigError` if peftrs has none."""
+def method(peft_type: str) -> Any:
+    """The `core.method.Method` for a `peft_type`. Raises `ConfigError` if peftrs has none."""
     key = str(getattr(peft_type, "value", peft_type)).upper()
     modules = MODULES | VARIANTS
     if key not in modules:
@@ -102,6 +99,6 @@ def method(peft_type: str) -> Method:
     return _methods[key]
 
 
-def loaded() -> list[Method]:
+def loaded() -> list[Any]:
     """The methods asked for so far, which are all that a model at hand can hold."""
     return list(_methods.values())

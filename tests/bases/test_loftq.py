@@ -56,8 +56,8 @@ def config(bits: int = 4, rounds: int = 1, **options: Any) -> LoraConfig:
 
 def change(layer: Any, adapter: str = "default") -> Tensor:
     """What the adapter adds to the weight."""
-    up, down = layer.adapters[adapter].method.factors(layer.adapters[adapter])
-    return (layer.adapters[adapter].scaling * up @ down).detach()
+    fitted = layer.adapters[adapter]
+    return (fitted.scaling * fitted["lora_B.weight"] @ fitted["lora_A.weight"]).detach()
 
 
 def truncated(residual: Tensor) -> float:

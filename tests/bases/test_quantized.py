@@ -118,7 +118,7 @@ def _dense(layer: AdaptedLayer, x: Tensor) -> Tensor:
 
 def _folded(layer: AdaptedLayer) -> Tensor:
     """The weight with the adapter in it, without what is merged."""
-    weight, *bias = merging.unmerged(layer)
+    weight, *bias = merging.originals(layer.frozen)
     return fold(layer.chain(layer.active_adapters), Affine(weight, *bias)).weight.detach()
 
 
@@ -131,19 +131,17 @@ def test_unmerging_restores_what_was_stored(name: str, method: str) -> None:
     with pytest.warns(PeftrsWarning, match="of the update is left"):
         model.merge_adapter()
     for layer in (below, above):
-        ledger = layer.ledger
+        undo = layer.frozen.ledger.undo
         asked, stored, then = (
             _folded(layer),
-            *(layer.base.dense(one).weight for one in (layer.base_layer, ledger.layer)),
+            *(layer.base.dense(one).weight for one in (layer.base_layer, undo.module)),
         )
         # The new layer is nearer to what the merge asked for than the old one is, by what the report says.
         error = float((stored - asked).norm() / (asked - then).norm())
         assert error < 1
-        assert error == pytest.approx(
-            (ledger.rounding.missed / ledger.rounding.asked) ** 0.5, rel=1e-3, abs=1e-6
-        )
-        assert 0.5 < ledger.rounding.kept < 1.5
-        assert ledger.bytes > 0
+        assert error == pytest.approx((undo.loss.missed / undo.loss.asked) ** 0.5, rel=1e-3, abs=1e-6)
+        assert 0.5 < undo.loss.kept < 1.5
+        assert undo.bytes > 0
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

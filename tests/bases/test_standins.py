@@ -170,7 +170,7 @@ def test_a_norm_with_its_layer_trains_but_does_not_merge(name: str) -> None:
     y.square().sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     adapter = layer.adapters["default"]
-    up, down = adapter.method.factors(adapter)
+    up, down, *_ = adapter.method.term(adapter)
     torch.testing.assert_close(y, layer.base_layer(x) + adapter.scaling * x @ down.mT @ up.mT)
     with pytest.raises(MergeError, match="no affine map"):
         model.merge_and_unload(dtype=torch.bfloat16)

@@ -82,8 +82,8 @@ def test_combining_adapters_has_pefts_names_and_its_linear(tmp_path: Path) -> No
         """
         import warnings
         from peft import LoraConfig, get_peft_model
-        from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, prune, task_arithmetic,
-        ties
+        from peft.utils.merge_utils import dare_linear, dare_ties, magnitude_prune, prune
+        from peft.utils.merge_utils import task_arithmetic, ties
         tensors, weights = [torch.ones(2), -3 * torch.ones(2)], torch.tensor([0.5, 1.0])
         assert torch.equal(task_arithmetic(tensors, weights), torch.full((2,), -2.5))
         assert torch.equal(magnitude_prune(tensors, weights, 0.5).abs().sort().values, torch.tensor([0.0,

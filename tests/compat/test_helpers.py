@@ -17,7 +17,7 @@ from torch import nn
 import peftrs
 from peftrs import AdapterError, CheckpointError, ConfigError, LoraConfig, MergeError
 from peftrs.compat import helpers, utilities
-from peftrs.plan import choose_layers as kappa
+from peftrs.planning import choose_layers as kappa
 from tests.model.tiny import TOKENS, bert, llama, logits, shake
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning:peft")

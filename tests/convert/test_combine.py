@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from peftrs.convert.combine import (
-    Term,
+    Factors,
     approximated,
     clamped,
     leading,
@@ -21,13 +21,13 @@ from peftrs.convert.combine import (
 )
 
 
-def term(rows: int, rank: int, columns: int, *stack: int) -> Term:
+def term(rows: int, rank: int, columns: int, *stack: int) -> Factors:
     return torch.randn(*stack, rows, rank, dtype=torch.float64), torch.randn(
         *stack, rank, columns, dtype=torch.float64
     )
 
 
-def dense(term: Term) -> Tensor:
+def dense(term: Factors) -> Tensor:
     return term[0] @ term[1]
 
 

@@ -56,7 +56,7 @@ def test_a_copied_layer_leaves_its_model_behind() -> None:
     first = model()
     alone = copy.deepcopy(first.base_model.model[0])
     assert alone.activation.members == [alone]
-    alone.activation.active = ("b",)
+    alone.activation.switch(active=("b",))
     assert first.active_adapter == "a"
 
 

@@ -22,7 +22,7 @@ from peftrs.core.tree import adapted_layers
 from peftrs.methods.ia3 import IA3Config
 from peftrs.methods.lora import LoraConfig
 from peftrs.methods.oft import OFTConfig
-from peftrs.plan import targets as plan
+from peftrs.planning import targets as plan
 
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 """How far two views of one adapted layer may lie apart, as ‖difference‖ / ‖output‖: four units of rounding of

@@ -67,10 +67,10 @@ def test_parameters_have_the_names_that_the_state_dict_has(case: tuple[str, str]
     model = adapted([way, way], kind)
     parameters = dict(model.named_parameters())
     assert parameters.keys() == model.state_dict().keys()
-    layers = {id(layer): name for name, layer in model.named_modules()}
+    layers = {id(layer.__dict__.get("frozen")): name for name, layer in model.named_modules()}
     for adapter in fitted(model):
         for slot, parameter in adapter.parameters():
-            assert parameters[f"{layers[id(adapter.layer)]}.{adapter.full_name(slot)}"] is parameter
+            assert parameters[f"{layers[id(adapter.frozen)]}.{adapter.full_name(slot)}"] is parameter
 
 
 @cases

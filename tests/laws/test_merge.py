@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from peftrs.bases import store
 from peftrs.core import manage
 from peftrs.core import merge as merging
+from peftrs.core.frozen import Ledger
 from peftrs.core.tree import adapted_layers
 from peftrs.errors import AdapterError, MergeError, PeftrsWarning
 from peftrs.methods.ia3 import IA3Config
@@ -211,8 +213,8 @@ def large(dtype: torch.dtype = torch.bfloat16, layers: int = 2) -> nn.Module:
     return model
 
 
-def ledgers(model: nn.Module) -> list[merging.Ledger]:
-    return [layer.ledger for layer in adapted_layers(model) if layer.ledger is not None]
+def ledgers(model: nn.Module) -> list[Ledger]:
+    return [layer.frozen.ledger for layer in adapted_layers(model) if layer.frozen.ledger is not None]
 
 
 @pytest.mark.parametrize("meanwhile", MEANWHILE)
@@ -227,15 +229,15 @@ def test_corrections_restore_the_bits(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Also where the factors are as large as the layer, as they are here.
-    monkeypatch.setattr(merging, "MOST", 100.0)
+    monkeypatch.setattr(store, "MOST", 100.0)
     model = plain(kind, dtype)
     before = bits(model)
     add(model, config("lora", kind), "a")
     stir(model)
     manage.merge(model)
-    assert isinstance(sole_layer(model).ledger.kept[0], Correction)
+    assert isinstance(sole_layer(model).frozen.ledger.undo.kept[0], Correction)
     weight = next(iter(before.values()))
-    assert torch.equal(merging.unmerged(sole_layer(model))[0].view(weight.dtype), weight)
+    assert torch.equal(merging.originals(sole_layer(model).frozen)[0].view(weight.dtype), weight)
     assert not same(bits(model), before)
     model = meanwhile(model)
     manage.unmerge(list(adapted_layers(model)))
@@ -302,7 +304,7 @@ def test_merging_for_good_keeps_nothing_and_can_be_finished_after_an_interrupt()
     expected = model(x)
     with pytest.raises(KeyboardInterrupt):
         manage.unload(model, merged=True, track=interrupted)
-    assert [ledger.kept for ledger in ledgers(model)] == [None]
+    assert [ledger.undo for ledger in ledgers(model)] == [None]
     assert distance(model(x), expected) < TOLERANCE[torch.bfloat16]
     with pytest.raises(MergeError, match=r"^0: .* merged for good.*hint: "):
         manage.unmerge(list(adapted_layers(model)))

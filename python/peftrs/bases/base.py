@@ -6,15 +6,16 @@ A base holds no tensors: one instance serves every layer of its kind.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 
-from peftrs.bases import offload, sharded
+from peftrs.bases import offload, sharded, store
 from peftrs.bases.kinds import Affine, LayerKind
+from peftrs.bases.store import Change, Layout, Undo, Written
+from peftrs.torch_private import hooks_of
 
 
 class Base(ABC):
@@ -65,6 +66,42 @@ class Base(ABC):
         """Why calling the layer does more than apply its affine map to one input, or None if that is all."""
         return "its kind of layer has no fused form"
 
+    @property
+    def layout(self) -> Layout:
+        """How the weight is stored."""
+        return Layout(self.transposed, self.kind is LayerKind.PARAMETER)
+
+    def stored(self, module: nn.Module) -> list[nn.Parameter]:
+        """The stored weight and, if there is one, bias."""
+        return [parameter for parameter in self.parameters(module) if parameter is not None]
+
+    def check(
+        self, module: nn.Module, change: Change, *, keep: bool, dtype: torch.dtype | None = None
+    ) -> None:
+        """Raises `MergeError` for what can be known of storing a change before a weight is touched."""
+        store.check(self.stored(module), change, self.layout, keep=keep, dtype=dtype)
+
+    def store(self, module: nn.Module, change: Change, keep: Collection[int]) -> tuple[nn.Module, Undo]:
+        """Stores a changed map, and gives the layer that has it now and what takes it out again. Raises
+        `MergeError`.
+
+        `keep` are the positions in `stored` of what is to be restored later.
+        """
+        return module, store.write(self.stored(module), change, self.layout, keep)
+
+    def restore(self, module: nn.Module, undo: Undo) -> tuple[nn.Module, bool]:
+        """The layer as it was before `store`, and whether that is so to the bit."""
+        return module, cast(Written, undo).restore(self.stored(module))
+
+    def original(self, module: nn.Module, undo: Undo | None) -> list[Tensor]:
+        """The weight and, if there is one, bias as they are stored without what was merged."""
+        stored = self.stored(module)
+        return (
+            list(stored)
+            if undo is None
+            else [cast(Written, undo).original(stored, at) for at in range(len(stored))]
+        )
+
     @abstractmethod
     def op(
         self, module: nn.Module, x: Any, affine: Affine, rest: tuple[Any, ...], options: dict[str, Any]
@@ -76,16 +113,7 @@ def called(module: nn.Module, forward: Callable[..., Any]) -> str | None:
     """Why calling the module does more than run this forward of its class, or None if that is all."""
     if type(module).forward is not forward or "forward" in module.__dict__:
         return "the layer beneath has a forward of its own"
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or hooks._global_forward_hooks
-        or hooks._global_forward_pre_hooks
-        or hooks._global_backward_hooks
-        or hooks._global_backward_pre_hooks
-    ):
+    if any(hooks_of(module)):
         return "the layer beneath has hooks"
     return None
 

@@ -8,6 +8,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -38,6 +39,43 @@ class Affine(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
+
+
+class Term(NamedTuple):
+    """What an adapter of low rank is: `scale · up @ down` added to the weight, and `scale · shift` to the
+    bias.
+
+    Over a linear layer, `y = x·Wᵀ + b + scale · (dropout(x)·downᵀ·upᵀ + shift)`.
+    """
+
+    up: Tensor
+    """`(out, r)`, for a stack of experts `(experts, out, r)`."""
+    down: Tensor
+    """`(r, in · kernel)`, for a stack of experts `(experts, r, in)`."""
+    scale: float | Tensor
+    shift: Tensor | None = None
+    """`(out,)`"""
+    dropout: float = 0.0
+    """The share of the input that training drops before it meets `down`."""
+    exempt: int = 0
+    """How many of the last ranks see the whole input, whatever `dropout` is."""
+
+    def added(self, affine: Affine) -> Affine:
+        """The map with this change in it, in float32 or a wider dtype of its own."""
+        weight, up, down = affine.weight, self.up, self.down
+        if (
+            weight.ndim == 2
+            and weight.dtype is up.dtype is down.dtype is torch.float32
+            and type(self.scale) is float
+        ):
+            weight = torch.addmm(weight, up, down, alpha=self.scale)
+        else:
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            weight = weight.to(dtype) + self.scale * (up.to(dtype) @ down.to(dtype)).reshape(weight.shape)
+        if self.shift is None:
+            return Affine(weight, affine.bias)
+        shift = self.scale * self.shift.to(weight.dtype)
+        return Affine(weight, shift if affine.bias is None else affine.bias + shift)
 
 
 class Deferred:
@@ -79,6 +117,8 @@ class LayerSpec:
     """
     matched: Mapping[str, Any] = field(default_factory=dict)
     """The value that each of the config's pattern fields gives this layer, where a key of it matched."""
+    tied: str | None = None
+    """The layer whose tensors an adapter on this one shares, where both have one weight."""
 
     @property
     def stacked(self) -> bool:

@@ -9,7 +9,7 @@ one, so that taking the old one back is exact.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, cast
 
 import torch
@@ -19,7 +19,11 @@ from peftrs.bases import workspace
 from peftrs.bases.base import Base, as_dtype, called
 from peftrs.bases.dense import LINEAR
 from peftrs.bases.kinds import Affine, LayerKind
+from peftrs.bases.store import Change, Replaced, Rounding, Undo
 from peftrs.errors import MergeError
+
+BLOCK = 256
+"""Rows that are looked at together when what rounding did is measured."""
 
 
 class Quantized(Base):
@@ -128,6 +132,71 @@ class Quantized(Base):
         Raises `MergeError` if it is read only.
         """
         raise MergeError(f"{self.format(module)} weights are not written again here; hint: {IN_A_DTYPE}")
+
+    def check(
+        self, module: nn.Module, change: Change, *, keep: bool, dtype: torch.dtype | None = None
+    ) -> None:
+        change.check_numbers()
+        if dtype is None and not self.writes:
+            raise MergeError(
+                f"{change.layer}: {self.format(module)} is written by its library's calibration alone; hint:"
+                f" {IN_A_DTYPE}"
+            )
+        if dtype is not None and not bool(self._folded(module, change)[1].weight.to(dtype).isfinite().all()):
+            raise MergeError(
+                f"{change.layer}: merging gives weights beyond {dtype}; hint: merge into a wider dtype"
+            )
+
+    def store(self, module: nn.Module, change: Change, keep: Collection[int]) -> tuple[nn.Module, Undo]:
+        merged, loss = self.requantize(module, change)
+        if not keep:
+            self.dropped(module)
+        return merged, Replaced(module, loss)
+
+    @torch.no_grad()
+    def requantize(self, module: nn.Module, change: Change) -> tuple[nn.Module, Rounding]:
+        """A layer in the same format with a change in it, and what rounding did to the change. Raises
+        `MergeError`.
+
+        A stored weight lies on its format's grid, so that an update of less than half a step rounds away in
+        full; formats that choose another grid add an error that may be far larger than the update.
+        """
+        first, affine = self._folded(module, change)
+        merged = self.requantized(module, affine)
+        sums = torch.zeros(3, dtype=torch.float64)
+        # By blocks of rows: the layer is there several times over already.
+        blocks = (torch.split(one, BLOCK) for one in (first, affine.weight, self.dense(merged).weight))
+        for was, asked, stored in zip(*blocks, strict=True):
+            asked, stored = asked - was, stored.float() - was
+            pairs = ((asked, asked), (asked, stored), (asked - stored, asked - stored))
+            sums += torch.stack([(one * other).sum(dtype=torch.float64) for one, other in pairs]).cpu()
+        whole, along, missed = sums.tolist()
+        return merged, Rounding(change.layer, self.format(module), whole, along, missed)
+
+    @torch.no_grad()
+    def widened(self, module: nn.Module, change: Change, dtype: torch.dtype) -> nn.Linear:
+        """A dense layer with a change in it, which takes this one's place for good. Raises `MergeError`."""
+        plain = self.plain(self._folded(module, change)[1], dtype)
+        self.dropped(module)
+        return plain.train(module.training)
+
+    def _folded(self, module: nn.Module, change: Change) -> tuple[Tensor, Affine]:
+        """The weight in float32, and the changed map. Raises `MergeError` where that is not finite."""
+        weight, bias = self.dense(module)
+        first = weight.float()
+        affine = change.fold(Affine(first, None if bias is None else bias.float()))
+        if not all(bool(value.isfinite().all()) for value in affine if value is not None):
+            raise MergeError(f"{change.layer}: merging gives weights that are infinite or NaN")
+        return first, affine
+
+    def restore(self, module: nn.Module, undo: Undo) -> tuple[nn.Module, bool]:
+        self.dropped(module)
+        was = cast(Replaced, undo).module
+        return was.to(self.parameters(module)[0].device), True
+
+    def original(self, module: nn.Module, undo: Undo | None) -> list[Tensor]:
+        was = module if undo is None else cast(Replaced, undo).module
+        return [one for one in self.dense(was) if one is not None]
 
     def dropped(self, module: nn.Module) -> None:
         """Frees what only the garbage collector would of a layer that another one stands in for, for good."""

@@ -136,7 +136,7 @@ def skip_init_on_device(func: Callable[Inputs, Output]) -> Callable[Inputs, Outp
 
 def onload_layer(layer: nn.Module) -> AbstractContextManager[None]:
     """An adapted layer with its tensors in their place inside the `with`, and kept as they are at its end."""
-    return layer.at_hand(write=True) if isinstance(layer, AdaptedLayer) else nullcontext()
+    return layer.frozen.at_hand(write=True) if isinstance(layer, AdaptedLayer) else nullcontext()
 
 
 def inspect_matched_modules(tuner: Any, adapter_name: str = "default") -> dict[str, list[str]]:

@@ -11,7 +11,6 @@ from peftrs.bases.kinds import LayerKind
 from peftrs.compat.names import METHODS
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.replace import ReplacedModule
-from peftrs.io.entries import TOKEN_ROWS
 
 KINDS = {
     "Linear": LayerKind.LINEAR,
@@ -61,7 +60,7 @@ class Virtual(type):
             quantized = type(module.get_base_layer()).__name__
             if (quantized if quantized in QUANTIZED else None) != cls.base:
                 return False
-        held = [adapter for adapter in module.adapters.values() if adapter.method.name != TOKEN_ROWS]
+        held = [adapter for adapter in module.adapters.values() if adapter.method.public]
         return any(adapter.config.peft_type == cls.peft_type for adapter in held)
 
 
@@ -72,7 +71,7 @@ class Auxiliary(type):
 
     def __instancecheck__(cls, module: Any) -> bool:
         if isinstance(module, AdaptedLayer):
-            return any(adapter.method.name == TOKEN_ROWS for adapter in module.adapters.values())
+            return not all(adapter.method.public for adapter in module.adapters.values())
         return isinstance(module, ReplacedModule) and not cls.rows_alone
 
 

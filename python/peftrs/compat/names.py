@@ -42,7 +42,7 @@ NAMES: dict[str, str] = {
         " fsdp_auto_wrap_policy gather_params_ctx init_empty_weights replicate_layers transpose",
     ),
     **_in(
-        "peftrs.plan.defaults",
+        "peftrs.planning.defaults",
         "TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING"
         " TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING"
         " TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
@@ -70,7 +70,7 @@ NAMES: dict[str, str] = {
     "BasePromptEncoder": "peftrs.core.prompt:Encoder",
     "LoraFAOptimizer": "peftrs.train.lora_fa:LoraFAOptimizer",
     "PeftConfigMixin": "peftrs.config:PeftConfig",
-    "KappaTuneSelector": "peftrs.plan.choose_layers:KappaTuneSelector",
+    "KappaTuneSelector": "peftrs.planning.choose_layers:KappaTuneSelector",
     "MixedModel": "peftrs.model.tuner:Tuner",
     "MontecloraTrainerMixin": "peftrs.compat.coming:MontecloraTrainerMixin",
     "PEFT_TYPE_TO_PREFIX_MAPPING": "peftrs.model.create:PEFT_TYPE_TO_PREFIX_MAPPING",

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from peftrs.bases.resolve import resolve
 from peftrs.config import CONFIG_NAME, NO_TARGETS, TargetedConfig
-from peftrs.core import merge as merging
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.select import ALL_LINEAR as INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peftrs.core.select import select
@@ -22,9 +21,9 @@ from peftrs.core.tree import Place
 from peftrs.errors import ConfigError, listed
 from peftrs.io.checkpoint import WEIGHTS_NAME as SAFETENSORS_WEIGHTS_NAME
 from peftrs.io.state import EMBEDDING_LAYER_NAMES
-from peftrs.plan.grow import replicate as replicate_layers
-from peftrs.plan.settle import CLASSIFIERS as SEQ_CLS_HEAD_NAMES
-from peftrs.plan.settle import LONG_LIST as MIN_TARGET_MODULES_FOR_OPTIMIZATION
+from peftrs.planning.grow import replicate as replicate_layers
+from peftrs.planning.settle import CLASSIFIERS as SEQ_CLS_HEAD_NAMES
+from peftrs.planning.settle import LONG_LIST as MIN_TARGET_MODULES_FOR_OPTIMIZATION
 
 WEIGHTS_NAME = "adapter_model.bin"
 TOKENIZER_CONFIG_NAME = "tokenizer_config.json"
@@ -68,7 +67,7 @@ def _get_submodules(model: nn.Module, key: str) -> tuple[nn.Module, nn.Module, s
 
 def check_adapters_to_merge(module: AdaptedLayer, adapter_names: Sequence[str] | None = None) -> list[str]:
     """The adapters to merge into a layer that are not merged yet: those named, else the active ones."""
-    return merging.names_to_merge(module, adapter_names)
+    return module.to_merge(adapter_names)
 
 
 def check_target_module_exists(config: TargetedConfig, key: str) -> bool:

@@ -14,8 +14,8 @@ from peftrs.config import PromptLearningConfig
 from peftrs.core import manage
 from peftrs.core.prompt_call import layer_devices
 from peftrs.core.tree import places, wrappers
-from peftrs.plan.prompt_sizes import sizes
-from peftrs.plan.settle import input_embeddings
+from peftrs.planning.prompt_sizes import sizes
+from peftrs.planning.settle import input_embeddings
 
 ALLOWED_COMPUTE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """The dtypes that adapters compute in."""

@@ -18,7 +18,7 @@ from peftrs.core.select import ALL_LINEAR
 from peftrs.core.tree import places
 from peftrs.io.checkpoint import PREFIX, MemorySource
 from peftrs.io.experts import fused, joined_down, joined_up
-from peftrs.plan.experts import converted
+from peftrs.planning.experts import converted
 
 CONTAINERS = {"token_adapter"}
 """Containers besides those with the method's prefix."""
@@ -35,9 +35,7 @@ def convert_peft_config_for_transformers(
     if peft_config.peft_type != PeftType.LORA:
         return
     inner = _inside(model)
-    for name, value in converted(
-        peft_config, cast(Any, peft_config).target_modules, inner, list(places(inner))
-    ).items():
+    for name, value in converted(peft_config, peft_config.target_modules, inner, list(places(inner))).items():
         setattr(peft_config, name, value)
 
 
@@ -100,7 +98,7 @@ def build_peft_weight_mapping(
 
 def _targeted(fusion: Fusion, config: Any) -> bool:
     """Whether a config that names layers one by one is for those of a fusion."""
-    if getattr(config, "peft_type", None) != PeftType.LORA:
+    if config is None or config.peft_type != PeftType.LORA:
         return False
     targets = config.target_modules or ()
     if isinstance(targets, str):

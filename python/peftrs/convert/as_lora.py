@@ -9,22 +9,20 @@ import torch
 from torch import Tensor, nn
 
 from peftrs.bases.kinds import Affine
-from peftrs.config import PeftType
+from peftrs.config import PeftConfig
 from peftrs.convert import changes as low_rank
 from peftrs.convert.changes import Change
-from peftrs.convert.combine import Term, approximated
+from peftrs.convert.combine import Factors, approximated
 from peftrs.core import merge as merging
 from peftrs.core.inject import activation, adapters
 from peftrs.core.manage import check_known, delete_adapter, progress
-from peftrs.core.method import Additive
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.tree import adapted_layers
 from peftrs.errors import AdapterError
 from peftrs.io.checkpoint import PREFIX, write
-from peftrs.io.entries import TOKEN_ROWS
 from peftrs.io.state import get_peft_model_state_dict
 from peftrs.methods.lora import LoraConfig
-from peftrs.plan.attach import peft_configs
+from peftrs.planning.attach import peft_configs
 
 
 def convert_to_lora(
@@ -55,12 +53,9 @@ def convert_to_lora(
             "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
         )
     with torch.no_grad():
-        own = [fitted.layer for fitted in held if fitted.leader is None]
-        layers = progress(own, "Converting") if progressbar else own
-        changes = [
-            _change(layer.adapters[adapter_name], int(rank) if energy is None else None, energy)
-            for layer in layers
-        ]
+        own = [fitted for fitted in held if not fitted.shares]
+        chosen = progress(own, "Converting") if progressbar else own
+        changes = [_change(fitted, int(rank) if energy is None else None, energy) for fitted in chosen]
     name, other = _free_name(inner), low_rank.config_like(config)
     state = activation(inner)
     active = state.active
@@ -70,7 +65,7 @@ def convert_to_lora(
     finally:
         del peft_configs(inner)[name]
         delete_adapter(inner, name)
-        state.active = active
+        state.switch(active=active)
     return other, {PREFIX + key.removeprefix(PREFIX): tensor for key, tensor in tensors.items()}
 
 
@@ -113,13 +108,13 @@ def check_rank(rank: int | float) -> float | None:
     return None
 
 
-def _faults(held: list[FittedAdapter], config: Any) -> list[str]:
+def _faults(held: list[FittedAdapter], config: PeftConfig) -> list[str]:
     faults = []
-    if getattr(config, "bias", "none") != "none":
+    if config.bias != "none":
         faults.append(f"bias={config.bias!r} trains biases of the base, which a LoRA's change does not hold")
     for fitted in held:
-        if fitted.method.name in (TOKEN_ROWS, PeftType.TRAINABLE_TOKENS):
-            faults.append(f"{fitted.spec.name}: trained token rows are no change of low rank")
+        if fitted.method.unfactored is not None:
+            faults.append(f"{fitted.spec.name}: {fitted.method.unfactored}")
         elif fitted.spec.groups > 1:
             faults.append(
                 f"{fitted.spec.name}: a LoRA over {fitted.spec.groups} groups of channels reaches across them"
@@ -135,26 +130,25 @@ def _change(fitted: FittedAdapter, rank: int | None, energy: float | None) -> Ch
     return Change(fitted.spec, term, bias)
 
 
-def _difference(fitted: FittedAdapter) -> tuple[Tensor | Term, Tensor | None]:
-    """What an adapter alone changes in the weight, as factors if it has them, else as a matrix, and in the
+def _difference(fitted: FittedAdapter) -> tuple[Tensor | Factors, Tensor | None]:
+    """What an adapter alone changes in the weight, as factors if it has them, else as a matrix; and in the
     bias.
     """
-    method = fitted.method
-    if (
-        isinstance(method, Additive)
-        and type(method).apply is Additive.apply
-        and (factors := method.factors(fitted)) is not None
-    ):
-        shift = method.shift(fitted)
-        return (factors[0], factors[1] * fitted.scaling), None if shift is None else shift * fitted.scaling
-    weight, *rest = (tensor.detach().double() for tensor in merging.unmerged(fitted.layer))
-    before = Affine(weight.mT if fitted.layer.base.transposed else weight, rest[0] if rest else None)
+    method, frozen = fitted.method, fitted.frozen
+    if (term := method.term(fitted)) is not None:
+        return (term.up, term.down * term.scale), None if term.shift is None else term.shift * term.scale
+    weight, *rest = (tensor.detach().double() for tensor in merging.originals(frozen))
+    before = Affine(weight.mT if frozen.base.transposed else weight, rest[0] if rest else None)
     after = method.apply(fitted, before)
     delta = (after.weight - before.weight).float()
-    bias = None if before.bias is None or after.bias is None else (after.bias - before.bias).float()
-    return delta if fitted.spec.stacked else delta.flatten(1), bias if bias is not None and bool(
-        bias.any()
-    ) else None
+    change = delta if fitted.spec.stacked else delta.flatten(1)
+    if (
+        before.bias is None
+        or after.bias is None
+        or torch.equal(before.bias, after.bias.to(before.bias.dtype))
+    ):
+        return change, None
+    return change, (after.bias - before.bias).float()
 
 
 def _free_name(model: nn.Module) -> str:

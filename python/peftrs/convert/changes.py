@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peftrs import _native
 from peftrs.bases.kinds import LayerKind, LayerSpec
 from peftrs.config import PeftConfig
-from peftrs.convert.combine import Term, padded
+from peftrs.convert.combine import Factors, padded
 from peftrs.core.manage import set_requires_grad
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
@@ -25,8 +25,8 @@ from peftrs.core.tree import adapted_layers, places, wrappers
 from peftrs.errors import AdapterError, TargetError, listed
 from peftrs.io.entries import device_of
 from peftrs.methods.lora import Lora, LoraConfig
-from peftrs.plan.attach import attach, whole_or_not
-from peftrs.plan.settle import exactly
+from peftrs.planning.attach import attach, whole_or_not
+from peftrs.planning.settle import exactly
 
 KEPT = (
     "task_type",
@@ -46,7 +46,7 @@ class Change:
     """
 
     spec: LayerSpec
-    term: Term
+    term: Factors
     bias: Tensor | None = None
 
     @property
@@ -58,7 +58,7 @@ def config_like(config: PeftConfig) -> LoraConfig:
     """A LoRA's config for the same base and task: a copy of the given one where it is a LoRA's already."""
     if isinstance(config, LoraConfig):
         return copy.deepcopy(config)
-    return LoraConfig(**{name: copy.copy(getattr(config, name)) for name in KEPT if hasattr(config, name)})
+    return LoraConfig(**{name: copy.copy(getattr(config, name)) for name in KEPT})
 
 
 def settle(
@@ -109,7 +109,7 @@ def add(
     with torch.no_grad(), whole_or_not(model):
         attach(model, config, name, low_cpu_mem_usage=True)
         held = [layer.adapters[name] for layer in adapted_layers(model) if name in layer.adapters]
-        fitted = {one.spec.name: one for one in held if one.leader is None}
+        fitted = {one.spec.name: one for one in held if not one.shares}
         if extra := sorted(fitted.keys() - {change.spec.name for change in changes}):
             raise AdapterError(
                 f"no config of a LoRA has these layers alone: {listed(extra, 4)} would be targets too"
@@ -149,7 +149,7 @@ def fill(fitted: FittedAdapter, change: Change) -> None:
     if "lora_B.bias" in fitted:
         bias = up.new_zeros(fitted.spec.out_features) if change.bias is None else change.bias / fitted.scaling
         values["lora_B.bias"] = bias
-    device = device_of(fitted.layer)
+    device = device_of(fitted.frozen)
     for slot, value in values.items():
         held: Any = fitted[slot]
         fitted[slot] = nn.Parameter(

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-Term = tuple[Tensor, Tensor]
+Factors = tuple[Tensor, Tensor]
 Triplets = tuple[Tensor, Tensor, Tensor]
 """Left singular vectors `(out, r)`, singular values `(r,)` in falling order, right singular vectors `(r,
 in)`.
@@ -29,17 +29,17 @@ FIRST = 16
 """The rank that is tried first where an energy decides which one it takes."""
 
 
-def stacked(terms: Sequence[Term]) -> Term:
+def stacked(terms: Sequence[Factors]) -> Factors:
     """The exact sum of the terms, of the sum of their ranks."""
     return torch.cat([up for up, _ in terms], -1), torch.cat([down for _, down in terms], -2)
 
 
-def limit(term: Term) -> int:
+def limit(term: Factors) -> int:
     """The largest rank that a change of this shape can have."""
     return min(term[0].shape[-2], term[1].shape[-1])
 
 
-def truncated(term: Term, rank: int, clamp: float | None = None, driver: str | None = None) -> Term:
+def truncated(term: Factors, rank: int, clamp: float | None = None, driver: str | None = None) -> Factors:
     """The best approximation of the term that has this rank: `up = U·S`, `down = Vᵀ` of its singular value
     decomposition.
 
@@ -52,13 +52,13 @@ def truncated(term: Term, rank: int, clamp: float | None = None, driver: str | N
     return clamped(scaled(thin(term, rank, driver)), clamp)
 
 
-def scaled(triplets: Triplets) -> Term:
+def scaled(triplets: Triplets) -> Factors:
     """The term that a decomposition stands for."""
     u, s, v = triplets
     return u * s.unsqueeze(-2), v
 
 
-def thin(term: Term, rank: int, driver: str | None = None) -> Triplets:
+def thin(term: Factors, rank: int, driver: str | None = None) -> Triplets:
     """The first `rank` singular triplets of a term: of `U·K·Vᵀ`, from the QR decompositions of both, only `K`
     is decomposed.
     """
@@ -90,7 +90,9 @@ def leading(matrix: Tensor, rank: int) -> Triplets:
     return thin((space, space.mT @ matrix), rank)
 
 
-def approximated(change: Tensor | Term, rank: int | None, energy: float | None = None) -> tuple[Term, float]:
+def approximated(
+    change: Tensor | Factors, rank: int | None, energy: float | None = None
+) -> tuple[Factors, float]:
     """The best term of this rank for a change, or with `energy` of the smallest rank up to it that keeps this
     part of `‖change‖²`.
 
@@ -116,7 +118,7 @@ def approximated(change: Tensor | Term, rank: int | None, energy: float | None =
     return scaled((u[..., :width], s[..., :width], v[..., :width, :])), min(part, 1.0)
 
 
-def clamped(term: Term, quantile: float | None) -> Term:
+def clamped(term: Factors, quantile: float | None) -> Factors:
     """The term with entries cut off beyond a quantile of them all, which lies between two entries as torch's
     does.
     """
@@ -130,7 +132,7 @@ def clamped(term: Term, quantile: float | None) -> Term:
     return up.clamp(-bound, bound), down.clamp(-bound, bound)
 
 
-def padded(term: Term, rank: int) -> Term:
+def padded(term: Factors, rank: int) -> Factors:
     """The same change with factors of a larger rank, filled up with zeros."""
     up, down = term
     extra = rank - up.shape[-1]

@@ -27,8 +27,8 @@ from peftrs.io.card import CARD_NAME, card
 from peftrs.io.checkpoint import PREFIX, FileSource, MemorySource, Source, write
 from peftrs.io.state import get_peft_model_state_dict
 from peftrs.methods.lora import LoraConfig
-from peftrs.plan import skeleton
-from peftrs.plan.settle import make_plan
+from peftrs.planning import skeleton
+from peftrs.planning.settle import make_plan
 from peftrs.registry import method
 
 NAME = "extracted"
@@ -228,12 +228,12 @@ def _extracted(
     lora = method("LORA")
     plan, settled = make_plan(model, config, lora)
     config.fan_in_fan_out = settled.get("fan_in_fan_out", config.fan_in_fan_out)
-    targets = [target for target in plan.targets if target.tied is None]
+    targets = [target for target in plan.targets if target.spec.tied is None]
     _check(targets, differences)
     changes, kept = [], []
     with torch.no_grad():
         for target in targets:
-            found = _change(target, differences, lora.settle(config, target.spec)["r"], energy)
+            found = _change(target, differences, target.values["r"], energy)
             if found is not None:
                 changes.append(found[0])
                 kept.append(found[1])

@@ -16,11 +16,11 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from peftrs import registry
 from peftrs.config import CONFIG_NAME, PeftConfig, PeftType, TargetedConfig
 from peftrs.convert.padding import folded, padded, targeted
 from peftrs.core.inject import activation
 from peftrs.core.layer import AdaptedLayer
+from peftrs.core.method import method_for
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.tree import adapted_layers, uncompiled, wrappers
@@ -31,8 +31,8 @@ from peftrs.io.entries import entries, plain
 from peftrs.io.experts import fused
 from peftrs.io.fingerprint import difference
 from peftrs.io.load import load
-from peftrs.plan.attach import attach, peft_configs, whole_or_not
-from peftrs.plan.settle import changed
+from peftrs.planning.attach import attach, peft_configs, whole_or_not
+from peftrs.planning.settle import changed
 
 INCOMING = "peftrs_incoming"
 """What the other adapter is called while it stands beside the one whose name it gets."""
@@ -50,7 +50,7 @@ def check_hotswap_configs_compatible(config0: PeftConfig, config1: PeftConfig) -
     if kinds[0] != PeftType.LORA:
         raise AdapterError(f"Hotswapping only supports LORA but {kinds[0]} was passed.")
     for name in SAME:
-        values = getattr(config0, name, None), getattr(config1, name, None)
+        values = getattr(config0, name), getattr(config1, name)
         if values[0] != values[1]:
             raise AdapterError(f"Configs are incompatible: for {name}, {values[0]} != {values[1]}")
 
@@ -105,7 +105,7 @@ def hotswap_adapter_from_state_dict(
         known[plain(name)] if here else container.sub(r"\1", name): tensor
         for name, tensor in state_dict.items()
     }
-    names = None if getattr(config, "target_parameters", None) else tensors
+    names = None if config.target_parameters else tensors
     _swap(model, adapter_name, config, MemorySource(tensors, "the state dict"), names)
 
 
@@ -163,10 +163,10 @@ def _swap(
                 _move(wrapper, adapter, incoming, fixed)
             elif isinstance(wrapper, ReplacedModule):
                 _move_whole(wrapper, adapter, fixed)
-    for one in _fitted(base, adapter):
-        if one.leader is not None:
-            one.leader = one.leader.layer.adapters[adapter]
-    state.active = active
+    held = {one.spec.name: one for one in _fitted(base, adapter)}
+    for one in held.values():
+        one.siblings = {name: held[name] for name in one.siblings}
+    state.switch(active=active)
     for _, wrapper in wrappers(base):
         wrapper.require_grad([adapter], requires_grad=trained)
     if fixed:
@@ -218,26 +218,26 @@ def _move(layer: AdaptedLayer, name: str, config: TargetedConfig, fixed: bool) -
         elif old is not None:
             layer.delete_adapter(name)
         return
-    if old is not None and old.leader is None and old.places.keys() == new.places.keys():
+    if old is not None and not old.shares and old.places.keys() == new.places.keys():
         shaped = {slot: padded(new, slot, old[slot].shape) if fixed else new[slot] for slot in old.places}
         if all(value is not None and value.shape == old[slot].shape for slot, value in shaped.items()):
             for slot, value in shaped.items():
                 old[slot].copy_(cast(Tensor, value))
-            old.spec, old.values = new.spec, new.values
+            old.settle(new.values)
             old.rescale(new.own_scaling)
             layer.delete_adapter(INCOMING)
             return
     if old is not None:
         old.remove()
         del layer.adapters[name]
-    new.rename(name)
+    layer.rename_adapter(INCOMING, name)
 
 
 def _silence(layer: AdaptedLayer, fitted: FittedAdapter) -> None:
     """Makes an adapter change nothing: its method's first values are such."""
     config, values = fitted.config, fitted.values
     fitted.config, fitted.values = changed(config, {"init_lora_weights": True}), values | {"start": None}
-    if fitted.leader is None:
+    if not fitted.shares:
         fitted.method.init(fitted, layer.base.dense(layer.base_layer))
     fitted.config, fitted.values = config, values
 
@@ -301,10 +301,11 @@ def prepare_model_for_compiled_hotswap(
             raise AdapterError(f"target_rank={target_rank} does not do: {'; '.join(faults[:8])}")
     with torch.no_grad():
         for one in found:
-            if target_rank is not None and one.leader is None:
+            if target_rank is not None and not one.shares:
                 _widen(one, target_rank)
-            device = one.layer.base.dense(one.layer.base_layer).weight.device
+            device = one.frozen.base.dense(one.frozen.module).weight.device
             one.scaling = torch.tensor(float(one.scaling), dtype=torch.float32, device=device)
+            one.frozen.changed()
     for name, own in peft_configs(base).items():
         if own.peft_type == PeftType.LORA:
             for field, value in folded(base, name, own).items():
@@ -320,17 +321,17 @@ def prepare_model_for_compiled_hotswap(
 
 
 def _prefix() -> str:
-    return registry.method(PeftType.LORA).prefix
+    return method_for(PeftType.LORA).prefix
 
 
 def _widen(fitted: FittedAdapter, rank: int) -> None:
-    shapes = fitted.method.slots(fitted.config, fitted.spec, fitted.values | {"r": rank})
-    for slot, shape in shapes.items():
+    values = fitted.values | {"r": rank}
+    for slot, kind in fitted.method.kinds(fitted.config, fitted.spec, values).items():
         held = fitted[slot]
-        value = padded(fitted, slot, torch.Size(shape))
+        value = padded(fitted, slot, torch.Size(kind.shape))
         if value is not None and value.shape != held.shape:
             fitted[slot] = nn.Parameter(value, requires_grad=held.requires_grad)
-    fitted.values = fitted.values | {"r": rank}
+    fitted.settle(values)
 
 
 __all__ = [

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from peftrs.core.layer import AdaptedLayer
-from peftrs.core.rounding import coarse
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.tree import wrappers
 from peftrs.errors import AdapterError, CheckpointError, listed
@@ -52,7 +51,7 @@ def replace_lora_weights_loftq(
     names = _names(source, held, getattr(model, "base_model_prefix", ""))
     for name, fitted in held.items():
         weight = source.read(names[name]).float()
-        base = fitted.layer.base.dense(fitted.layer.base_layer).weight
+        base = fitted.frozen.base.dense(fitted.frozen.module).weight
         before = {slot: fitted[slot].clone() for slot in ("lora_A.weight", "lora_B.weight")}
         _fill(fitted, factors(weight.to(base.device) - base.float(), fitted))
         if callback is not None and not callback(peft_model, name):
@@ -62,7 +61,9 @@ def replace_lora_weights_loftq(
 def _held(model: nn.Module, adapter: str) -> dict[str, FittedAdapter]:
     """The adapter on each quantized layer, by the layer's name."""
     layers = {
-        name: layer for name, layer in wrappers(model) if isinstance(layer, AdaptedLayer) and coarse(layer)
+        name: layer
+        for name, layer in wrappers(model)
+        if isinstance(layer, AdaptedLayer) and layer.base.quantized
     }
     held = {name: layer.adapters[adapter] for name, layer in layers.items() if adapter in layer.adapters}
     if not held:

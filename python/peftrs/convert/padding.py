@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.tree import adapted_layers, places
-from peftrs.plan.settle import exactly
+from peftrs.planning.settle import exactly
 
 DOWN = ("lora_A.weight", "lora_embedding_A")
 UP = ("lora_B.weight", "lora_embedding_B")
@@ -59,7 +59,7 @@ def folded(base: nn.Module, adapter: str, config: Any) -> dict[str, Any]:
             float(fitted.scaling) / fitted.spec.strength * (math.sqrt(rank) if config.use_rslora else rank), 6
         )
         ranks[name], alphas[name] = rank, int(alpha) if alpha == int(alpha) else alpha
-        fitted.values = fitted.values | {"r": rank, "lora_alpha": alphas[name]}
+        fitted.settle(fitted.values | {"r": rank, "lora_alpha": alphas[name]})
     rank, alpha = _usual(ranks), _usual(alphas)
     return {
         "r": rank,
@@ -95,7 +95,7 @@ def _usual(values: dict[str, Value]) -> Value:
 
 def _rank(fitted: FittedAdapter) -> int:
     slot = next(slot for slot in DOWN if slot in fitted)
-    rows = fitted[slot].shape[1 if fitted.leader is not None and slot == UP[1] else 0]
+    rows = fitted[slot].shape[1 if fitted.shares and slot == UP[1] else 0]
     return rows // (fitted.spec.shape[0] if fitted.spec.stacked else 1)
 
 

@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from peftrs.bases.kinds import Term
 from peftrs.config import PeftConfig, PeftType
 from peftrs.convert import changes as low_rank
 from peftrs.convert import combine, task_vectors
@@ -23,12 +24,11 @@ from peftrs.convert.habits import mixes_linear
 from peftrs.core.inject import activation, check_name
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.manage import check_known
-from peftrs.core.method import Additive
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.tree import wrappers
 from peftrs.errors import AdapterError, PeftrsWarning, listed
-from peftrs.plan.attach import attach, peft_configs, whole_or_not
+from peftrs.planning.attach import attach, peft_configs, whole_or_not
 
 Merge = Callable[[Sequence[Tensor], Tensor], Tensor]
 """One tensor out of several and their weights."""
@@ -122,9 +122,9 @@ def _add_low_rank(model: nn.Module, name: str, recipe: Recipe, configs: dict[str
             changes = [_summed(found, recipe, rank) for found in held.values()]
         config = low_rank.config_like(configs[next(iter(recipe.sources))])
         others = [configs[each] for each in recipe.sources]
-        named = [each for other in others for each in getattr(other, "modules_to_save", None) or ()]
+        named = [each for other in others for each in other.modules_to_save or ()]
         config.modules_to_save = list(dict.fromkeys(named)) or None
-        config.ensure_weight_tying = any(getattr(other, "ensure_weight_tying", False) for other in others)
+        config.ensure_weight_tying = any(other.ensure_weight_tying for other in others)
         low_rank.add(model, name, config, changes, list(recipe.sources))
 
 
@@ -171,7 +171,7 @@ def _held(model: nn.Module, recipe: Recipe) -> dict[AdaptedLayer, list[FittedAda
     held = {
         layer: [layer.adapters[each] for each in recipe.sources if each in layer.adapters] for layer in layers
     }
-    return {layer: found for layer, found in held.items() if any(fitted.leader is None for fitted in found)}
+    return {layer: found for layer, found in held.items() if not all(fitted.shares for fitted in found)}
 
 
 def _check_sources(
@@ -183,7 +183,7 @@ def _check_sources(
     factors: bool,
 ) -> None:
     for field in ("use_dora", "trainable_token_indices"):
-        if holders := [each for each in recipe.sources if getattr(configs[each], field, None)]:
+        if holders := [each for each in recipe.sources if getattr(configs[each], field)]:
             raise AdapterError(
                 f"`{field}` of {listed(holders)} has no weighted sum: what it trains is not a sum of changes"
             )
@@ -215,13 +215,13 @@ def _fault(
     if found is None:
         return None
     names = listed([fitted.name for fitted in found])
-    if any(fitted.leader is not None for fitted in found):
+    if any(fitted.shares for fitted in found):
         return f"of {names} some share the tensors of a tied layer here and some have their own"
     if found[0].spec.groups > 1:
         return f"a LoRA over {found[0].spec.groups} groups of channels has no weighted sum of low rank"
-    if any(type(fitted.method).apply is not Additive.apply for fitted in found):
+    if any(fitted.method.term(fitted) is None for fitted in found):
         return f"what {names} do is not added to the weight"
-    if factors and any("origin_A.weight" in fitted for fitted in found):
+    if factors and any(not kind.saved for fitted in found for kind in fitted.kinds.values()):
         return (
             f"of {names} some start from the base weights: their factors mean nothing alone; hint: use a kind"
             " that ends in _svd"
@@ -235,8 +235,8 @@ def _fault(
     return None
 
 
-def _factors(fitted: FittedAdapter) -> combine.Term:
-    up, down = cast(combine.Term, cast(Additive, fitted.method).factors(fitted))
+def _factors(fitted: FittedAdapter) -> combine.Factors:
+    up, down, *_ = cast(Term, fitted.method.term(fitted))
     wide = torch.promote_types(up.dtype, torch.float32)
     return up.to(wide), down.to(wide)
 
@@ -271,7 +271,7 @@ def _merged(found: list[FittedAdapter], recipe: Recipe, rank: int) -> Change:
     """The changes merged as they are in the layer's own layout, then the best approximation of a small
     rank.
     """
-    deltas, transposed = [], found[0].layer.base.transposed
+    deltas, transposed = [], found[0].frozen.base.transposed
     for fitted in found:
         up, down = _factors(fitted)
         delta = (up @ down) * fitted.scaling
@@ -301,7 +301,7 @@ def _add_scaling(model: nn.Module, name: str, recipe: Recipe, configs: dict[str,
         attach(model, copy.deepcopy(configs[next(iter(recipe.sources))]), name)
         for layer, found in held.items():
             fitted = layer.adapters[name]
-            for slot in fitted.slots:
+            for slot, _ in fitted.parameters():
                 values: list[Tensor] = [recipe.sources[each.name] * each[slot] for each in found]
                 fitted[slot].copy_(torch.stack(values).sum(0))
         low_rank.finish(model, name, list(recipe.sources))

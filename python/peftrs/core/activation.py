@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import ref
 
 from torch import nn
@@ -40,6 +40,17 @@ class Stores:
                 parameter.requires_grad = trained and parameter.is_floating_point()
 
 
+class Acting(NamedTuple):
+    """Which adapters act: a new one each time that changes, so that what follows from it is known by its
+    identity.
+    """
+
+    active: tuple[str, ...] = ()
+    enabled: bool = True
+    gate: Rows | None = None
+    """The adapters of the rows of the call that is running, where every row has its own."""
+
+
 class Activation:
     """The active adapters, in order, and whether they act. A model's wrapped modules share one: switching is
     one write.
@@ -48,11 +59,10 @@ class Activation:
     they are.
     """
 
-    __slots__ = ("active", "complete", "enabled", "joined", "merged", "overridden", "rows", "stores", "whole")
+    __slots__ = ("acting", "complete", "joined", "merged", "overridden", "stores", "whole")
 
-    def __init__(self, active: Sequence[str] = (), enabled: bool = True) -> None:
-        self.active = tuple(active)
-        self.enabled = enabled
+    def __init__(self, active: Sequence[str] = (), enabled: bool = True, gate: Rows | None = None) -> None:
+        self.acting = Acting(tuple(active), enabled, gate)
         self.joined: list[ref[Switched]] = []
         self.whole: list[ref[Switched]] = []
         """Those of them whose adapters have whole modules."""
@@ -60,8 +70,6 @@ class Activation:
         """Whether adapters may be merged into layers; it stays set until somebody looks."""
         self.overridden: list[Switched] = []
         """The modules that go their own way."""
-        self.rows: Rows | None = None
-        """The adapters of the rows of the call that is running, where every row has its own."""
         self.stores: dict[str, Stores] = {}
         """Where the tensors of each adapter are in all modules together, so far as it was asked for since the
         adapter changed.
@@ -71,6 +79,25 @@ class Activation:
 
     def __reduce__(self) -> Any:
         return Activation, (self.active, self.enabled)
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """The names of the adapters that act, in order."""
+        return self.acting.active
+
+    @property
+    def enabled(self) -> bool:
+        """Whether they act."""
+        return self.acting.enabled
+
+    @property
+    def gate(self) -> Rows | None:
+        """The adapters of the rows of the call that is running, where every row has its own."""
+        return self.acting.gate
+
+    def switch(self, **changes: Any) -> None:
+        """Sets which adapters act: the fields of `Acting` to change."""
+        self.acting = self.acting._replace(**changes)
 
     @property
     def members(self) -> list[Switched]:
@@ -207,12 +234,12 @@ class Switched:
     def set_adapter(self, adapter_names: str | Sequence[str], inference_mode: bool = False) -> None:
         """Makes these the active adapters of this module alone, trainable unless `inference_mode`."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
-        self._override(Activation(names, self.state.enabled))
+        self._override(Activation(names, self.state.enabled, self.state.gate))
         self.require_grad(names, only=True, requires_grad=not inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
         """Turns the adapters of this module alone on, or off together with their gradients."""
-        self._override(Activation(self.state.active, enabled))
+        self._override(Activation(self.state.active, enabled, self.state.gate))
         self.require_grad(self.state.active if enabled else (), only=True)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -226,7 +253,7 @@ class Switched:
         """
         if self.override is not None:
             active = tuple(name for name in self.override.active if name != adapter)
-            self.override.active = active or self.adapter_names()[:1]
+            self.override.switch(active=active or self.adapter_names()[:1])
 
     def _override(self, state: Activation) -> None:
         self.before_switch(state)

@@ -8,19 +8,17 @@ make all the changes, however many adapters there are.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from peftrs.bases.kinds import LayerKind
-from peftrs.core.method import Additive
+from peftrs.bases.kinds import Term
 from peftrs.errors import AdapterError
 
-if TYPE_CHECKING:
-    from peftrs.core.layer import AdaptedLayer
-    from peftrs.core.slots import FittedAdapter
+Through = Callable[[tuple[str, ...], Tensor], Tensor]
+"""A layer's output for some rows with the adapters of these names."""
 
 NONE = "__base__"
 """What stands for no adapter where every row of a batch has one."""
@@ -78,73 +76,22 @@ def each(
     return torch.cat(outputs).index_select(0, back)
 
 
-def run(layer: AdaptedLayer, rows: Rows, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """The output of an adapted layer in a mixed batch.
-
-    Raises `AdapterError` where inputs have no rows of their own.
-    """
-    adapters = {name: layer.adapters[name] for name in rows.names if name in layer.adapters}
-    if not adapters:
-        return layer.base_layer(*inputs, **options)
-    if not inputs:
-        inputs = (options.pop(layer.base.first),)
-    x, *rest = inputs
-    if any(isinstance(value, Tensor) for value in (*rest, *options.values())):
-        raise AdapterError(
-            f"{layer.spec.name}: is given more than one tensor, so that rows cannot have adapters of"
-            " their own"
-        )
-    if (len(adapters) > 1 or NONE in rows.names) and all(map(_is_low_rank, adapters.values())):
-        return _at_once(layer, rows, adapters, x, tuple(rest), options)
-    return each(
-        rows,
-        adapters,
-        x,
-        lambda name, its: layer.through((name,), its, tuple(rest), options),
-        layer.spec.name,
-    )
-
-
-def _is_low_rank(adapter: FittedAdapter) -> bool:
-    """Whether all that the adapter does is to add the product of its factors to a linear layer's weight."""
-    method = adapter.method
-    return (
-        adapter.spec.kind is LayerKind.LINEAR
-        and isinstance(method, Additive)
-        and type(method).apply is Additive.apply
-        and type(method).delta is Additive.delta
-        and method.shift(adapter) is None
-    )
-
-
-def _at_once(
-    layer: AdaptedLayer,
-    rows: Rows,
-    adapters: dict[str, FittedAdapter],
-    x: Tensor,
-    rest: tuple[Any, ...],
-    options: dict[str, Any],
-) -> Tensor:
-    """The frozen layer's output and, for every row, the change by its adapter; none is nothing times
+def at_once(rows: Rows, terms: dict[str, Term], x: Tensor, through: Through, where: str) -> Tensor:
+    """The frozen layer's output and, for every row, the change by its adapter's term; none is nothing times
     nothing.
     """
-    rows.times(x, layer.spec.name)
-    factors = {
-        name: cast("tuple[Tensor, Tensor]", cast(Additive, one.method).factors(one))
-        for name, one in adapters.items()
+    rows.times(x, where)
+    rank = max(term.up.shape[1] for term in terms.values())
+    padded = {
+        name: (_wide(term.up, rank, 1), _wide(term.down, rank, 0), term.scale) for name, term in terms.items()
     }
-    rank = max(up.shape[1] for up, _ in factors.values())
-    scaled = {
-        name: (_wide(up, rank, 1), _wide(down, rank, 0), adapters[name].scaling)
-        for name, (up, down) in factors.items()
-    }
-    up, down, _ = next(iter(scaled.values()))
-    scaled[NONE] = torch.zeros_like(up), torch.zeros_like(down), 0.0
-    ups, downs, strengths = zip(*(scaled.get(name, scaled[NONE]) for name in rows.names), strict=True)
-    y = layer.through((), x, rest, options)
+    up, down, _ = next(iter(padded.values()))
+    padded[NONE] = torch.zeros_like(up), torch.zeros_like(down), 0.0
+    ups, downs, scales = zip(*(padded.get(name, padded[NONE]) for name in rows.names), strict=True)
+    y = through((), x)
     inner = torch.bmm(x.reshape(len(rows.names), -1, x.shape[-1]).to(down.dtype), torch.stack(downs).mT)
-    used = {one.scaling for one in adapters.values()}
-    inner = inner * (used.pop() if len(used) == 1 else inner.new_tensor(strengths).view(-1, 1, 1))
+    used = {term.scale for term in terms.values()}
+    inner = inner * (used.pop() if len(used) == 1 else inner.new_tensor(scales).view(-1, 1, 1))
     return (y + torch.bmm(inner, torch.stack(ups).mT).view(y.shape)).to(y.dtype)
 
 

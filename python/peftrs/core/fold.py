@@ -6,104 +6,28 @@ act on the output, `a` acts first, being the innermost.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, cast
+from collections import deque
+from collections.abc import Mapping, Sequence
 
-import torch
-from torch import Tensor, nn
-
-from peftrs.bases.base import Base
-from peftrs.bases.kinds import Affine
-from peftrs.bases.quantized import Quantized
+from peftrs.bases.kinds import Affine, Term
+from peftrs.core.method import Side
 from peftrs.core.slots import FittedAdapter
-from peftrs.ops.lora_linear.reference import Unstored
-
-if TYPE_CHECKING:
-    from peftrs.core.layer import AdaptedLayer
 
 Chain = tuple[FittedAdapter, ...]
 
 
-class Beneath:
-    """What lies beneath an adapter of a chain, for one call of the layer."""
-
-    __slots__ = ("chain", "layer", "options", "rest")
-
-    def __init__(
-        self, layer: AdaptedLayer, chain: Chain, rest: tuple[Any, ...], options: dict[str, Any]
-    ) -> None:
-        self.layer = layer
-        self.chain = chain
-        self.rest = rest
-        self.options = options
-
-    @property
-    def training(self) -> bool:
-        return self.layer.training
-
-    @property
-    def module(self) -> nn.Module:
-        return self.layer.get_base_layer()
-
-    @property
-    def base(self) -> Base:
-        return self.layer.base
-
-    def __call__(self, x: Tensor) -> Tensor:
-        if not self.chain:
-            y = cast(Tensor, self.layer.base_layer(x, *self.rest, **self.options))
-            return y if self.layer.parallel is None else self.layer.parallel.joined(y)
-        outermost = self.chain[-1]
-        bare = Beneath(self.layer, (), self.rest, self.options)
-        if bare.takes(self.chain):
-            joined = outermost.method.together(self.chain, x, bare)
-            if joined is not None:
-                return joined
-        return outermost.method.forward(
-            outermost, x, Beneath(self.layer, self.chain[:-1], self.rest, self.options)
-        )
-
-    def dense(self) -> Affine:
-        affine = self.layer.dense()
-        return fold(self.chain, affine) if self.chain else affine
-
-    def weight(self, dtype: torch.dtype) -> tuple[Tensor | Unstored, Tensor | None]:
-        if (
-            self.chain or not self.layer.base.quantized
-        ):  # a flag: abstract classes take long to tell instances
-            return self.dense()
-        base = cast(Quantized, self.layer.base)
-        module = self.layer.base_layer
-        stored, bias = base.parameters(module)
-        computed = base.computes_in(module, dtype)
-
-        def compute() -> Tensor:
-            # With gradients on, someone differentiates the gradients, and keeps the weight for that.
-            reused = not torch.is_grad_enabled()
-            with torch.no_grad():
-                return base.multiplied(module, computed, reused=reused)
-
-        return Unstored(compute, torch.Size(base.shape(module)), computed, stored.device, base.rounds), bias
-
-    def obstacle(self) -> str | None:
-        if self.chain:
-            return "another adapter lies beneath"
-        if self.rest or self.options:
-            return "the layer beneath takes more than one input"
-        layer = self.layer
-        return layer.base.obstacle(layer._modules["base_layer"])  # type: ignore[arg-type]
-
-    def takes(self, chain: Chain) -> bool:
-        """Whether several adapters are to run as one operation with what is here."""
-        if (
-            len(chain) < 2
-            or self.layer.parallel is not None
-            or any(one.method is not chain[0].method for one in chain)
-        ):
-            return False
-        return chain[0].method.apart(chain, self) is None
-
-    def op(self, x: Tensor, affine: Affine) -> Tensor:
-        return cast(Tensor, self.layer.base.op(self.layer.base_layer, x, affine, self.rest, self.options))
+def ordered(adapters: Mapping[str, FittedAdapter], names: Sequence[str]) -> Chain:
+    """The adapters of these names that are there, innermost first."""
+    if len(names) == 1:
+        only = adapters.get(names[0])
+        return () if only is None else (only,)
+    chain: deque[FittedAdapter] = deque()
+    for adapter in (adapters[name] for name in names if name in adapters):
+        if adapter.method.side_of(adapter) is Side.INPUT:
+            chain.appendleft(adapter)
+        else:
+            chain.append(adapter)
+    return tuple(chain)
 
 
 def fold(chain: Chain, affine: Affine) -> Affine:
@@ -111,3 +35,13 @@ def fold(chain: Chain, affine: Affine) -> Affine:
     for adapter in chain:
         affine = adapter.method.apply(adapter, affine)
     return affine
+
+
+def terms_of(chain: Chain) -> tuple[Term, ...] | None:
+    """All that the adapters of a chain are, if each is a `Term`."""
+    terms = []
+    for adapter in chain:  # torch 2.6 cannot trace this as a generator
+        if (term := adapter.method.term(adapter)) is None:
+            return None
+        terms.append(term)
+    return tuple(terms)

@@ -84,7 +84,7 @@ def inject(
     check_name(state, adapter)
     first = not state.adapters()
     if not state.active:
-        state.active = (adapter,)
+        state.switch(active=(adapter,))
     fitted: dict[str, FittedAdapter] = {}
     _check_rebasing(plan, config, fill)
     _check_order(plan)
@@ -123,8 +123,7 @@ def _wrap(target: Target, state: Activation) -> AdaptedLayer:
     above, current = _site(target)
     if isinstance(current, AdaptedLayer) and _same(current.base, target.base):
         return current
-    wrapped = AdaptedLayer(current, target.base, state, target.spec)
-    wrapped.parallel = target.parallel
+    wrapped = AdaptedLayer(current, target.base, state, target.spec, target.parallel)
     if isinstance(original(target.place.parent), nn.MultiheadAttention):
         wrapped.read_by_owner = True
     if above:
@@ -190,30 +189,32 @@ def _fit(
     fill: bool,
     autocast_adapter_dtype: bool,
 ) -> FittedAdapter:
-    adapter = FittedAdapter(layer, name, target.method, config, target.spec)
+    frozen, method = layer.frozen, target.method
+    adapter = FittedAdapter(
+        name, method, config, target.spec, target.values, frozen, layer.activation, fitted
+    )
     layer.adapters[name] = adapter
-    if target.tied is not None:
-        adapter.leader = fitted[target.tied]
+    if adapter.siblings:
+        adapter.changed()
         return adapter
-    stored = layer.weight_stored
-    dtype, device = adapter_dtype(stored, autocast_adapter_dtype), layer.device
+    dtype, device = adapter_dtype(frozen.weight, autocast_adapter_dtype), frozen.device
     near = nearer(device, config)
     adapter.allocate(dtype, near if fill else torch.device("meta"))
-    base = merging.presented(layer, near)
-    for slot, value in target.method.origin(adapter, base).items():
+    base = merging.presented(frozen, near)
+    for slot, value in method.rebuilt(adapter, base).items():
         adapter[slot] = nn.Parameter(value.to(device, dtype).contiguous(), requires_grad=False)
     rebased = None
     if fill and device.type != "meta":
-        rebased = target.method.rebase(adapter, base) if _rebases(target, config) else None
-        target.method.init(adapter, base)
+        rebased = method.rebase(adapter, base) if _rebases(target, config) else None
+        method.init(adapter, base)
         for slot, parameter in list(adapter.parameters()) if near != device else ():
             adapter[slot] = nn.Parameter(parameter.detach().to(device), requires_grad=parameter.requires_grad)
     elif _rebases(target, config):
-        rebased = target.method.rebase(adapter, base)
+        rebased = method.rebase(adapter, base)
     adapter.spread()
     if rebased is not None:
-        with layer.at_hand(write=True):
-            overwrite(layer.weight_stored, rebased.mT if layer.base.transposed else rebased)
+        with frozen.at_hand(write=True):
+            overwrite(frozen.weight, rebased.mT if frozen.base.transposed else rebased)
     return adapter
 
 
@@ -241,8 +242,8 @@ def nearer(device: torch.device, config: TargetedConfig) -> torch.device:
     """Where to compute the first values of adapters that belong on `device`: on an accelerator where the
     config asks for that.
     """
-    runtime = getattr(config, "runtime_config", None)
-    if not getattr(runtime, "ephemeral_gpu_offload", False) or device.type != "cpu":
+    runtime = config.runtime_config
+    if runtime is None or not runtime.ephemeral_gpu_offload or device.type != "cpu":
         return device
     return torch.accelerator.current_accelerator() or device
 
@@ -268,8 +269,7 @@ def own_parameters(model: nn.Module) -> set[int]:
 
 def biases(model: nn.Module, config: TargetedConfig) -> list[tuple[str, nn.Parameter]]:
     """The biases of the base that the config trains, by full name: all, or those of adapted layers."""
-    mode = getattr(config, "bias", "none")
-    if mode == "all":
+    if config.bias == "all":
         own = own_parameters(model)
         return [
             (name, one)
@@ -277,7 +277,7 @@ def biases(model: nn.Module, config: TargetedConfig) -> list[tuple[str, nn.Param
             if name.rpartition(".")[2] == "bias" and id(one) not in own
         ]
     found = []
-    if mode.endswith("_only"):
+    if config.bias.endswith("_only"):
         for name, wrapper in wrappers(model):
             bias = getattr(wrapper.base_layer, "bias", None) if isinstance(wrapper, AdaptedLayer) else None
             if isinstance(bias, nn.Parameter):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar, cast
 
@@ -15,10 +15,8 @@ from peftrs.bases.quantized import Quantized
 from peftrs.bases.resolve import resolve
 from peftrs.bases.sharded import reshard
 from peftrs.core import merge as merging
-from peftrs.core import rounding
 from peftrs.core.activation import Activation, Switched
 from peftrs.core.batch import NONE, Rows
-from peftrs.core.fold import Chain
 from peftrs.core.inject import activation
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.prompt import Prompts, prompts_of
@@ -30,9 +28,6 @@ Layer = TypeVar("Layer")
 
 EXPERT = re.compile(r"(^|\.)experts\.\d+(\.|$)")
 """In the names of modules that are one of several experts, each given the tokens that are sent to it."""
-
-Track = Callable[[list[AdaptedLayer]], Iterable[AdaptedLayer]]
-"""What goes through a list of layers as it is, for instance to show progress."""
 
 
 def check_known(model: nn.Module, names: Sequence[str]) -> None:
@@ -62,12 +57,12 @@ def set_adapter(model: nn.Module, names: str | Sequence[str], inference_mode: bo
     ):
         raise AdapterError("; ".join(faults[:4]))
     held = state.members if state.merged else ()
-    merged = [member for member in held if isinstance(member, AdaptedLayer) and member.ledger is not None]
+    merged = [member for member in held if isinstance(member, AdaptedLayer) and member.merged]
     state.merged = bool(merged)
     if any(layer.merged_adapters != [name for name in chosen if name in layer.adapters] for layer in merged):
         warnings.warn(f"{merged[0].merged_adapters} were merged and are unmerged now", PeftrsWarning, 3)
         unmerge(merged)
-    state.active = tuple(chosen)
+    state.switch(active=tuple(chosen))
     state.clear()
     state.require_grad(chosen, only=True, requires_grad=not inference_mode)
 
@@ -82,7 +77,7 @@ def set_requires_grad(model: nn.Module, names: str | Sequence[str], requires_gra
 def set_enabled(model: nn.Module, enabled: bool) -> None:
     """Turns all adapters off, or the active ones on; gradients follow, as in PEFT."""
     state = activation(model)
-    state.enabled = enabled
+    state.switch(enabled=enabled)
     state.clear()
     state.require_grad(state.active if enabled else (), only=True)
 
@@ -94,13 +89,13 @@ def disabled(model: nn.Module) -> Iterator[None]:
     What is trained stays as it is, so that this costs one write.
     """
     state = activation(model)
-    before, own = state.enabled, [(module, module.override) for module in state.overridden]
+    before, own = state.acting, [(module, module.override) for module in state.overridden]
     state.clear()
-    state.enabled = False
+    state.switch(enabled=False)
     try:
         yield
     finally:
-        state.enabled = before
+        state.acting = before
         for module, override in own:
             module.override = override
             state.overridden.append(module)
@@ -135,11 +130,15 @@ def mixed(model: nn.Module, names: Sequence[str], count: int | None = None) -> I
     held = [member for member in state.members if any(name in member.adapter_names() for name in used)]
     if faults := [fault for member in held if (fault := _united(member))]:
         raise AdapterError("; ".join(faults[:4]))
-    before, state.rows = state.rows, Rows(names)
+    states = [state, *(module.override for module in state.overridden if module.override is not None)]
+    before = [one.acting for one in states]
+    for one in states:
+        one.switch(gate=Rows(names))
     try:
         yield
     finally:
-        state.rows = before
+        for one, acting in zip(states, before, strict=True):
+            one.acting = acting
 
 
 def _united(member: Switched) -> str | None:
@@ -182,10 +181,10 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         )
     for member in members:
         member.delete_adapter(name)
-    state.active = tuple(other for other in state.active if other != name)
+    state.switch(active=tuple(other for other in state.active if other != name))
     left = state.adapters()
     if was_active and not state.active and left:
-        state.active = (left[0],)
+        state.switch(active=(left[0],))
         following = [member for member in members if member.override is None]
         if following:
             warnings.warn(
@@ -198,7 +197,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
 def merge(
     model: nn.Module,
     names: Sequence[str] | None = None,
-    track: Track = iter,
+    track: merging.Track = iter,
     *,
     keep: bool = True,
     dtype: torch.dtype | None = None,
@@ -224,64 +223,27 @@ def merge(
                 " it off"
             )
     reshard(model)
-    layers = list(adapted_layers(model))
-    chosen = {layer: merging.names_to_merge(layer, names) for layer in layers}
-    if dtype is not None:
-        # What was merged before goes into the layer as it is, not as it was rounded to a coarser dtype.
-        chosen |= {
-            layer: [*layer.merged_adapters, *chosen[layer]]
-            for layer in layers
-            if rounding.rounded_twice(layer, dtype)
-        }
     check_known(model, names or ())
-    chosen = {layer: found for layer, found in chosen.items() if found}
+    layers = list(adapted_layers(model))
+    merges: list[merging.Merge] = []
+    for layer in layers:
+        wanted = layer.to_merge(names)
+        # What was merged before goes into the layer as it is, not as it was rounded to a coarser dtype.
+        if wanted or merging.is_rounded_twice(layer.frozen, dtype):
+            merges.append(layer.merging(wanted))
     merged = list(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
     if merged:
-        more = list(dict.fromkeys(name for found in chosen.values() for name in found))
+        more = [
+            name for name in dict.fromkeys(name for one in merges for name in one.names) if name not in merged
+        ]
         rest = f"merging {more} too" if more else "all adapters are already merged, nothing to do"
         warnings.warn(f"{merged} are merged already; {rest}", PeftrsWarning, 3)
     if faults := [
-        fault
-        for layer, found in chosen.items()
-        if (fault := layer.conflict([*layer.merged_adapters, *found]))
+        fault for layer in layers if (fault := layer.conflict(layer.merging(layer.to_merge(names)).names))
     ]:
         raise MergeError("; ".join(faults[:4]))
-    for layer, found in chosen.items():
-        merging.check(layer, _chain(layer, found), keep=keep, dtype=dtype)
-    shared = merging.shared_weights(model, list(chosen))
-    if shared:
-        copied = [one.parameter.nbytes for its in shared.values() for one in its]
-        warnings.warn(
-            f"{len(copied)} tensors that other modules share are copied for the merge: {sum(copied):,} bytes",
-            PeftrsWarning,
-            3,
-        )
-    done: dict[AdaptedLayer, list[str]] = {}
-    # Quantized layers first: what rounding loses is known before a layer is changed for good.
-    coarse = [layer for layer in chosen if rounding.coarse(layer)]
-    if not keep and dtype is None:
-        # Quantized twice over, so that at no time all layers are there as they were and as they are to be.
-        rounding.judge([rounding.requantize(layer, _chain(layer, chosen[layer]))[1] for layer in coarse])
-    try:
-        for layer in track(coarse + [layer for layer in chosen if not rounding.coarse(layer)]):
-            if len(done) == len(coarse):
-                merging.judge(coarse)
-            earlier = layer.merged_adapters
-            merging.merge(layer, chosen[layer], shared.get(layer, ()), keep=keep, dtype=dtype)
-            done[layer] = earlier
-        if len(done) == len(coarse):
-            merging.judge(coarse)
-    except BaseException:
-        for layer, earlier in done.items():
-            if layer.ledger is not None and layer.ledger.kept is not None:
-                layer.unmerge()
-                merging.merge(layer, earlier, shared.get(layer, ()))
-        raise
-
-
-def _chain(layer: AdaptedLayer, names: Sequence[str]) -> Chain:
-    """What is merged into the layer once these adapters are too."""
-    return layer.chain(tuple(dict.fromkeys([*layer.merged_adapters, *names])))
+    activation(model).merged = True
+    merging.merge(merges, keep=keep, dtype=dtype, track=track, model=model)
 
 
 def unmerge(layers: Sequence[AdaptedLayer]) -> None:
@@ -296,7 +258,7 @@ def unload(
     *,
     merged: bool,
     names: Sequence[str] | None = None,
-    track: Track = iter,
+    track: merging.Track = iter,
     dtype: torch.dtype | None = None,
 ) -> nn.Module:
     """Takes all wrappers off the model, adapters merged into the weights or left out; trained whole modules

@@ -13,17 +13,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from enum import Enum
-from types import MappingProxyType
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
+from peftrs import registry
 from peftrs.bases.base import Base
-from peftrs.bases.kinds import Affine, LayerKind, LayerSpec, along_channels
+from peftrs.bases.kinds import CONVOLUTIONS, Affine, LayerKind, LayerSpec, Term, along_channels
 from peftrs.config import TargetedConfig
-from peftrs.core.shortcut import Product
-from peftrs.ops.lora_linear.reference import Unstored
 
 
 class Side(Enum):
@@ -31,6 +30,30 @@ class Side(Enum):
 
     INPUT = "input"
     OUTPUT = "output"
+
+
+class Of(NamedTuple):
+    """Another layer's slot."""
+
+    layer: str
+    slot: str
+    transposed: bool = False
+
+
+class Slot(NamedTuple):
+    """A tensor of an adapter on one layer."""
+
+    shape: tuple[int, ...]
+    trained: bool = True
+    saved: bool = True
+    dtype: torch.dtype | None = None
+    """None: the adapter's."""
+    of: Of | None = None
+    """The slot of another layer that this one is, where layers share their tensors."""
+
+
+Slots = Mapping[str, Slot | tuple[int, ...]]
+"""Slots by name as files spell it (`lora_A.weight`); a bare shape stands for a slot of that shape."""
 
 
 class Below(Protocol):
@@ -58,14 +81,15 @@ class Below(Protocol):
     def dense(self) -> Affine:
         """The same as an affine map; to be read, never written."""
 
-    def weight(self, dtype: torch.dtype) -> tuple[Tensor | Unstored, Tensor | None]:
-        """As `dense`, but a quantized weight is yet to be computed, in the dtype in which the layer takes an
-        input of `dtype`.
-        """
-
     def obstacle(self) -> str | None:
         """Why the output for `x` is more than the affine map of `dense` applied to it, or None if that is
         all.
+        """
+
+    def fused(self, x: Tensor, term: Term, *, biased: bool = True) -> Tensor | None:
+        """The output for `x` with the term added, as one operation; None where that does not go.
+
+        Without `biased` the layer's own bias is left out.
         """
 
     def op(self, x: Tensor, affine: Affine) -> Tensor:
@@ -100,12 +124,10 @@ class Method(ABC):
     """How its slots' names begin."""
     attributes: tuple[str, ...] = ()
     """Settings that a layer shows by adapter name, as `layer.r["default"]`."""
-    tied_slots: Mapping[str, tuple[str, bool]] = MappingProxyType({})
-    """For an output layer tied to an adapted embedding: each of its slots, the embedding's that it is, and
-    whether transposed.
-    """
-    tied_kinds: frozenset[LayerKind] = frozenset({LayerKind.LINEAR})
-    """The kinds of layers that may be so tied."""
+    unfactored: str | None = None
+    """Why what it changes is nothing that a sum of low rank comes near, or None."""
+    public = True
+    """Whether it is a kind of adapter by itself, and not what a field of other kinds' configs adds."""
     side: Side = Side.OUTPUT
     parallel = False
     """Whether its formulas work on layers spread over processes, which torch's `DTensor` must know all their
@@ -139,17 +161,22 @@ class Method(ABC):
         return 1.0
 
     @abstractmethod
-    def slots(self, config: Any, spec: LayerSpec, values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor that is trained and saved, by slot name as files spell it
-        (`lora_A.weight`).
+    def slots(self, config: Any, spec: LayerSpec, values: dict[str, Any]) -> Slots:
+        """The tensors of an adapter on a layer; those of the layer `spec.tied` where they can be
+        (`Slot.of`).
         """
+
+    def kinds(self, config: Any, spec: LayerSpec, values: dict[str, Any]) -> dict[str, Slot]:
+        """The same, each as a `Slot`."""
+        slots = self.slots(config, spec, values)
+        return {name: one if isinstance(one, Slot) else Slot(tuple(one)) for name, one in slots.items()}
 
     @abstractmethod
     def init(self, adapter: Adapter, base: Affine) -> None:
         """Fills the slots, allocated but not set, with their first values; `base` is read, never written."""
 
-    def origin(self, adapter: Adapter, base: Affine) -> dict[str, Tensor]:
-        """Tensors kept beside the slots but neither trained nor saved, since they follow from `base`; default
+    def rebuilt(self, adapter: Adapter, base: Affine) -> dict[str, Tensor]:
+        """The values of slots that are neither trained nor saved, since they follow from `base`; default
         none.
         """
         return {}
@@ -177,76 +204,90 @@ class Method(ABC):
         """Why this adapter cannot become part of the layer's weights, or None if it can."""
         return None
 
-    def obstacle(self, adapter: Adapter, below: Below) -> str | None:
-        """Why this adapter and the layer beneath do not run as one operation, or None if they do."""
-        return f"{self.name} has no fused form"
+    def term(self, adapter: Adapter) -> Term | None:
+        """All that the adapter is, where it is a sum of low rank; None where it is anything else.
 
-    def apart(self, adapters: Sequence[Adapter], below: Below) -> str | None:
-        """Why these several adapters of this method do not run as one operation with the layer beneath, or
-        None if they do.
-        """
-        return f"{self.name} has no form for several"
-
-    def together(self, adapters: Sequence[Adapter], x: Tensor, below: Below) -> Tensor | None:
-        """The output with all of them as one operation, where `apart` has nothing against it; None where `x`
-        has.
+        From it follow the activation view, merging in place, rows with adapters of their own, several
+        adapters as one, weighted sums, and conversion to LoRA.
         """
         return None
 
-    def product(self, adapter: Adapter) -> Product | None:
-        """What the adapter is where it is a product of two slots over a linear layer and nothing else, for
-        `core.shortcut`.
+    def fused_term(self, adapter: Adapter) -> Term | None:
+        """The term that `forward` computes as one operation with the layer (`below.fused`), by default all
+        that `term` says.
         """
-        return None
+        return self.term(adapter)
 
     def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
         """The activation view; by default the layer's own operation with the changed weights."""
         return below.op(x, self.apply(adapter, below.dense()))
 
 
-class Additive(Method):
-    """Adds `scaling * delta` to the weight. Supply `factors` if the change is of low rank, else `delta`."""
+def method_for(peft_type: str) -> Method:
+    """The method for a `peft_type`, imported when it is first asked for.
 
-    def factors(self, adapter: Adapter) -> tuple[Tensor, Tensor] | None:
-        """`(out, r)` and `(r, in * kernel)` whose product is the change before scaling (stacks: one more
-        dimension first).
-        """
-        return None
+    Raises `ConfigError` if there is none.
+    """
+    return cast(Method, registry.method(peft_type))
+
+
+class Additive(Method):
+    """Adds `scaling * delta` to the weight. Supply `term` where the change is of low rank, else `delta`."""
 
     def delta(self, adapter: Adapter, dtype: torch.dtype) -> Tensor:
         """The change before scaling, in the shape of the presented weight, computed in `dtype`."""
-        factors = self.factors(adapter)
-        if factors is None:
-            raise NotImplementedError(f"{self.name} supplies neither factors nor delta")
-        up, down = factors
-        return (up.to(dtype) @ down.to(dtype)).reshape(adapter.spec.shape)
-
-    def shift(self, adapter: Adapter) -> Tensor | None:
-        """The change of the bias before scaling, `(out,)`; default none."""
-        return None
-
-    def path(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
-        """The change of the output before scaling; supply it where it is cheaper than going through
-        `delta`.
-        """
-        return below.op(x, Affine(self.delta(adapter, x.dtype), self.shift(adapter)))
+        raise NotImplementedError(f"{self.name} supplies neither term nor delta")
 
     def apply(self, adapter: Adapter, affine: Affine) -> Affine:
+        term = self.term(adapter)
+        if term is not None:
+            return term.added(affine)
         dtype = torch.promote_types(affine.weight.dtype, torch.float32)
-        weight = affine.weight.to(dtype) + adapter.scaling * self.delta(adapter, dtype)
-        shift = self.shift(adapter)
-        if shift is None:
-            return Affine(weight, affine.bias)
-        bias = adapter.scaling * shift.to(dtype)
-        return Affine(weight, bias if affine.bias is None else affine.bias + bias)
+        return Affine(affine.weight.to(dtype) + adapter.scaling * self.delta(adapter, dtype), affine.bias)
+
+    def path(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
+        """The change of the output before scaling."""
+        term = self.term(adapter)
+        if term is None:
+            return below.op(x, Affine(self.delta(adapter, x.dtype), None))
+        return path_of(term, adapter.spec, x, below)
 
     def forward(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
+        term = self.fused_term(adapter)
+        if term is not None and (y := below.fused(x, term)) is not None:
+            return y
         y, path, scaling = below(x), self.path(adapter, x, below), cast(Any, adapter.scaling)
         if isinstance(scaling, Tensor):
             return (y + scaling * path).to(y.dtype)
         # One operation: a product with a number makes a tensor of its own and keeps the number for the
         # backward pass.
         return torch.add(y, path, alpha=scaling).to(y.dtype)
+
+
+def path_of(term: Term, spec: LayerSpec, x: Tensor, below: Below) -> Tensor:
+    """What a term adds to a layer's output, before its scale."""
+    if spec.kind is LayerKind.EMBEDDING:
+        return functional.linear(below.op(x, Affine(term.down, None)), term.up)
+    x = x.to(term.down.dtype)
+    if not (term.dropout and below.training):
+        return _through(term.down, term.up, term.shift, spec, x, below)
+    dropped = len(term.down) - term.exempt
+    kept = functional.dropout(x, term.dropout, True)
+    y = _through(term.down[:dropped], term.up[:, :dropped], term.shift, spec, kept, below)
+    return y + _through(term.down[dropped:], term.up[:, dropped:], None, spec, x, below) if term.exempt else y
+
+
+def _through(
+    down: Tensor, up: Tensor, shift: Tensor | None, spec: LayerSpec, x: Tensor, below: Below
+) -> Tensor:
+    if spec.kind not in CONVOLUTIONS:
+        return functional.linear(below.op(x, Affine(down, None)), up, shift)
+    # `down` has the layer's own kernel over all input channels, `up` is a convolution of width 1 in the
+    # layer's groups.
+    kernel = spec.shape[2:]
+    inner = below.op(x, Affine(down.view(-1, spec.in_features, *kernel), None))
+    convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(kernel) - 1]
+    return convolve(inner, up.reshape(*up.shape, *[1] * len(kernel)), shift, groups=spec.groups)
 
 
 class Rotation(Method):

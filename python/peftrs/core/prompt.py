@@ -201,7 +201,7 @@ class PromptMethod(Method, ABC):
         """The adapter's encoder; with `fill=False` it waits for values (device meta), and nothing that the
         config names is read.
         """
-        if not fill and (named := [name for name in config.sources if getattr(config, name, None)]):
+        if not fill and (named := [name for name in config.sources if getattr(config, name)]):
             text = (
                 f"{', '.join(named)}: kept, but never used to open, fetch or import anything where an adapter"
                 " is loaded"

@@ -59,7 +59,7 @@ class ReplacedModule(Switched, nn.Module):
         return [name for name in self.state.active if name in self.modules_to_save]
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
-        rows = self.activation.rows
+        rows = self.state.gate
         if (
             rows is None
             or not self.state.enabled

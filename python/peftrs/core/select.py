@@ -18,9 +18,7 @@ def select(
     found: list[Place], config: TargetedConfig, output_layers: frozenset[str] = frozenset()
 ) -> _native.Selection:
     """The config's patterns applied to the names of these modules."""
-    layers = getattr(config, "layers_to_transform", None)
-    pattern = getattr(config, "layers_pattern", None)
-    parameters = getattr(config, "target_parameters", None)
+    layers, pattern, parameters = config.layers_to_transform, config.layers_pattern, config.target_parameters
     return _native.select(
         [place.name for place in found],
         target_modules=in_order(config.target_modules),
@@ -33,13 +31,13 @@ def select(
         layers_to_transform=[layers] if isinstance(layers, int) else layers,
         layers_pattern=[pattern] if isinstance(pattern, str) and pattern else pattern or None,
         modules_to_save=config.modules_to_save,
-        feedforward_modules=in_order(getattr(config, "feedforward_modules", None)),
+        feedforward_modules=in_order(config.feedforward_modules),
         parameters=(
             [f"{p.name}.{name}" for p in found for name in original(p.module)._parameters]
             if parameters
             else []
         ),
-        target_parameters=parameters,
+        target_parameters=in_order(parameters),
         patterns={name: list(getattr(config, name) or {}) for name in config.pattern_fields},
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from peftrs import _native
@@ -20,13 +20,14 @@ forward and in merging. The files of such adapters were trained for that, so tha
 
 @dataclass(frozen=True)
 class Target:
-    """One layer to adapt; `tied` names the target whose tensors it shares."""
+    """One layer to adapt."""
 
     place: Place
     base: Base
     spec: LayerSpec
     method: Method
-    tied: str | None = None
+    values: dict[str, Any] = field(default_factory=dict)
+    """The settings of this layer, once they are settled."""
     parallel: Parallel | None = None
     """How the layer lies over processes."""
 
@@ -69,6 +70,6 @@ def aim(
     inner = original(place.module)
     biased = base.parameters(inner)[1] is not None
     spec = LayerSpec(
-        name or place.name, base.kind, base.shape(inner), biased, base.groups(inner), strength, matched
+        name or place.name, base.kind, base.shape(inner), biased, base.groups(inner), strength, matched, tied
     )
-    return Target(place, base, spec, method, tied)
+    return Target(place, base, spec, method)

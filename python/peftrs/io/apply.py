@@ -19,7 +19,7 @@ from peftrs.bases.base import as_dtype
 from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
 from peftrs.config import CONFIG_NAME, PeftConfig, TargetedConfig
 from peftrs.core.dtype import adapter_dtype
-from peftrs.core.method import Additive, Method
+from peftrs.core.method import Additive, Method, method_for
 from peftrs.core.target import PROJECTION
 from peftrs.errors import ConfigError, MergeError
 from peftrs.io.checkpoint import DTYPES
@@ -68,7 +68,7 @@ def prefix(config: str) -> str:
 
     Raises `ConfigError` for a config that peftrs cannot follow.
     """
-    return registry.method(_config(config).peft_type or "").prefix
+    return method_for(_config(config).peft_type or "").prefix
 
 
 def check(layer: Layer) -> tuple[bool, bool]:
@@ -105,8 +105,8 @@ def apply(
     kept = adapter_dtype(base.weight, True)
     named = zip(layer["slots"], slots, strict=True)
     adapter.tensors = {slot: _tensor(data, dtype, shape).to(kept) for (slot, dtype, shape), data in named}
-    origin = method.origin(adapter, base)
-    adapter.tensors |= {slot: value.to(kept).contiguous() for slot, value in origin.items()}
+    rebuilt = method.rebuilt(adapter, base)
+    adapter.tensors |= {slot: value.to(kept).contiguous() for slot, value in rebuilt.items()}
     adapter.scaling *= layer["strength"]
     changed = method.apply(adapter, affine)
     return _bytes(changed.weight.mT if transposed else changed.weight, wide), (
@@ -149,7 +149,8 @@ def _fit(layer: Layer) -> tuple[Method, Alone, bool]:
         except ConfigError as error:
             faults.append(str(error))
             continue
-        expected = method.slots(config, spec, values)
+        kinds = method.kinds(config, spec, values)
+        expected = {slot: kind.shape for slot, kind in kinds.items() if kind.saved}
         if expected == found:
             scaling = method.scale(config, values) * strength
             fitting.append((transposed, Alone(config, spec, values, scaling, {})))

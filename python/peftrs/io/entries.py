@@ -10,10 +10,10 @@ tell in it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,10 @@ from peftrs.bases import offload
 from peftrs.bases.sharded import overwrite
 from peftrs.bases.sharded import shape as whole_shape
 from peftrs.config import TargetedConfig
+from peftrs.core.frozen import Frozen
 from peftrs.core.inject import biases
 from peftrs.core.layer import AdaptedLayer
-from peftrs.core.merge import original as before_merging
-from peftrs.core.merge import stored
+from peftrs.core.merge import originals
 from peftrs.core.prompt import Prompts, home_of
 from peftrs.core.prompt_call import word_embeddings
 from peftrs.core.replace import ReplacedModule
@@ -35,11 +35,6 @@ from peftrs.io.checkpoint import PREFIX
 
 SHORT_PREFIX = "base_model."
 """How names in prompts' files begin: PEFT puts no tuner between its model and the user's there."""
-
-TOKEN_ROWS = "TOKEN_ROWS"
-"""The method whose tied layers are not written: what they share stands in the file once, under the
-embedding's name.
-"""
 
 WRAPPINGS = ("_orig_mod.", "_fsdp_wrapped_module.")
 """What other libraries put into the names of modules that they wrap."""
@@ -83,9 +78,7 @@ class Entry:
         """The shape that the file's tensor has: that of the slot, whatever part of it a process holds."""
         if self.owner is None:
             return whole_shape(self.shown)
-        return tuple(
-            self.owner.method.slots(self.owner.config, self.owner.spec, self.owner.values)[self.slot]
-        )
+        return self.owner.kinds[self.slot].shape
 
     @property
     def empty(self) -> bool:
@@ -103,13 +96,12 @@ def plain(name: str) -> str:
 def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[Entry]:
     """Every tensor that the adapter's file holds by its config; embeddings of the base apart."""
     held = [(plain(path), wrapper) for path, wrapper in wrappers(model)]
-    paths = {wrapper: path for path, wrapper in held}
+    paths = {wrapper.frozen: path for path, wrapper in held if isinstance(wrapper, AdaptedLayer)}
     alone = _alone(held, adapter)
     # Where tied layers are written too, so is one layer under all of its names.
-    tied = getattr(config, "ensure_weight_tying", False)
     others = (
         {place.module: [plain(other.name) for other in place.also] for place in list(places(model))}
-        if tied
+        if config.ensure_weight_tying
         else {}
     )
     for path, wrapper in held:
@@ -130,12 +122,12 @@ def entries(model: nn.Module, adapter: str, config: TargetedConfig) -> Iterator[
                 )
         elif adapter in wrapper.adapters:
             fitted = wrapper.adapters[adapter]
-            if fitted.leader is None:
+            if not fitted.shares:
                 yield from _slots(alone(path), path, fitted)
                 for other in others.get(wrapper, ()):
                     yield from _same_slots(other, path, fitted)
-            elif fitted.method.name != TOKEN_ROWS:
-                yield from _shared_slots(alone(path), fitted, paths[fitted.leader.layer])
+            else:
+                yield from _shared_slots(alone(path), fitted, paths)
     before = _before_merging(held)
     for name, bias in biases(model, config):
         name = plain(name)
@@ -191,9 +183,9 @@ def _before_merging(held: Iterable[tuple[str, Holder]]) -> dict[int, Tensor]:
     """
     layers = [wrapper for _, wrapper in held if isinstance(wrapper, AdaptedLayer) and wrapper.merged]
     return {
-        id(bias): before_merging(layer, at)
+        id(bias): was
         for layer in layers
-        for at, bias in enumerate(stored(layer))
+        for at, (bias, was) in enumerate(zip(layer.frozen.stored, originals(layer.frozen), strict=True))
         if at > 0
     }
 
@@ -208,21 +200,22 @@ def _slots(file: str, path: str, fitted: FittedAdapter) -> Iterator[Entry]:
 
 def _same_slots(other: str, path: str, fitted: FittedAdapter) -> Iterator[Entry]:
     """The tensors of a layer that hangs in another place as well, under its name there."""
-    for slot in fitted.slots:
+    for slot, _ in fitted.parameters():
         yield Entry(
             f"{other}.{slot}", f"{path}.{fitted.full_name(slot)}", fitted[slot], _leave, required=False
         )
 
 
-def _shared_slots(file: str, fitted: FittedAdapter, leading_path: str) -> Iterator[Entry]:
+def _shared_slots(file: str, fitted: FittedAdapter, paths: Mapping[Frozen, str]) -> Iterator[Entry]:
     """The tensors of a layer tied to another: written under both names, in memory the other's alone, whose
     entry binds them.
     """
-    leader = cast(FittedAdapter, fitted.leader)
-    for slot in fitted.slots:
-        leading, transposed = fitted.method.tied_slots[slot]
-        name = f"{leading_path}.{leader.full_name(leading)}"
-        yield Entry(f"{file}.{slot}", name, fitted[slot], _leave, required=False, transposed=transposed)
+    for slot, kind in fitted.kinds.items():
+        if kind.of is not None and kind.saved:
+            leader = fitted.siblings[kind.of.layer]
+            name = f"{paths[leader.frozen]}.{leader.full_name(kind.of.slot)}"
+            transposed = kind.of.transposed
+            yield Entry(f"{file}.{slot}", name, fitted[slot], _leave, required=False, transposed=transposed)
 
 
 def _bind_slot(fitted: FittedAdapter, slot: str, value: Tensor) -> None:
@@ -232,7 +225,7 @@ def _bind_slot(fitted: FittedAdapter, slot: str, value: Tensor) -> None:
         offload.put(holder, name, value.to(held.dtype))
     elif held.device.type == "meta":
         fitted[slot] = nn.Parameter(
-            value.to(device_of(fitted.layer), held.dtype), requires_grad=held.requires_grad
+            value.to(device_of(fitted.frozen), held.dtype), requires_grad=held.requires_grad
         )
         fitted.spread()
     else:
@@ -243,7 +236,7 @@ def _leave(value: Tensor) -> None:
     """Nothing: the tensor is another entry's."""
 
 
-def device_of(layer: AdaptedLayer) -> torch.device:
+def device_of(layer: Frozen) -> torch.device:
     """Where a layer's adapters belong: beside its weight, or on the CPU while that is still to be loaded."""
     return torch.device("cpu") if layer.device.type == "meta" else layer.device
 
@@ -270,7 +263,7 @@ def embeddings(model: nn.Module, adapter: str, *, targeted: bool = False) -> Ite
         if targeted and own is None:
             continue
         file = alone(path)
-        if own is not None and own.method.name == TOKEN_ROWS:
+        if own is not None and not own.method.public:
             # PEFT wraps an embedding of which only rows are trained in another way.
             file = f"{file.removesuffix('base_layer')}original_module"
         for leaf, tensor in module.named_parameters(recurse=False):

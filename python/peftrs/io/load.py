@@ -207,8 +207,8 @@ def _judge(
 
 def _fill(fitted: FittedAdapter, given: dict[str, Tensor]) -> None:
     """Gives an adapter that waits for values the method's first ones, and those given where there are any."""
-    device = device_of(fitted.layer)
-    base = merging.presented(fitted.layer, device)
+    device = device_of(fitted.frozen)
+    base = merging.presented(fitted.frozen, device)
     for slot, parameter in list(fitted.parameters()):
         empty = torch.empty(shape(parameter), dtype=parameter.dtype, device=device)
         fitted[slot] = nn.Parameter(empty, requires_grad=parameter.requires_grad)

@@ -167,15 +167,12 @@ def set_peft_model_state_dict(
 
 def trains_rows(config: TargetedConfig) -> bool:
     """Whether the adapter's file holds all that it changes in embeddings, since it replaces rows of them."""
-    return (
-        bool(getattr(config, "trainable_token_indices", None))
-        or config.peft_type == PeftType.TRAINABLE_TOKENS
-    )
+    return bool(config.trainable_token_indices) or config.peft_type == PeftType.TRAINABLE_TOKENS
 
 
-def adapts_embeddings(model: nn.Module, config: Any) -> bool:
+def adapts_embeddings(model: nn.Module, config: TargetedConfig) -> bool:
     """Whether the config's targets name an embedding by one of the names that those usually have."""
-    targets = getattr(config, "target_modules", None)
+    targets = config.target_modules
     if not targets or (isinstance(targets, str) and targets.lower() == "all-linear"):
         return False
     if not isinstance(targets, str):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peftrs.bases.attention import SelfAttention
 from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
 from peftrs.config import RUNTIME, PeftType, TargetedConfig
-from peftrs.core.method import Adapter, Below, Method
+from peftrs.core.method import Adapter, Below, Method, Slots
 from peftrs.errors import ConfigError
 from peftrs.registry import register
 
@@ -60,9 +60,7 @@ class AdaptionPrompt(Method):
             )
         return set(found[len(found) - config.adapter_layers :])
 
-    def slots(
-        self, config: AdaptionPromptConfig, spec: LayerSpec, values: dict[str, Any]
-    ) -> dict[str, tuple[int, ...]]:
+    def slots(self, config: AdaptionPromptConfig, spec: LayerSpec, values: dict[str, Any]) -> Slots:
         return {PROMPT: (1, cast(int, config.adapter_len), spec.out_features), GATE: (1,)}
 
     def init(self, adapter: Adapter, base: Affine) -> None:

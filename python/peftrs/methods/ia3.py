@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftrs.bases.kinds import CONVOLUTIONS, Affine, LayerKind, LayerSpec
 from peftrs.bases.sharded import everywhere
 from peftrs.config import PeftType, TargetedConfig
-from peftrs.core.method import Adapter, Scaling, Side
+from peftrs.core.method import Adapter, Scaling, Side, Slots
 from peftrs.registry import register
 
 FACTORS = "ia3_l"
@@ -52,7 +52,7 @@ class Ia3(Scaling):
         feedforward = bool(spec.matched.get("feedforward_modules", False))
         return {"side": Side.INPUT if feedforward else Side.OUTPUT}
 
-    def slots(self, config: IA3Config, spec: LayerSpec, values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    def slots(self, config: IA3Config, spec: LayerSpec, values: dict[str, Any]) -> Slots:
         inputs = values["side"] is Side.INPUT
         channels = spec.in_features if inputs else spec.out_features
         if spec.kind in CONVOLUTIONS:

@@ -46,6 +46,7 @@ class MultitaskPromptTuningConfig(PromptTuningConfig):
     """
 
     kind: ClassVar[PeftType] = PeftType.MULTITASK_PROMPT_TUNING
+    sources: ClassVar[tuple[str, ...]] = (*PromptTuningConfig.sources, "prompt_tuning_init_state_dict_path")
 
     prompt_tuning_init: str = MultitaskPromptTuningInit.RANDOM
     prompt_tuning_init_state_dict_path: str | None = None

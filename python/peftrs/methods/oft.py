@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
 from peftrs.config import LayeredConfig, PeftType
-from peftrs.core.method import Adapter, Below, Rotation
+from peftrs.core.method import Adapter, Below, Rotation, Slots
 from peftrs.errors import ConfigError, PeftrsWarning
 from peftrs.registry import register
 
@@ -100,7 +100,7 @@ class Oft(Rotation):
         blocks, size = (number, features // number) if config.r else (features // number, number)
         return {"r": blocks, "oft_block_size": size}
 
-    def slots(self, config: OFTConfig, spec: LayerSpec, values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    def slots(self, config: OFTConfig, spec: LayerSpec, values: dict[str, Any]) -> Slots:
         size = values["oft_block_size"]
         return {_slot(spec): (1 if config.block_share else values["r"], size * (size - 1) // 2)}
 

@@ -39,7 +39,6 @@ class PromptTuningConfig(PromptLearningConfig):
     sources: ClassVar[tuple[str, ...]] = (
         "tokenizer_name_or_path",
         "tokenizer_kwargs",
-        "prompt_tuning_init_state_dict_path",
     )
 
     prompt_tuning_init: str = PromptTuningInit.RANDOM

@@ -8,15 +8,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
 
 from peftrs.bases.kinds import Affine, LayerKind, LayerSpec
 from peftrs.config import RUNTIME, PeftType, TargetedConfig
-from peftrs.core.method import Adapter, Below, Method
+from peftrs.core.method import Adapter, Below, Method, Of, Slot, Slots
 from peftrs.errors import ConfigError
 from peftrs.registry import register
 
@@ -29,7 +28,7 @@ class TrainableTokensConfig(TargetedConfig):
     Without `target_modules` the model's input embedding is meant. What is tied to an embedding stays so.
     """
 
-    ensure_weight_tying: ClassVar[bool] = True
+    ensure_weight_tying = True
 
     exclude_modules: str | list[str] | set[str] | None = field(default=None, init=False, metadata=RUNTIME)
     modules_to_save: list[str] | None = field(default=None, init=False, metadata=RUNTIME)
@@ -52,8 +51,10 @@ class TrainableTokens(Method):
     indices = "token_indices"
     """The config's field that names the tokens."""
     rows = "trainable_tokens_delta"
-    layers = tied_kinds = frozenset({LayerKind.EMBEDDING, LayerKind.LINEAR})
-    tied_slots = MappingProxyType({rows: (rows, False)})
+    shared_saved = True
+    """Whether files have the rows once more under the name of a tied layer."""
+    layers = frozenset({LayerKind.EMBEDDING, LayerKind.LINEAR})
+    unfactored = "trained token rows are no change of low rank"
 
     def settle(self, config: Any, spec: LayerSpec) -> dict[str, Any]:
         tokens = list(spec.matched.get(self.indices) or getattr(config, self.indices))
@@ -64,14 +65,19 @@ class TrainableTokens(Method):
             raise ConfigError(f"`{self.indices}`: {fault} the table of {rows} rows")
         return {"token_indices": tokens}
 
-    def slots(self, config: Any, spec: LayerSpec, values: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-        width = spec.out_features if spec.kind is LayerKind.EMBEDDING else spec.in_features
-        return {self.rows: (len(values["token_indices"]), width)}
+    def slots(self, config: Any, spec: LayerSpec, values: dict[str, Any]) -> Slots:
+        shape = (
+            len(values["token_indices"]),
+            spec.out_features if spec.kind is LayerKind.EMBEDDING else spec.in_features,
+        )
+        if spec.tied is None:
+            return {self.rows: shape}
+        return {self.rows: Slot(shape, saved=self.shared_saved, of=Of(spec.tied, self.rows))}
 
     def init(self, adapter: Adapter, base: Affine) -> None:
         table = base.weight.mT if adapter.spec.kind is LayerKind.EMBEDDING else base.weight
         adapter[self.rows].copy_(table[adapter.values["token_indices"]])
-        if not getattr(adapter.config, "init_weights", True):
+        if not adapter.config.init_weights:
             adapter[self.rows].normal_()
 
     def conflict(self, adapters: Sequence[Adapter]) -> str | None:
@@ -112,4 +118,5 @@ class TokenRows(TrainableTokens):
     prefix = "token_adapter"
     indices = "trainable_token_indices"
     rows = "token_adapter.trainable_tokens_delta"
-    tied_slots = MappingProxyType({rows: (rows, False)})
+    shared_saved = False
+    public = False

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from peftrs.core.prompt import Prompts
 from peftrs.core.tree import adapted_layers, original
 from peftrs.errors import MergeError, MismatchError, listed
+from peftrs.torch_private import IncompatibleKeys
 
 __all__ = ["cast_mixed_precision_params", "get_base_model_state_dict", "set_base_model_state_dict"]
 
@@ -53,7 +54,7 @@ def set_base_model_state_dict(model: nn.Module, state_dict: Mapping[str, Tensor]
     with torch.no_grad():
         for name, tensor in given.items():
             own[name].copy_(tensor)
-    return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+    return IncompatibleKeys(missing, unexpected)
 
 
 def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:

@@ -12,13 +12,14 @@ from peftrs import registry
 from peftrs.config import PeftConfig, PeftType
 from peftrs.core import manage
 from peftrs.core.inject import adapters
+from peftrs.core.method import method_for
 from peftrs.core.prompt import PromptMethod
 from peftrs.errors import ConfigError, PeftrsWarning
 from peftrs.model.peft_model import PeftModel
 from peftrs.model.saving import name_of
 from peftrs.model.tasks import PeftMixedModel, class_for
 from peftrs.model.tuners import TUNERS
-from peftrs.plan.attach import attach
+from peftrs.planning.attach import attach
 
 
 def get_peft_model(
@@ -114,7 +115,7 @@ class _ByType(Mapping[str, Value]):
 
 
 def _config(peft_type: str) -> type[PeftConfig]:
-    return registry.method(peft_type).config
+    return method_for(peft_type).config
 
 
 def _tuner(peft_type: str) -> type:
@@ -123,7 +124,7 @@ def _tuner(peft_type: str) -> type:
 
 
 def _prefix(peft_type: str) -> str:
-    return registry.method(peft_type).prefix
+    return method_for(peft_type).prefix
 
 
 PEFT_TYPE_TO_CONFIG_MAPPING: Mapping[str, type[PeftConfig]] = _ByType(_config, registry.MODULES)

@@ -25,7 +25,7 @@ from peftrs.io.load import LoadReport, load
 from peftrs.model import saving, status
 from peftrs.model.prompting import Prompting, generating
 from peftrs.model.tuner import Tuner
-from peftrs.plan.attach import attach, whole_or_not
+from peftrs.planning.attach import attach, whole_or_not
 
 LOADER_OPTIONS = frozenset(
     {
@@ -144,8 +144,7 @@ class PeftModel(Prompting, Pushable, nn.Module):
     @property
     def modules_to_save(self) -> set[str] | None:
         """The names that the adapters' configs give of modules trained whole."""
-        configs = [getattr(config, "modules_to_save", None) for config in self.peft_config.values()]
-        names = {name for config in configs for name in config or ()}
+        names = {name for config in self.peft_config.values() for name in config.modules_to_save or ()}
         return names or None
 
     @property

@@ -180,11 +180,11 @@ def _built(model: Any, dtype: torch.dtype) -> dict[str, torch.dtype] | None:
     return {held.name: held.tensor.dtype for held in _floating(made)}
 
 
-def _state(config: Any, dtype: torch.dtype) -> None:
+def _state(settings: Any, dtype: torch.dtype) -> None:
     """Says the dtype in a config of transformers and those inside it."""
-    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)
-    for name in getattr(config, "sub_configs", ()):
-        if (inner := getattr(config, name, None)) is not None:
+    setattr(settings, "dtype" if hasattr(settings, "dtype") else "torch_dtype", dtype)
+    for name in getattr(settings, "sub_configs", ()):
+        if (inner := getattr(settings, name, None)) is not None:
             _state(inner, dtype)
 
 

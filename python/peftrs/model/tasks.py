@@ -9,7 +9,7 @@ from typing import ClassVar
 
 from peftrs.config import PeftConfig, TaskType
 from peftrs.model.peft_model import PeftModel
-from peftrs.plan.settle import HEADS
+from peftrs.planning.settle import HEADS
 
 
 class PeftModelForSequenceClassification(PeftModel):

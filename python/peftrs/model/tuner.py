@@ -20,12 +20,12 @@ from peftrs.convert.weighted import add_weighted
 from peftrs.core import manage
 from peftrs.core.inject import activation, adapters
 from peftrs.core.manage import progress
+from peftrs.core.merge import Track
 from peftrs.core.tree import adapted_layers
 from peftrs.errors import AdapterError, PeftrsWarning
-from peftrs.io.entries import TOKEN_ROWS
 from peftrs.model.kbit import no_longer_quantized
 from peftrs.model.recast import check_castable, recast
-from peftrs.plan.attach import attach, peft_configs
+from peftrs.planning.attach import attach, peft_configs
 
 
 class Tuner(nn.Module):
@@ -80,7 +80,7 @@ class Tuner(nn.Module):
 
     def _targets(self) -> Iterable[tuple[str, LayerKind]]:
         for layer in adapted_layers(self.model):
-            if any(fitted.method.name != TOKEN_ROWS for fitted in layer.adapters.values()):
+            if any(fitted.method.public for fitted in layer.adapters.values()):
                 yield layer.spec.name, layer.spec.kind
 
     def inject_adapter(
@@ -93,7 +93,7 @@ class Tuner(nn.Module):
         config: PeftConfig,
         **options: Any,
     ) -> None:
-        """Puts one more adapter into the model; see `peftrs.plan.attach`."""
+        """Puts one more adapter into the model; see `peftrs.planning.attach`."""
         attach(
             model,
             config,
@@ -128,7 +128,7 @@ class Tuner(nn.Module):
     def warn_of_biases(self) -> None:
         """Warns where turning adapters off does not give the base model, since biases of it were trained."""
         for name in self.active_adapters:
-            bias = getattr(self.peft_config[name], "bias", "none")
+            bias = self.peft_config[name].bias
             if bias != "none":
                 warnings.warn(
                     f"Careful, disabling adapter layers with bias configured to be {bias!r} does not produce"
@@ -238,7 +238,7 @@ class Tuner(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> nn.Module:
         model = self.model
-        track: manage.Track = partial(progress, doing="Merging") if progressbar else iter
+        track: Track = partial(progress, doing="Merging") if progressbar else iter
         if dtype is not None:
             check_castable(model, dtype)
         manage.unload(model, merged=merged, names=names, track=track, dtype=dtype)

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from peftrs import registry
 from peftrs.config import PeftConfig, PeftType
+from peftrs.core.method import method_for
 from peftrs.model.tuner import Tuner
-from peftrs.plan.attach import attach
-from peftrs.plan.defaults import TARGETS
+from peftrs.planning.attach import attach
+from peftrs.planning.defaults import TARGETS
 
 
 class TunerKind(type):
@@ -41,7 +41,7 @@ class TunerKind(type):
     @property
     def prefix(cls) -> str:
         """How the names of the method's tensors begin."""
-        return registry.method(cls.peft_type).prefix
+        return method_for(cls.peft_type).prefix
 
     @property
     def uses_shared_state(cls) -> bool:

@@ -114,11 +114,7 @@ def create_lorafa_optimizer(
     """
     configs: dict[str, PeftConfig] = getattr(model, "peft_config", {})
     if use_rslora is not None:
-        others = [
-            name
-            for name, config in configs.items()
-            if bool(getattr(config, "use_rslora", False)) != use_rslora
-        ]
+        others = [name for name, config in configs.items() if config.use_rslora != use_rslora]
         if others:
             raise AdapterError(
                 f"use_rslora is {use_rslora}, but the configs of {others} say otherwise; leave it out"

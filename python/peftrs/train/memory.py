@@ -28,8 +28,8 @@ from peftrs.core.tree import places
 from peftrs.errors import CheckpointError, ConfigError
 from peftrs.io.checkpoint import FileSource
 from peftrs.model.create import get_peft_model
-from peftrs.plan.outline import built
-from peftrs.plan.settle import output_layers
+from peftrs.planning.outline import built
+from peftrs.planning.settle import output_layers
 
 STATES: dict[str, Callable[[Tensor], float]] = {
     "sgd": lambda _: 0,
@@ -85,9 +85,8 @@ def plan(
     path = os.fspath(config)
     settings = PeftConfig.from_pretrained(os.path.dirname(path) or "." if os.path.isfile(path) else path)
     settings.inference_mode = False
-    if hasattr(settings, "lora_dropout"):
-        # Its mask is made again from a seed, not kept, which tensors without values cannot show.
-        settings.lora_dropout = 0.0
+    # Its mask is made again from a seed, not kept, which tensors without values cannot show.
+    settings.lora_dropout = 0.0
     found: dict[str, Any] = {"batch": batch, "seq": seq, "quant": quant, "optimizer": optimizer}
     base = built(model, _dtype(model))
     with torch.device("meta"):

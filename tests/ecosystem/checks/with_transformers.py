@@ -104,22 +104,29 @@ def test_trainer_resumes_with_gradient_checkpointing(tmp_path: Path) -> None:
 
 def test_trainer_takes_the_best_checkpoint_back(tmp_path: Path) -> None:
     model = get_peft_model(bert(), LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"))
-    # Steps this long make matters worse, so the first checkpoint is the best.
     settings = {
         "max_steps": 6,
         "save_steps": 2,
         "eval_strategy": "steps",
         "eval_steps": 2,
-        "learning_rate": 1.0,
+        "learning_rate": 1e-2,
+        "metric_for_best_model": "score",
+        "greater_is_better": True,
     }
-    settings |= {"load_best_model_at_end": True, "label_names": ["labels"], "lr_scheduler_type": "constant"}
-    trainer = Trainer(model, arguments(tmp_path, **settings), train_dataset=rows(), eval_dataset=rows(8))
+    settings |= {"load_best_model_at_end": True, "label_names": ["labels"]}
+    scores = iter([1.0, 3.0, 2.0])
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, **settings),
+        train_dataset=rows(),
+        eval_dataset=rows(8),
+        compute_metrics=lambda _: {"score": next(scores)},
+    )
     trainer.train()
-    losses = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
-    best = tmp_path / f"checkpoint-{2 * (losses.index(min(losses)) + 1)}"
-    assert best.name != "checkpoint-6"
+    best, last = tmp_path / "checkpoint-4", tmp_path / "checkpoint-6"
     assert trainer.state.best_model_checkpoint == str(best)
     assert torch.equal(logits(PeftModel.from_pretrained(bert(), best)), logits(model))
+    assert not torch.equal(logits(PeftModel.from_pretrained(bert(), last)), logits(model))
 
 
 def test_trainer_takes_the_best_prompt_back(tmp_path: Path) -> None:

@@ -12,21 +12,17 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from peftrs.bases.kinds import CONVOLUTIONS, Affine, LayerKind, LayerSpec
+from peftrs.bases.kinds import CONVOLUTIONS, Affine, LayerKind, LayerSpec, Term
 from peftrs.config import RUNTIME, LayeredConfig, PeftType
-from peftrs.core.low_rank import LowRank
-from peftrs.core.method import Adapter, Below, Method
-from peftrs.core.shortcut import Product
+from peftrs.core.method import Adapter, Additive, Method, Of, Slot, Slots, method_for
 from peftrs.errors import ConfigError, PeftrsWarning
 from peftrs.methods.lora import inits
-from peftrs.registry import method, register
+from peftrs.registry import register
 
 
 @dataclass
@@ -120,7 +116,7 @@ class LoraConfig(LayeredConfig):
 
 
 @register
-class Lora(LowRank):
+class Lora(Additive):
     """The plain method; `use_dora` configs get `Dora`, which builds on it."""
 
     name = "LORA"
@@ -137,14 +133,11 @@ class Lora(LowRank):
     )
     layers = frozenset(LayerKind)
     parallel = True
-    tied_slots = MappingProxyType(
-        {"lora_A.weight": ("lora_embedding_B", True), "lora_B.weight": ("lora_embedding_A", True)}
-    )
 
     def variant(self, config: LoraConfig) -> Method:
         if config.use_qalora:
-            return method("QALORA")
-        return method("DORA") if config.use_dora else self
+            return method_for("QALORA")
+        return method_for("DORA") if config.use_dora else self
 
     def settle(self, config: LoraConfig, spec: LayerSpec) -> dict[str, Any]:
         values = {"r": spec.matched.get("rank_pattern", config.r)}
@@ -170,9 +163,7 @@ class Lora(LowRank):
     def scale(self, config: LoraConfig, values: dict[str, Any]) -> float:
         return float(values["lora_alpha"] / (math.sqrt(values["r"]) if config.use_rslora else values["r"]))
 
-    def slots(
-        self, config: LoraConfig, spec: LayerSpec, values: dict[str, Any]
-    ) -> dict[str, tuple[int, ...]]:
+    def slots(self, config: LoraConfig, spec: LayerSpec, values: dict[str, Any]) -> Slots:
         rank, kernel = values["r"], spec.shape[2:]
         if spec.kind is LayerKind.EMBEDDING:
             return {
@@ -181,13 +172,21 @@ class Lora(LowRank):
             }
         if spec.stacked:
             rank, kernel = rank * spec.shape[0], ()
-        shapes = {
-            "lora_A.weight": (rank, spec.in_features, *kernel),
-            "lora_B.weight": (spec.out_features, rank // spec.groups, *[1] * len(kernel)),
-        }
+        down = (rank, spec.in_features, *kernel)
+        up = (spec.out_features, rank // spec.groups, *[1] * len(kernel))
+        if spec.tied is not None and spec.kind is LayerKind.LINEAR:
+            # An output layer whose weight is an embedding's table.
+            return {
+                "lora_A.weight": Slot(down, of=Of(spec.tied, "lora_embedding_B", transposed=True)),
+                "lora_B.weight": Slot(up, of=Of(spec.tied, "lora_embedding_A", transposed=True)),
+            }
+        slots: dict[str, Slot | tuple[int, ...]] = {"lora_A.weight": down, "lora_B.weight": up}
         if config.lora_bias:
-            shapes["lora_B.bias"] = (spec.out_features,)
-        return shapes
+            slots["lora_B.bias"] = (spec.out_features,)
+        if values["start"] is not None and values["start"].changes_base:
+            slots["origin_A.weight"] = Slot(down, trained=False, saved=False)
+            slots["origin_B.weight"] = Slot(up, trained=False, saved=False)
+        return slots
 
     def init(self, adapter: Adapter, base: Affine) -> None:
         down, up = _names(adapter)
@@ -219,7 +218,7 @@ class Lora(LowRank):
             bound = 0.0 if adapter.config.init_lora_weights else 1 / math.sqrt(adapter.values["r"])
             nn.init.uniform_(adapter["lora_B.bias"], -bound, bound)
 
-    def origin(self, adapter: Adapter, base: Affine) -> dict[str, Tensor]:
+    def rebuilt(self, adapter: Adapter, base: Affine) -> dict[str, Tensor]:
         start = adapter.values["start"]
         if start is None or not start.changes_base:
             return {}
@@ -238,33 +237,18 @@ class Lora(LowRank):
     def rebase(self, adapter: Adapter, base: Affine) -> Tensor:
         return cast(Tensor, adapter.values["start"].rebase(adapter, base))
 
-    def factors(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        lower, upper = _names(adapter)
-        down, up = adapter[lower], adapter[upper]
-        if adapter.spec.kind is LayerKind.LINEAR and "origin_A.weight" not in adapter:
-            return up, down
-        if "origin_A.weight" in adapter:
-            down = torch.cat([down, adapter["origin_A.weight"]])
-            up = torch.cat([up, -adapter["origin_B.weight"]], 1)
-        if adapter.spec.stacked:
-            experts = adapter.spec.shape[0]
-            rank = adapter.values["r"]
-            return up.view(-1, rank, experts).permute(2, 0, 1), down.view(experts, rank, -1)
-        return (up.flatten(1), down.flatten(1)) if up.ndim > 2 else (up, down)
+    def term(self, adapter: Adapter) -> Term | None:
+        return product(adapter)
 
     def arranged(self, adapter: Adapter, up: Tensor, down: Tensor) -> dict[str, Tensor]:
-        """The values of the slots that have these factors, as `factors` gives them; views where they can
+        """The values of the slots that have these factors, as `product` gives them; views where they can
         be.
         """
         if adapter.spec.stacked:
             up = up.permute(1, 2, 0)
-        shapes = self.slots(adapter.config, adapter.spec, adapter.values)
-        return {
-            slot: value.reshape(shapes[slot]) for slot, value in zip(_names(adapter), (down, up), strict=True)
-        }
-
-    def shift(self, adapter: Adapter) -> Tensor | None:
-        return adapter["lora_B.bias"] if adapter.config.lora_bias else None
+        kinds = self.kinds(adapter.config, adapter.spec, adapter.values)
+        named = zip(_names(adapter), (down, up), strict=True)
+        return {slot: value.reshape(kinds[slot].shape) for slot, value in named}
 
     def unmergeable(self, adapter: Adapter) -> str | None:
         if adapter.spec.groups > 1:
@@ -276,46 +260,28 @@ class Lora(LowRank):
             return "it has a bias (`lora_bias`) and the layer has none to merge it into"
         return None
 
-    def product(self, adapter: Adapter) -> Product | None:
-        if type(self) is not Lora or adapter.spec.kind is not LayerKind.LINEAR:
-            return None
-        return (
-            None
-            if adapter.config.lora_bias or "origin_A.weight" in adapter
-            else Product(*_names(adapter), self.dropped(adapter))
-        )
 
-    def dropped(self, adapter: Adapter) -> float:
-        return float(adapter.config.lora_dropout)
-
-    def barrier(self, adapter: Adapter, below: Below) -> str | None:
-        if adapter.config.lora_dropout and below.training and "origin_A.weight" in adapter:
-            return "dropout does not act on the factors that its start took out of the weight"
-        return super().barrier(adapter, below)
-
-    def path(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
-        down, up = (adapter[slot] for slot in _names(adapter))
-        if adapter.spec.kind is LayerKind.EMBEDDING:
-            return functional.linear(below.op(x, Affine(down, None)), up)
-        x = x.to(down.dtype)
-        kept = functional.dropout(x, adapter.config.lora_dropout, below.training)
-        y = _up(below.op(kept, Affine(down, None)), up, self.shift(adapter), adapter.spec)
-        if "origin_A.weight" in adapter:
-            # The base is left alone, so what the start took out of it is taken out here, and never dropped
-            # out.
-            first = below.op(x, Affine(adapter["origin_A.weight"], None))
-            y = y - _up(first, adapter["origin_B.weight"], None, adapter.spec)
-        return y
+def product(adapter: Adapter) -> Term:
+    """What the factors of a LoRA are, with those that its start took out of the weight, which are never
+    dropped out.
+    """
+    lower, upper = _names(adapter)
+    down, up, exempt = adapter[lower], adapter[upper], 0
+    if "origin_A.weight" in adapter:
+        exempt = adapter.values["r"]
+        down = torch.cat([down, adapter["origin_A.weight"]])
+        up = torch.cat([up, -adapter["origin_B.weight"]], 1)
+    if adapter.spec.stacked:
+        experts, rank = adapter.spec.shape[0], adapter.values["r"]
+        up, down = up.view(-1, rank, experts).permute(2, 0, 1), down.view(experts, rank, -1)
+    elif up.ndim > 2:
+        up, down = up.flatten(1), down.flatten(1)
+    config = adapter.config
+    shift = adapter["lora_B.bias"] if config.lora_bias else None
+    return Term(up, down, adapter.scaling, shift, float(config.lora_dropout), exempt)
 
 
 def _names(adapter: Adapter) -> tuple[str, str]:
     if adapter.spec.kind is LayerKind.EMBEDDING:
         return "lora_embedding_A", "lora_embedding_B"
     return "lora_A.weight", "lora_B.weight"
-
-
-def _up(x: Tensor, weight: Tensor, bias: Tensor | None, spec: LayerSpec) -> Tensor:
-    if spec.kind not in CONVOLUTIONS:
-        return functional.linear(x, weight, bias)
-    convolve = {3: functional.conv1d, 4: functional.conv2d, 5: functional.conv3d}[weight.ndim]
-    return convolve(x, weight, bias, groups=spec.groups)

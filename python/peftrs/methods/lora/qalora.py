@@ -8,16 +8,15 @@ GPTQ only and ignores `use_qalora` elsewhere; here it is the same over every lin
 
 from __future__ import annotations
 
-from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 from torch.nn import functional
 
-from peftrs.bases.kinds import LayerKind, LayerSpec
-from peftrs.core.method import Adapter, Below, Method
+from peftrs.bases.kinds import LayerKind, LayerSpec, Term
+from peftrs.core.method import Adapter, Below, Method, Slots
 from peftrs.errors import ConfigError
-from peftrs.methods.lora import Lora, LoraConfig
+from peftrs.methods.lora import Lora, LoraConfig, product
 from peftrs.registry import register
 
 
@@ -28,7 +27,6 @@ class QaLora(Lora):
     name = "QALORA"
     layers = frozenset({LayerKind.LINEAR})
     attributes = (*Lora.attributes, "qalora_group_size")
-    tied_slots = MappingProxyType({})
 
     def variant(self, config: LoraConfig) -> Method:
         return self
@@ -41,23 +39,20 @@ class QaLora(Lora):
             )
         return super().settle(config, spec)
 
-    def slots(
-        self, config: LoraConfig, spec: LayerSpec, values: dict[str, Any]
-    ) -> dict[str, tuple[int, ...]]:
+    def slots(self, config: LoraConfig, spec: LayerSpec, values: dict[str, Any]) -> Slots:
         groups = spec.in_features // config.qalora_group_size
-        return super().slots(config, spec, values) | {"lora_A.weight": (values["r"], groups)}
+        return {**super().slots(config, spec, values), "lora_A.weight": (values["r"], groups)}
 
-    def factors(self, adapter: Adapter) -> tuple[Tensor, Tensor]:
-        down, group = adapter["lora_A.weight"], adapter.config.qalora_group_size
-        return adapter["lora_B.weight"], down.repeat_interleave(group, 1) * (down.shape[1] / group)
+    def term(self, adapter: Adapter) -> Term | None:
+        narrow, group = product(adapter), adapter.config.qalora_group_size
+        return narrow._replace(down=narrow.down.repeat_interleave(group, 1) * (narrow.down.shape[1] / group))
 
-    def barrier(self, adapter: Adapter, below: Below) -> str | None:
-        return "inputs are summed in groups"
+    def fused_term(self, adapter: Adapter) -> Term | None:
+        return None  # `path` has fewer products to take, since inputs are summed in groups first
 
     def path(self, adapter: Adapter, x: Tensor, below: Below) -> Tensor:
-        down, group = adapter["lora_A.weight"], adapter.config.qalora_group_size
-        kept = functional.dropout(x.to(down.dtype), adapter.config.lora_dropout, below.training)
+        term, group = product(adapter), adapter.config.qalora_group_size
+        down = term.down
+        kept = functional.dropout(x.to(down.dtype), term.dropout, below.training)
         pooled = kept.view(*kept.shape[:-1], -1, group).mean(-1) * down.shape[1]
-        return functional.linear(
-            functional.linear(pooled, down), adapter["lora_B.weight"], self.shift(adapter)
-        )
+        return functional.linear(functional.linear(pooled, down), term.up, term.shift)

@@ -23,14 +23,23 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from peftrs.ops import is_fused
-from peftrs.ops.lora_linear.function import LoraLinear, asked_once, forward, has_kernels
+from peftrs.ops.lora_linear.function import LoraLinear, forward, has_kernels
 from peftrs.ops.lora_linear.library import operator
-from peftrs.ops.lora_linear.reference import Dropout, Unstored, composed
+from peftrs.ops.lora_linear.reference import Dropout, Factors, Unstored, composed, joined
+from peftrs.torch_private import is_transformed
 
-__all__ = ["LoraLinear", "Unstored", "composed", "lora_linear", "unfit"]
+__all__ = [
+    "Factors",
+    "LoraLinear",
+    "Unstored",
+    "composed",
+    "is_plain_small",
+    "joined",
+    "lora_linear",
+    "unfit",
+]
 
 NARROW = (torch.bfloat16, torch.float16)
 PLAIN = (Tensor, nn.Parameter)
@@ -61,16 +70,6 @@ def unfit(weight: Tensor | Unstored, down: Tensor, up: Tensor, dropout: float = 
     return None
 
 
-@asked_once
-def is_transformed() -> bool:
-    """Whether `torch.func` or forward mode is at work, which need rules that functions and operators of one's
-    own lack.
-
-    A compiler asks while it traces, which it does inside the transform.
-    """
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
 SMALL = 2**17
 """The elements of input and output together up to which, on a CPU, calls cost more than what they move:
 torch's own operations are then quicker than one node of ours, which is written in Python: with dropout 1.1 to
@@ -84,6 +83,20 @@ def is_small(x: Tensor, weight: Tensor | Unstored) -> bool:
     out, width = weight.shape
     count = x.numel()
     return count + count // max(width, 1) * out <= SMALL
+
+
+def is_plain_small(x: Tensor, weight: Tensor, down: Tensor, up: Tensor) -> bool:
+    """Whether all are plain tensors of one dtype on a CPU, `x` and the output small, and nothing casts or
+    traces them.
+    """
+    return (
+        x.is_cpu
+        and type(x) in PLAIN
+        and x.dtype is down.dtype
+        and unfit(weight, down, up) is None
+        and is_small(x, weight)
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def is_compiled(device: torch.device) -> bool:
@@ -138,7 +151,7 @@ def lora_linear(
             return None
         if autocast:  # not left to autocast, which casts `x` twice, and factors again only in recomputation
             x, down, up = x.to(dtype), down.to(dtype), up.to(dtype)
-        return composed(x, weight, bias, down, up, scaling, dropout)
+        return composed(x, weight, bias, [Factors(down, up, scaling, dropout)])
     dropped = 0
     if dropout:
         dropped = min(max(round(dropout * 2**16), 1), 2**16 - 1)

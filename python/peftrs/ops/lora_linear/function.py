@@ -6,15 +6,15 @@ Where Triton's kernels fit they are the passes, elsewhere plain torch operations
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from peftrs.ops.lora_linear import reference
 from peftrs.ops.lora_linear.reference import Dropout, Gradients, Unstored
+from peftrs.torch_private import constant_under_compilation
 
 
 @cache
@@ -27,18 +27,7 @@ def kernels() -> Any:
     return triton
 
 
-Function = TypeVar("Function", bound=Callable[..., object])
-
-
-def asked_once(function: Function) -> Function:
-    """Has a compiler take the function's answer as it is: what `torch.compiler.assume_constant_result` does,
-    which imports one.
-    """
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-@asked_once
+@constant_under_compilation
 def has_kernels(device: torch.device) -> bool:
     """Whether Triton's passes run on a device."""
     return device.type == "cuda" and kernels() is not None and kernels().is_available(device)

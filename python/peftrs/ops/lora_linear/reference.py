@@ -14,13 +14,18 @@ the product with the weight is taken in the weight's dtype.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+MASKS: dict[str, Callable[[int, int, Dropout], Tensor]] = {}
+"""What makes masks of so many rows and columns on other devices than the CPU, by the device's type: kernels
+add themselves.
+"""
 
 
 class Dropout(NamedTuple):
@@ -38,10 +43,8 @@ class Dropout(NamedTuple):
 
         On the CPU four elements take a word of the generator: a quarter of the time of `bernoulli_`.
         """
-        if x.is_cuda:
-            from peftrs.ops.lora_linear import triton
-
-            return triton.mask(x.shape[0], x.shape[1], self)
+        if x.device.type in MASKS:
+            return MASKS[x.device.type](x.shape[0], x.shape[1], self)
         generator = torch.Generator().manual_seed(int(self.seed))
         count = x.numel()
         words = torch.empty((count + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
@@ -159,29 +162,59 @@ def backward(
     return Gradients(dx.addmm_(dy, weight, beta=scaling), d_down, d_up)
 
 
-def composed(
-    x: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float, dropout: float
-) -> Tensor:
-    """The output for `x (..., in)` in torch's own differentiable operations.
+class Factors(NamedTuple):
+    """A LoRA over a linear layer: `scaling * up @ down`, and the share of the input that it drops."""
 
-    It keeps and moves what `LoraLinear` does not, a mask, copies in other dtypes and of outputs, in the
-    fewest calls.
+    down: Tensor
+    """`A (r, in)`"""
+    up: Tensor
+    """`B (out, r)`"""
+    scaling: float
+    dropout: float = 0.0
+
+
+def joined(several: Sequence[Factors | tuple[Tensor, Tensor, float, float]]) -> Factors:
+    """Several that drop nothing as one of the sum of their ranks."""
+    ups = [scaling * up for _, up, scaling, _ in several]
+    return Factors(torch.cat([down for down, *_ in several]), torch.cat(ups, 1), 1.0)
+
+
+def composed(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    several: Sequence[Factors | tuple[Tensor, Tensor, float, float]],
+) -> Tensor:
+    """The output for `x (..., in)` in torch's own differentiable operations, with the factors of one or
+    several LoRAs.
+
+    It keeps and moves what `LoraLinear` does not, masks, copies in other dtypes and of outputs, in the fewest
+    calls.
     """
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    kept = torch.dropout(rows, dropout, True) if dropout else rows
-    if rows.dtype != down.dtype:
-        y, u = functional.linear(rows, weight, bias), functional.linear(kept.to(down.dtype), down)
-        y = torch.addmm(y.to(u.dtype), u, up.t(), alpha=scaling).to(y.dtype)
+    wide = several[0][0].dtype
+    if rows.dtype is not wide:
+        y = functional.linear(rows, weight, bias).to(wide)
+        for down, up, scaling, dropout in several:
+            kept = torch.dropout(rows, dropout, True) if dropout else rows
+            y = torch.addmm(y, functional.linear(kept.to(wide), down), up.t(), alpha=scaling)
+        y = y.to(rows.dtype)
     elif bias is not None:
-        y = torch.addmm(
-            torch.addmm(bias, functional.linear(kept, down), up.t(), alpha=scaling), rows, weight.t()
-        )
+        y = bias
+        for down, up, scaling, dropout in several:
+            kept = torch.dropout(rows, dropout, True) if dropout else rows
+            y = torch.addmm(y, functional.linear(kept, down), up.t(), alpha=scaling)
+        y = torch.addmm(y, rows, weight.t())
     else:
-        low = functional.linear(functional.linear(kept, down), up)
         # In place only without gradients: with them it saves nothing, and a policy of selective checkpointing
-        # may keep `low`.
+        # may keep what the first product gave.
         accumulate = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_
-        y = accumulate(low, rows, weight.t(), beta=scaling)
+        (down, up, scale, dropout), *others = several
+        kept = torch.dropout(rows, dropout, True) if dropout else rows
+        y = accumulate(functional.linear(functional.linear(kept, down), up), rows, weight.t(), beta=scale)
+        for down, up, scaling, dropout in others:
+            kept = torch.dropout(rows, dropout, True) if dropout else rows
+            y = accumulate(y, functional.linear(kept, down), up.t(), alpha=scaling)
     return y if x.ndim == 2 else y.view(x.shape[:-1] + y.shape[-1:])
 
 

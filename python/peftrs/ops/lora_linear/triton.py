@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from peftrs.ops.lora_linear import kernels
-from peftrs.ops.lora_linear.reference import Dropout, Gradients
+from peftrs.ops.lora_linear.reference import MASKS, Dropout, Gradients
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Triton's interpreter runs kernels on CPU tensors: how they are tested where there is no GPU."""
@@ -142,6 +142,9 @@ def mask(rows: int, columns: int, dropout: Dropout) -> Tensor:
             out, seed, rows, columns, dropout.dropped, M=64, K=64, enable_fp_fusion=True
         )
     return out.view(torch.bool)
+
+
+MASKS["cuda"] = mask
 
 
 def _seed(dropout: Dropout) -> Tensor:

@@ -4,14 +4,13 @@ where that is wanted.
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from peftrs import registry
 from peftrs.bases import dense
 from peftrs.bases.base import Base
 from peftrs.bases.kinds import LayerKind
+from peftrs.config import TargetedConfig
 from peftrs.core.target import Target, aim
 from peftrs.core.tree import Place, original
 from peftrs.errors import listed
@@ -29,14 +28,14 @@ def tied(found: list[Place], place: Place) -> list[Place]:
 
 
 def token_rows(
-    found: list[Place], config: Any, input_embeddings: str | None, faults: list[str]
+    found: list[Place], config: TargetedConfig, input_embeddings: str | None, faults: list[str]
 ) -> list[Target]:
     """Targets for `trainable_token_indices`: the embeddings and output layers named, and what is tied to
     them.
 
     What is tied shares its tensors, unless it is named with tokens of its own.
     """
-    indices = getattr(config, "trainable_token_indices", None)
+    indices = config.trainable_token_indices
     if not indices:
         return []
     if not isinstance(indices, dict):
@@ -72,7 +71,7 @@ def token_rows(
             own = wanted.get(other.name, (other, tokens))[1]
             if own == tokens:
                 targets[other.name] = aim(other, _base(other), method, matched, tied=place.name)
-            elif getattr(config, "ensure_weight_tying", False):
+            elif config.ensure_weight_tying:
                 faults.append(
                     f"`trainable_token_indices`: {place.name} and {other.name} are tied"
                     f" (`ensure_weight_tying`) and cannot have rows of their own, {tokens[:8]} and {own[:8]}"
@@ -84,34 +83,35 @@ def _base(place: Place) -> Base:
     return dense.EMBEDDING if isinstance(original(place.module), nn.Embedding) else dense.LINEAR
 
 
-def followers(found: list[Place], config: Any, targets: list[Target]) -> list[Target]:
+def followers(found: list[Place], config: TargetedConfig, targets: list[Target]) -> list[Target]:
     """With `ensure_weight_tying`, targets for the layers tied to embeddings that are targets, sharing their
     tensors.
 
     They stand in place of targets for the same layers that would have tensors of their own.
     """
-    if not getattr(config, "ensure_weight_tying", False):
+    if not config.ensure_weight_tying:
         return []
     extra: dict[str, Target] = {}
     for target in targets:
-        if (
-            target.spec.kind is LayerKind.EMBEDDING
-            and target.method.name != "TOKEN_ROWS"
-            and target.spec.name not in extra
-        ):
+        spec, method = target.spec, target.method
+        if spec.kind is LayerKind.EMBEDDING and method.public and spec.name not in extra:
             for place in tied(found, target.place):
-                if _base(place).kind in target.method.tied_kinds:
-                    matched = dict(target.spec.matched)
-                    extra[place.name] = aim(
-                        place, _base(place), target.method, matched, tied=target.spec.name
-                    )
+                follower = aim(place, _base(place), method, dict(spec.matched), tied=spec.name)
+                if follower.spec.kind is LayerKind.LINEAR or shares(follower, config):
+                    extra[place.name] = follower
     return list(extra.values())
 
 
-def saved(found: list[Place], config: Any, names: list[str]) -> list[tuple[Place, str | None]]:
+def shares(target: Target, config: TargetedConfig) -> bool:
+    """Whether an adapter can do with the tensors of the layer that this one is tied to."""
+    values = target.values or target.method.settle(config, target.spec)
+    return all(slot.of is not None for slot in target.method.kinds(config, target.spec, values).values())
+
+
+def saved(found: list[Place], config: TargetedConfig, names: list[str]) -> list[tuple[Place, str | None]]:
     """The modules to train whole, each with the name of the one whose weight its copy shares."""
     chosen: list[tuple[Place, str | None]] = [(place, None) for place in found if place.name in set(names)]
-    if not getattr(config, "ensure_weight_tying", False):
+    if not config.ensure_weight_tying:
         return chosen
     bound: dict[str, tuple[Place, str | None]] = {}
     for place, _ in chosen:
@@ -123,14 +123,17 @@ def saved(found: list[Place], config: Any, names: list[str]) -> list[tuple[Place
 
 
 def notes(
-    found: list[Place], config: Any, targets: list[Target], saved: list[tuple[Place, str | None]]
+    found: list[Place],
+    config: TargetedConfig,
+    targets: list[Target],
+    saved: list[tuple[Place, str | None]],
 ) -> list[str]:
     """What to warn of: modules trained whole that part from what they are tied to, and a wish to keep ties
     where there are none.
     """
-    ensured = vars(config).get("ensure_weight_tying")
-    if ensured is None:
-        return []
+    ensured = config.ensure_weight_tying
+    if ensured is None or type(config).ensure_weight_tying:
+        return []  # a kind that never keeps ties, or always: nobody asked for either
     tables = {
         id(inner.weight) for place in found if isinstance(inner := original(place.module), nn.Embedding)
     }

@@ -10,23 +10,22 @@ from typing import cast
 
 from torch import nn
 
-from peftrs import registry
 from peftrs.bases.sharded import sharded_by
 from peftrs.config import PeftConfig, PromptLearningConfig, TargetedConfig
 from peftrs.core.activation import Activation, Switched
 from peftrs.core.inject import activation, base_parameters, check_name, inject
 from peftrs.core.layer import AdaptedLayer
-from peftrs.core.method import Method
+from peftrs.core.method import Method, method_for
 from peftrs.core.prompt import PromptMethod, prompts_of
 from peftrs.core.prompt_call import uproot, word_embeddings
 from peftrs.core.tree import Place, Wrapped, places, uncompiled
 from peftrs.errors import AdapterError, ConfigError, PeftrsWarning, Strict, listed
 from peftrs.io.checkpoint import PREFIX
 from peftrs.io.entries import plain
-from peftrs.plan import tying
-from peftrs.plan.grow import layer_lists, replicate
-from peftrs.plan.prompt_sizes import sizes
-from peftrs.plan.settle import make_plan, uneven
+from peftrs.planning import tying
+from peftrs.planning.grow import layer_lists, replicate
+from peftrs.planning.prompt_sizes import sizes
+from peftrs.planning.settle import make_plan, uneven
 
 
 def attach(
@@ -123,12 +122,8 @@ def check(config: PeftConfig, adapter: str, configs: dict[str, PeftConfig], stat
             f"{type(config).__name__} does not say what kind of adapter it is for: use one such as LoraConfig"
         )
     check_name(state, adapter)
-    method = registry.method(config.peft_type)
-    biased = [
-        name
-        for name, other in {**configs, adapter: config}.items()
-        if getattr(other, "bias", "none") != "none"
-    ]
+    method = method_for(config.peft_type)
+    biased = [name for name, other in {**configs, adapter: config}.items() if other.bias != "none"]
     if len(biased) > 1:
         raise AdapterError(
             f"only one adapter of a model can train its biases, and {listed(biased)} want to: set bias to"
@@ -139,20 +134,19 @@ def check(config: PeftConfig, adapter: str, configs: dict[str, PeftConfig], stat
 
 def _grown(model: nn.Module, config: TargetedConfig, state: Activation) -> bool:
     """Whether the config repeats layers, which is done then."""
-    ranges = getattr(config, "layer_replication", None)
-    if not ranges:
+    if not config.layer_replication:
         return False
     if state.adapters():
         raise AdapterError(
             "`layer_replication` changes the model's layers and works for its first adapter only"
         )
-    replicate(model, ranges)
+    replicate(model, config.layer_replication)
     return True
 
 
 def _modules_in(keys: Iterable[str], model: nn.Module, method: Method, config: TargetedConfig) -> set[str]:
     """The layers that a state dict holds tensors of this method for."""
-    if getattr(config, "target_parameters", None):
+    if config.target_parameters:
         raise ConfigError(
             "`target_parameters` cannot be found in a state dict: leave out `state_dict` and load the tensors"
             " after"
@@ -185,7 +179,7 @@ def whole_or_not(model: nn.Module, state: Activation | None = None) -> Iterator[
         for layers in lists:
             layers.restore()
         _strip(model, known, held)
-        activation(model).active = active
+        activation(model).switch(active=active)
         for parameter, requires_grad in gradients:
             parameter.requires_grad_(requires_grad)
         raise

@@ -14,9 +14,9 @@ from peftrs.config import NO_TARGETS, PeftConfig, PromptLearningConfig, Targeted
 from peftrs.core.prompt import PromptMethod
 from peftrs.core.target import Plan, Target
 from peftrs.errors import ConfigError, PeftrsWarning
-from peftrs.plan.coverage import Coverage, coverage
-from peftrs.plan.prompt_sizes import sizes
-from peftrs.plan.settle import HEADS, changed, make_plan, uneven
+from peftrs.planning.coverage import Coverage, coverage
+from peftrs.planning.prompt_sizes import sizes
+from peftrs.planning.settle import HEADS, changed, make_plan, uneven
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def plan(model: nn.Module, config: PeftConfig) -> TargetPlan:
         raise ConfigError(
             f"{type(config).__name__} does not say what kind of adapter it is for: use one such as LoraConfig"
         )
-    if getattr(config, "layer_replication", None):
+    if config.layer_replication:
         raise ConfigError(
             "`layer_replication` changes the model's layers, which nothing can be planned on before it has"
         )
@@ -114,9 +114,9 @@ def _count(found: Plan, config: TargetedConfig) -> int:
     if isinstance(method, PromptMethod):
         encoder = method.encoder(changed(config, {"inference_mode": False}))
         return whole + sum(one.numel() for one in encoder.trained())
-    return whole + sum(_size(target, config) for target in found.targets if target.tied is None)
+    return whole + sum(_size(target, config) for target in found.targets)
 
 
 def _size(target: Target, config: TargetedConfig) -> int:
-    slots = target.method.slots(config, target.spec, target.method.settle(config, target.spec))
-    return sum(math.prod(shape) for shape in slots.values())
+    kinds = target.method.kinds(config, target.spec, target.values).values()
+    return sum(math.prod(kind.shape) for kind in kinds if kind.trained and kind.of is None)

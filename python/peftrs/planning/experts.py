@@ -12,6 +12,7 @@ from torch import nn
 from peftrs import _native
 from peftrs.bases import dense
 from peftrs.bases.experts import Holder, experts_of, holders
+from peftrs.config import NO_FIELD
 from peftrs.core.select import ALL_LINEAR
 from peftrs.core.tree import Place, original
 from peftrs.errors import ConfigError
@@ -25,7 +26,7 @@ def converted(config: Any, targets: Any, model: nn.Module, found: list[Place]) -
     alpha keeps their scaling. Raises `ConfigError` where only some of the layers, or of the experts, that
     became one parameter are targets.
     """
-    if not hasattr(config, "target_parameters") or not targets:
+    if config.target_parameters is NO_FIELD or not targets:
         return {}
     experts = experts_of(model)
     modules = {place.name: original(place.module) for place in found} if experts.fusions else {}

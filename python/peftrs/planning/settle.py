@@ -14,16 +14,16 @@ from torch import nn
 
 from peftrs import _native
 from peftrs.bases import dense
-from peftrs.config import PeftType, TargetedConfig, TaskType
+from peftrs.config import NO_FIELD, PeftType, TargetedConfig, TaskType
 from peftrs.core.method import Method
 from peftrs.core.select import ALL_LINEAR
 from peftrs.core.target import Plan
 from peftrs.core.tree import Place, original, places
 from peftrs.errors import ConfigError, PeftrsWarning, Strict
-from peftrs.plan import targets as planning
-from peftrs.plan.coverage import coverage
-from peftrs.plan.defaults import FEEDFORWARD, SKIPPED, SKIPPING, TARGETS
-from peftrs.plan.experts import converted
+from peftrs.planning import targets as planning
+from peftrs.planning.coverage import coverage
+from peftrs.planning.defaults import FEEDFORWARD, SKIPPED, SKIPPING, TARGETS
+from peftrs.planning.experts import converted
 
 CLASSIFIERS = ("score", "classifier")
 HEADS = {
@@ -56,16 +56,14 @@ def settle(model: nn.Module, config: TargetedConfig, method: Method) -> dict[str
             default = ((input_embeddings(model, list(places(model))) or "embed_tokens").rpartition(".")[2],)
         if default is not None:
             settled["target_modules"] = default if isinstance(default, str) else set(default)
-        elif not getattr(config, "target_parameters", None):
-            wanted = (
-                "`target_modules` or `target_parameters`"
-                if hasattr(config, "target_parameters")
-                else "`target_modules`"
-            )
+        elif not config.target_parameters:
+            wanted = "`target_modules`"
+            if config.target_parameters is not NO_FIELD:
+                wanted += " or `target_parameters`"
             raise ConfigError(
                 f"Please specify {wanted} in `peft_config`: there is no default for model type {kind!r}"
             )
-    if hasattr(config, "feedforward_modules") and config.feedforward_modules is None:
+    if config.feedforward_modules is None:
         if kind not in FEEDFORWARD:
             raise ConfigError(
                 "Please specify `feedforward_modules` in `peft_config`: there is no default for model type"
@@ -120,10 +118,7 @@ def make_plan(
     names = method.choose(planned, modules) if names is None else names
     if names is not None:
         planned.target_modules = exactly(names, modules)
-        planned.exclude_modules = None
-        for field in ("layers_to_transform", "layers_pattern"):
-            if hasattr(planned, field):
-                setattr(planned, field, None)
+        planned.exclude_modules = planned.layers_to_transform = planned.layers_pattern = None
     plan = planning.make(
         found,
         planned,
@@ -141,7 +136,7 @@ def make_plan(
         short = _native.shortest_suffixes(sorted(matched), [name for name in modules if name not in matched])
         if len(short) < len(targets):
             settled["target_modules"] = set(short)
-    if hasattr(config, "fan_in_fan_out"):
+    if config.fan_in_fan_out is not None:
         settled |= _orientation(plan, config.fan_in_fan_out)
     return plan, settled
 
@@ -160,7 +155,7 @@ def uneven(config: TargetedConfig, plan: Plan) -> list[str]:
     if (
         numbered
         or config.inference_mode
-        or getattr(config, "layers_to_transform", None) is not None
+        or config.layers_to_transform is not None
         or config.is_adaption_prompt
     ):
         return []

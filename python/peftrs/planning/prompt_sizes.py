@@ -57,7 +57,7 @@ def sizes(model: nn.Module, config: PromptLearningConfig) -> dict[str, Any]:
         )
     if config.num_transformer_submodules is None:
         settled["num_transformer_submodules"] = 2 if config.task_type == TaskType.SEQ_2_SEQ_LM else 1
-    if getattr(config, "encoder_hidden_size", 0) is None:
+    if config.encoder_hidden_size is None:
         settled["encoder_hidden_size"] = settled["token_dim"]
     return settled
 

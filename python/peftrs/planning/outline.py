@@ -11,7 +11,7 @@ from peftrs.bases.resolve import resolve
 from peftrs.core.select import is_linear
 from peftrs.core.tree import places
 from peftrs.errors import CheckpointError
-from peftrs.plan.settle import output_layers
+from peftrs.planning.settle import output_layers
 
 Outline = tuple[list[str], list[tuple[str, str, list[int], int]], list[str], list[str]]
 """All modules, layers as (name, kind, shape of the weight as stored, parameters), all parameters, what

@@ -30,7 +30,7 @@ from peftrs.errors import (
     listed,
     shown,
 )
-from peftrs.plan import tying
+from peftrs.planning import tying
 
 
 def make(
@@ -62,23 +62,28 @@ def make(
         f"{name}: `trainable_token_indices` replaces rows of a layer that is a target too; choose one"
         for name in twice
     ]
-    for target in targets:
-        try:
-            target.method.settle(config, target.spec)
-        except ConfigError as error:
-            faults.append(f"{target.spec.name}: {error}")
-        if target.tied and not target.method.tied_slots:
-            faults.append(
-                f"{target.spec.name}: {target.method.name} cannot share its tensors with the tied layer"
-                f" {target.tied!r}"
-            )
     # The first module's parent is the model itself.
-    targets = [_lying(found[0].parent, target, faults) for target in targets]
+    targets = [_lying(found[0].parent, _settled(target, config, faults), faults) for target in targets]
     saved = tying.saved(found, config, selection.modules_to_save)
     faults += _saved_faults(saved, targets)
     if faults:
         raise UnfitError("; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else ""))
     return Plan(found, targets, saved, selection)
+
+
+def _settled(target: Target, config: TargetedConfig, faults: list[str]) -> Target:
+    """The target with the settings of its layer."""
+    method, spec = target.method, target.spec
+    try:
+        target = replace(target, values=method.settle(config, spec))
+    except ConfigError as error:
+        faults.append(f"{spec.name}: {error}")
+    else:
+        if spec.tied is not None and not tying.shares(target, config):
+            faults.append(
+                f"{spec.name}: {method.name} cannot share its tensors with the tied layer {spec.tied!r}"
+            )
+    return target
 
 
 def _lying(model: nn.Module, target: Target, faults: list[str]) -> Target:
@@ -182,7 +187,7 @@ def _matched(selection: _native.Selection, config: TargetedConfig, count: int) -
         for one, key in zip(matched, selection.pattern_index(field) if values else (), strict=False):
             if key >= 0:
                 one[field] = values[key]
-    if hasattr(config, "feedforward_modules"):
+    if config.feedforward_modules:
         for one, is_feedforward in zip(matched, selection.feedforward, strict=False):
             one["feedforward_modules"] = is_feedforward
     return matched
@@ -195,7 +200,7 @@ def _in_attention(place: Place) -> bool:
 def _check_matches(selection: _native.Selection, config: TargetedConfig, strict: Strict) -> None:
     targets = in_order(config.target_modules)
     wants_none = targets in (NO_TARGETS, [NO_TARGETS]) or (
-        not targets and bool(getattr(config, "trainable_token_indices", None))
+        not targets and bool(config.trainable_token_indices)
     )
     if not selection.targets and not selection.parameters and not wants_none:
         raise NoMatchingPeftModuleError(_nothing(selection, config))
@@ -221,7 +226,7 @@ def _nothing(selection: _native.Selection, config: TargetedConfig) -> str:
         " again."
     )
     for name in ("layers_to_transform", "layers_pattern"):
-        if getattr(config, name, None):
-            message += f" `{name}` is {getattr(config, name)!r:.120}."
+        if value := getattr(config, name):
+            message += f" `{name}` is {value!r:.120}."
     nearest = [f"{shown(entry)} is near {near!r}" for _, entry, _, near in selection.report if near]
     return message + (f" {', '.join(nearest[:8])}." if nearest else "")
