@@ -4,12 +4,14 @@ layer.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from itertools import cycle, islice
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 import peftrs
 from peftrs.core import manage
@@ -40,6 +42,10 @@ def one_by_one(model: nn.Module, x: Tensor, names: list[str]) -> Tensor:
     return torch.cat(
         [single(name, row) for name, row in zip(names, x.split(len(x) // len(names)), strict=True)]
     )
+
+
+def first(output: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return output if isinstance(output, Tensor) else output[0]
 
 
 def names_for(x: Tensor) -> list[str]:
@@ -100,8 +106,11 @@ def test_weights_that_are_read_as_a_whole_are_refused(kind: str) -> None:
     model = adapted(["lora", "lora"], kind)
     with pytest.raises(AdapterError, match=r"layer.*read by another module"), manage.mixed(model, ["a", "b"]):
         pass
-    with manage.mixed(model, [NONE]):
-        model(*KINDS[kind].inputs(torch.float32))
+    inputs = KINDS[kind].inputs(torch.float32)
+    with torch.no_grad(), manage.disabled(model):
+        expected = first(model(*inputs))
+    with torch.no_grad(), manage.mixed(model, [NONE]):
+        assert torch.equal(first(model(*inputs)), expected)
 
 
 # Whole models.
@@ -211,6 +220,68 @@ def test_modules_trained_whole_go_with_their_rows() -> None:
     for place, name in enumerate(names):
         expected = alone(model, name, "forward", TEXTS[place : place + 1])
         torch.testing.assert_close(mixed[place : place + 1], expected, rtol=1e-5, atol=1e-5)
+
+
+class Headed(nn.Module):
+    """A network that calls its head as it is told to."""
+
+    def __init__(self, name: str | None = None) -> None:
+        super().__init__()
+        self.below, self.head, self.name = nn.Linear(8, 8), nn.Linear(8, 4), name
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.below(x)
+        return self.head(x) if self.name is None else self.head(**{self.name: x})
+
+
+def headed(name: str | None = None) -> tuple[nn.Module, nn.Module]:
+    """A network, and the same whose adapter `a`, the active one, replaces the head, and `b` does not."""
+    base = Headed(name)
+    model = peftrs.get_peft_model(
+        copy.deepcopy(base), peftrs.LoraConfig(target_modules=["below"], modules_to_save=["head"]), "a"
+    )
+    model.add_adapter("b", peftrs.LoraConfig(target_modules=["below"], init_lora_weights=False))
+    model.set_adapter("a")
+    shake(model)
+    return base, model.eval()
+
+
+@pytest.mark.parametrize("names", [["b", NONE], [NONE, NONE], ["a", NONE]], ids=str)
+def test_rows_run_the_head_of_their_own_adapter_and_not_the_active_one_s(names: list[str]) -> None:
+    base, model = headed()
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        mixed = model(x, adapter_names=names)
+        torch.testing.assert_close(mixed[1:], base(x[1:]))
+        assert torch.allclose(mixed[:1], base(x[:1])) == (names[0] == NONE)
+        if names[0] != NONE:
+            model.set_adapter(names[0])
+            torch.testing.assert_close(mixed[:1], model(x[:1]))
+
+
+def test_a_replaced_module_is_called_by_keyword() -> None:
+    _, model = headed("input")
+    x = torch.randn(2, 8)
+    with torch.no_grad():
+        mixed = model(x, adapter_names=["a", "b"])
+        for place, name in enumerate("ab"):
+            model.set_adapter(name)
+            torch.testing.assert_close(mixed[place], model(x)[place])
+
+
+def test_a_layer_of_gpt2_is_called_by_keyword() -> None:
+    net = nn.Sequential()
+    net.add_module("layer", Conv1D(4, 8))
+    model = peftrs.get_peft_model(
+        net, peftrs.LoraConfig(target_modules=["layer"], init_lora_weights=False, fan_in_fan_out=True)
+    )
+    x = torch.randn(2, 8)
+    layer = model.eval().base_model.model.layer
+    with torch.no_grad():
+        expected = layer(x)
+        assert torch.equal(layer(x=x), expected)
+        with manage.mixed(model, ["default", NONE]):
+            torch.testing.assert_close(layer(x=x)[0], expected[0])
 
 
 def test_rows_without_adapters_are_those_of_the_base_when_all_are_off(model: peftrs.PeftModel) -> None:

@@ -104,6 +104,33 @@ def test_merging_shared_weights_changes_no_output(
     assert torch.equal(model(tokens), unmerged)
 
 
+@pytest.mark.filterwarnings("ignore:.*share.*are copied:peftrs.errors.PeftrsWarning")
+@pytest.mark.parametrize("sharing", SHARING.values(), ids=SHARING)
+@pytest.mark.parametrize("goal", [torch.float64, torch.bfloat16, "meta"], ids=str)
+def test_what_was_merged_and_moved_is_what_unmerged_would_have_moved_to(
+    sharing: tuple[type[nn.Module], list[TargetedConfig]], goal: torch.dtype | str
+) -> None:
+    torch.manual_seed(0)
+    make, configs = sharing
+    model = make().eval()
+    expected = copy.deepcopy(model).to(goal)
+    for name, config in zip("ab", configs, strict=False):
+        add(model, config, name)
+    manage.set_adapter(model, list("ab"[: len(configs)]))
+    stir(model)
+    shared = model.shares()
+    manage.merge(model)
+    model.to(goal)
+    manage.unmerge(list(adapted_layers(model)))
+    assert model.shares() is shared or goal == "meta"  # where torch itself lets go of what is shared
+    layers = {"embedding", "head"} if make is Tied else {"first", "second"}
+    for name in layers:
+        found, right = inner(getattr(model, name)), getattr(expected, name)
+        for one, other in zip(found.parameters(), right.parameters(), strict=True):
+            assert (one.dtype, one.device) == (other.dtype, other.device)
+            assert goal == "meta" or torch.equal(one, other), name
+
+
 def test_the_bytes_of_copied_weights_are_told() -> None:
     model = Tied()
     add(model, lora("head"), "a")

@@ -42,6 +42,7 @@ class TransposedLinear(Linear):
     """transformers' `Conv1D`, a Linear whose weight is stored `(in, out)`."""
 
     transposed = True
+    first = "x"
 
     def obstacle(self, module: nn.Module) -> str | None:
         own = next(kind for kind in type(module).__mro__ if is_conv1d(kind))

@@ -60,25 +60,25 @@ class ReplacedModule(Switched, nn.Module):
 
     def forward(self, *inputs: Any, **options: Any) -> Any:
         rows = self.state.gate
-        if (
-            rows is None
-            or not self.state.enabled
-            or not any(name in self.modules_to_save for name in rows.names)
-        ):
+        if rows is None or not self.state.enabled:
             return self.current()(*inputs, **options)
-        x, *rest = inputs
-        if any(isinstance(value, Tensor) for value in (*rest, *options.values())):
+        copies = dict(self.modules_to_save.items())
+        if copies.keys().isdisjoint(rows.names):
+            return self.original_module(*inputs, **options)
+        given: dict[Any, Any] = {**dict(enumerate(inputs)), **options}
+        tensors = [key for key, value in given.items() if isinstance(value, Tensor)]
+        if len(tensors) != 1:
             raise AdapterError(
-                f"{self.name}: is given more than one tensor, so that rows cannot have modules of their own"
+                f"{self.name}: is given {len(tensors)} tensors and not one, so that rows cannot have"
+                " modules of their own"
             )
 
-        copies = dict(self.modules_to_save.items())
-
         def run(name: str, its: Tensor) -> Any:
-            module = copies.get(name, self.original_module)
-            return module(its, *rest, **options)
+            now = given | {tensors[0]: its}
+            by_position = [now.pop(place) for place in range(len(inputs))]
+            return copies.get(name, self.original_module)(*by_position, **now)
 
-        return batch.each(rows, copies, x, run, self.name)
+        return batch.each(rows, copies, given[tensors[0]], run, self.name)
 
     def conflict(self, names: Sequence[str]) -> str | None:
         held = [name for name in names if name in self.modules_to_save]

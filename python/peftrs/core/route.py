@@ -144,8 +144,9 @@ def traced(
 
 
 def chain_of(frozen: Frozen, adapters: Mapping[str, FittedAdapter], acting: Acting) -> Chain:
-    """The adapters that run beside the weights."""
-    return ordered(adapters, acting.active) if acting.enabled and frozen.ledger is None else ()
+    """The adapters that run beside the weights, for all rows."""
+    beside = acting.enabled and acting.gate is None and frozen.ledger is None
+    return ordered(adapters, acting.active) if beside else ()
 
 
 def _run(
