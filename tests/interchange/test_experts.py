@@ -21,6 +21,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen
 
 import peftrs
 from peftrs import ConfigError, LoraConfig
+from peftrs.bases import experts
 from peftrs.compat.weight_conversion import (
     convert_peft_adapter_state_dict_for_transformers,
     convert_peft_config_for_transformers,
@@ -268,3 +269,10 @@ def test_the_conversions_by_themselves_give_what_theirs_give(name: str, tmp_path
     state = peftrs.get_peft_model_state_dict(plain)
     same = convert_peft_adapter_state_dict_for_transformers(plain, plain.peft_config["default"], state)
     assert same.keys() == state.keys()
+
+
+def test_whatever_transformers_brings_together_stands_in_modules_called_experts() -> None:
+    conversions = import_module("transformers.conversion_mapping")._build_checkpoint_conversion_mapping()
+    found = {fusion.holder for kind in conversions for fusion in experts._experts(kind).fusions}
+    assert found
+    assert all(experts.HOLDERS in holder for holder in found)

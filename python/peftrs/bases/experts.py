@@ -15,6 +15,9 @@ from torch import nn
 
 SOURCE = re.compile(r"(?:^|\.)(?P<holder>\w+)\.\*\.(?P<layer>\w+)\.weight$")
 
+HOLDERS = "experts"
+"""What the names of all modules hold that transformers brings experts together in."""
+
 
 @dataclass(frozen=True)
 class Fusion:
@@ -54,7 +57,10 @@ def experts_of(model: nn.Module) -> Experts:
     models.
     """
     kind = getattr(getattr(model, "config", None), "model_type", None)
-    return _experts(kind) if isinstance(kind, str) else Experts()
+    # transformers' first answer takes longer than all our imports, and is nothing for models without experts.
+    if not isinstance(kind, str) or all(HOLDERS not in name for name, _ in model.named_modules()):
+        return Experts()
+    return _experts(kind)
 
 
 @cache
