@@ -50,7 +50,7 @@ def units_apart(one: Tensor, other: Tensor) -> int:
     integer = {2: torch.int16, 4: torch.int32}[one.element_size()]
     steps = [tensor.contiguous().view(integer).long() for tensor in (one, other)]
     ordered = [torch.where(step < 0, torch.iinfo(integer).min - step, step) for step in steps]
-    return int((ordered[0] - ordered[1]).abs().max())
+    return max((ordered[0] - ordered[1]).abs().flatten().tolist(), default=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -53,6 +53,26 @@ class Toy(nn.Module):
         return self.head(self.norm(x + self.exp(x)))
 
 
+class Odd(nn.Module):
+    """Layers whose adapters have tensors without elements: five features are no multiple of two, so that
+    blocks of two become blocks of one for OFT, and one layer has no outputs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.five, self.four, self.none = nn.Linear(5, 4), nn.Linear(4, 6), nn.Linear(4, 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = torch.tanh(self.five(x))
+        return torch.cat([self.four(inner), self.none(inner)], 1)
+
+
+def odd() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, generator=torch.Generator().manual_seed(1))
+    return Odd().eval(), lambda model: model(x)
+
+
 def toy() -> tuple[nn.Module, Callable[[nn.Module], Tensor]]:
     torch.manual_seed(0)
     tokens = torch.randint(0, 16, (3, 6), generator=torch.Generator().manual_seed(1))
@@ -116,7 +136,9 @@ def ia3(label: str, **arguments: Any) -> Case:
 
 def oft(label: str, **arguments: Any) -> Case:
     extra = {
-        key: arguments.pop(key) for key in ("tolerance", "trains", "unmerged", "merges") if key in arguments
+        key: arguments.pop(key)
+        for key in ("model", "tolerance", "trains", "unmerged", "merges")
+        if key in arguments
     }
     return Case(
         f"oft-{label}",
@@ -128,6 +150,7 @@ def oft(label: str, **arguments: Any) -> Case:
 
 CASES = [
     lora("linear"),
+    lora("empty", model=odd, target_modules=["four", "none"]),
     lora("gaussian", init_lora_weights="gaussian"),
     lora("random", init_lora_weights=False),
     lora("orthogonal", init_lora_weights="orthogonal"),
@@ -186,6 +209,7 @@ CASES = [
     ia3("conv", target_modules=["conv2", "conv3"], feedforward_modules=["conv3"]),
     Case("ia3-llama-default", "IA3Config", {}, llama),
     oft("linear"),
+    oft("empty", model=odd, target_modules=["five", "four"], oft_block_size=2),
     oft("blocks", r=2, oft_block_size=0),
     oft("shared", block_share=True),
     oft("exact", use_cayley_neumann=False),

@@ -25,10 +25,11 @@ PREFIX = "base_model.model."
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "BOOL": torch.bool,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8,
+    "I8": torch.int8, "BOOL": torch.bool,
 }  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
+NAMES = {dtype: name for name, dtype in DTYPES.items() if name not in {"I8", "BOOL"}}
+"""What adapters' files hold; the others are models' alone."""
 
 
 class Source(Protocol):
@@ -236,7 +237,7 @@ def write(
     rows, held = [], []
     for name, tensor in tensors.items():
         dtype = NAMES.get(tensor.dtype)
-        if dtype is None or tensor.device.type == "meta" or not tensor.numel():
+        if dtype is None or tensor.device.type == "meta":
             fault = "without values" if dtype else f"of {tensor.dtype}, which adapters' files do not hold"
             hint = "; gather sharded parameters first and pass them as `state_dict`" if dtype else ""
             raise AdapterError(f"{name}: cannot save a tensor {fault}{hint}")

@@ -155,9 +155,8 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
         elif entry.key in taken:
             match.broken.append(f"{shown(name)} is there under two names")
         elif size != shape(entry.shown):
-            match.misshapen.append(
-                f"{shown(name)} has shape {list(size)}, the model needs {list(shape(entry.shown))}"
-            )
+            kind = f"shape {list(size)}" + (", that is no elements" if 0 in size else "")
+            match.misshapen.append(f"{shown(name)} has {kind}, the model needs {list(shape(entry.shown))}")
         elif dtype != entry.shown.dtype and not {dtype, entry.shown.dtype} <= FLOATS:
             match.broken.append(f"{shown(name)} is {dtype}, the model needs {entry.shown.dtype}")
         else:

@@ -101,7 +101,7 @@ def collect(
     for key, held in tensors.items():
         # Not detached before: what knows where a parameter's parts are is the parameter.
         tensor = whole(held).detach()
-        if tuple(tensor.shape) != shapes[key] or not tensor.numel() or (tensor.is_meta and not waiting):
+        if tuple(tensor.shape) != shapes[key] or (tensor.is_meta and not waiting):
             state = "no values" if tensor.is_meta else f"shape {list(tensor.shape)}"
             parts.append(f"{key} has {state} instead of {list(shapes[key])}")
         if keep:

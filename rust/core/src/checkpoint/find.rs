@@ -52,25 +52,16 @@ pub(super) fn adapter(path: &Path, links: Links) -> Result<Checkpoint> {
 
 /// Types that adapters hold: floats, and the indices of methods that pick elements.
 fn check_adapter_tensors(shard: &Shard, rows: &[Row]) -> Result<()> {
-    let fits = |row: &&Row| row.dtype.is_adapter_float() || matches!(row.dtype, Dtype::I32 | Dtype::I64);
-    let wrong = rows.iter().filter(|row| !fits(row)).map(|row| (row, row.dtype.name().to_owned()));
-    let empty = rows.iter().filter(|row| row.start == row.end).map(|row| (row, format!("{:?}", row.shape)));
-    for (fault, found) in [
-        (
-            "of a type that adapter weights do not have (F64, F32, F16, BF16, I32, I64 are read)",
-            wrong.collect::<Vec<_>>(),
-        ),
-        ("without elements", empty.collect()),
-    ] {
-        let shown = found.iter().take(3).map(|(row, what)| format!("`{}` {}", show_name(&row.name), show_name(what)));
-        let shown = shown.collect::<Vec<_>>().join(", ");
-        match found.len() {
-            0 => {}
-            1 => return Err(shard.fault(format!("holds a tensor {fault}: {shown}"))),
-            count => return Err(shard.fault(format!("holds {count} tensors {fault}: {shown}{}", dots(count)))),
-        }
+    let index = |dtype| matches!(dtype, Dtype::U8 | Dtype::I16 | Dtype::I32 | Dtype::I64);
+    let wrong: Vec<_> = rows.iter().filter(|row| !row.dtype.is_adapter_float() && !index(row.dtype)).collect();
+    let shown = wrong.iter().take(3).map(|row| format!("`{}` {}", show_name(&row.name), row.dtype.name()));
+    let shown = shown.collect::<Vec<_>>().join(", ");
+    let fault = "of a type that adapter weights do not have (F64, F32, F16, BF16, I64, I32, I16, U8 are read)";
+    match wrong.len() {
+        0 => Ok(()),
+        1 => Err(shard.fault(format!("holds a tensor {fault}: {shown}"))),
+        count => Err(shard.fault(format!("holds {count} tensors {fault}: {shown}{}", dots(count)))),
     }
-    Ok(())
 }
 
 fn dots(count: usize) -> &'static str {
