@@ -14,7 +14,10 @@ const SHARED_PREFIX: &str = "base_model.";
 pub const BASE_LAYER: &str = "base_layer";
 
 /// The component under which whole modules are kept by adapter name.
-const MODULES_TO_SAVE: &str = "modules_to_save";
+pub const MODULES_TO_SAVE: &str = "modules_to_save";
+
+/// The component under which such a module is kept as it was before training.
+pub const ORIGINAL_MODULE: &str = "original_module";
 
 /// The wrapper that lies between an embedding and its trained rows.
 const TOKEN_ADAPTER: &str = "token_adapter";

@@ -49,11 +49,15 @@ pub struct Targeting {
 }
 
 impl Targeting {
-    /// Whether `path` is a module that `modules_to_save` names, or lies within one.
+    /// The module that `modules_to_save` names, if `path` is one or lies within it.
     #[must_use]
-    pub fn saves(&self, path: &str) -> bool {
-        let path = format!(".{path}.");
-        self.modules_to_save.iter().flatten().any(|name| path.contains(&format!(".{name}.")))
+    pub fn saved<'p>(&self, path: &'p str) -> Option<&'p str> {
+        let is_named = |module: &&str| {
+            let above = self.modules_to_save.iter().flatten().filter_map(|name| module.strip_suffix(name.as_str()));
+            above.into_iter().any(|above| above.is_empty() || above.ends_with('.'))
+        };
+        let ends = path.match_indices('.').map(|(dot, _)| dot).chain([path.len()]);
+        ends.filter_map(|end| path.get(..end)).find(is_named)
     }
 }
 

@@ -194,10 +194,14 @@ fn patterns_decide_rank_and_scaling_first_come_first_served() {
 #[test]
 fn saved_modules_hold_what_is_within_them() {
     let targeting = Targeting { modules_to_save: Some(vec!["head".into(), "a.score".into()]), ..Targeting::default() };
-    for (path, expected) in
-        [("head", true), ("m.head.dense", true), ("x.a.score", true), ("myhead", false), ("score", false)]
-    {
-        assert_eq!(targeting.saves(path), expected, "{path}");
+    for (path, expected) in [
+        ("head", Some("head")),
+        ("m.head.dense", Some("m.head")),
+        ("x.a.score", Some("x.a.score")),
+        ("myhead", None),
+        ("score", None),
+    ] {
+        assert_eq!(targeting.saved(path), expected, "{path}");
     }
 }
 

@@ -40,6 +40,9 @@ pub fn gather(
             notes.push(format!("the adapter lacks the base's prefix {}", show_name(&homes.add)));
             prefixed = true;
         }
+        notes.extend(sorted.untrained.iter().map(|key| {
+            format!("{} is left out: the adapter holds the module as it was trained as well", show_name(key))
+        }));
         let tie = Tie::find(base, model, prefixed);
         let planner = Planner {
             base,

@@ -3,7 +3,7 @@
 //! A base saved from a bare encoder lacks the prefix that a model with a head gives it, and the other way round. Putting
 //! one prefix in the place of another is refused: it would move a text encoder's adapter onto a vision encoder.
 
-use std::collections::HashSet;
+use std::collections::{BTreeSet, HashSet};
 
 /// The most leading components that a base checkpoint may lack: `base_model.model.model.language_model.` is the longest seen.
 const DEEPEST: usize = 3;
@@ -15,16 +15,27 @@ pub struct Homes {
     pub strip: String,
     /// The prefix that only the base's paths have, with its last dot, or nothing.
     pub add: String,
+    /// What follows that prefix in the base, one component each. Before others, as a head at the base's top, it is not put.
+    pub inside: BTreeSet<String>,
 }
 
-/// Two ways of reading the adapter's paths that both find a home for all of them.
+/// The prefixes of two ways of reading the adapter's paths that both find a home for all of them.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Ambiguous(pub Homes, pub Homes);
+pub struct Ambiguous(pub String, pub String);
 
 impl Homes {
+    fn new(strip: &str, add: &str, modules: &HashSet<&str>) -> Self {
+        let inside = |module: &&str| Some(first(module.strip_prefix(add)?).to_owned());
+        let inside = modules.iter().filter(|_| !add.is_empty()).filter_map(inside);
+        let inside = inside.filter(|name| !modules.contains(name.as_str())).collect();
+        Self { strip: strip.to_owned(), add: add.to_owned(), inside }
+    }
+
     /// The path in the base. One that lacks the adapter's prefix, as a head does, stays as it is.
     pub fn path(&self, path: &str) -> String {
-        path.strip_prefix(&self.strip).map_or_else(|| path.to_owned(), |rest| format!("{}{rest}", self.add))
+        let rest = path.strip_prefix(&self.strip);
+        let rest = rest.filter(|rest| self.add.is_empty() || self.inside.contains(first(rest)));
+        rest.map_or_else(|| path.to_owned(), |rest| format!("{}{rest}", self.add))
     }
 
     /// The reading under which the most `paths` are among `modules`, the paths as they stand first.
@@ -40,14 +51,14 @@ impl Homes {
                 .iter()
                 .filter_map(|module| module.strip_suffix(rest))
                 .filter(|add| add.is_empty() || depth == 0 && add.ends_with('.'))
-                .map(|add| Self { strip: strip.to_owned(), add: add.to_owned() })
+                .map(|add| Self::new(strip, add, modules))
                 .collect();
             found.sort_by(|a, b| a.add.cmp(&b.add));
             let whole: Vec<&Self> = found.iter().filter(|homes| count(homes) == paths.len()).collect();
             match whole.as_slice() {
                 [] => {}
                 [one] => return Ok((*one).clone()),
-                [one, other, ..] => return Err(Ambiguous((*one).clone(), (*other).clone())),
+                [one, other, ..] => return Err(Ambiguous(one.add.clone(), other.add.clone())),
             }
             for homes in found {
                 let homed = count(&homes);
@@ -58,6 +69,11 @@ impl Homes {
         }
         Ok(best.1)
     }
+}
+
+/// The first component of a path.
+fn first(path: &str) -> &str {
+    path.split_once('.').map_or(path, |(first, _)| first)
 }
 
 /// `path` after its first `depth` components, and those components with the dot.
@@ -97,15 +113,28 @@ mod tests {
     #[test]
     fn one_prefix_must_serve_all() {
         let homes = Homes::find(&["m.a.q", "m.b.q", "m.c.q"], &["a.q", "b.q", "x.c.q"].into_iter().collect()).unwrap();
-        assert_eq!(homes, Homes { strip: "m.".into(), add: String::new() });
+        assert_eq!((homes.strip.as_str(), homes.add.as_str()), ("m.", ""));
         assert_eq!(homes.path("lm_head"), "lm_head");
+    }
+
+    #[test]
+    fn a_prefix_is_put_before_what_the_base_has_under_it() {
+        let modules = ["model.layers.0.q", "model.norm", "lm_head", "model.both", "both"].into_iter().collect();
+        let homes = Homes::find(&["layers.0.q"], &modules).unwrap();
+        for (path, home) in [
+            ("layers.7.experts", "model.layers.7.experts"),
+            ("norm", "model.norm"),
+            ("lm_head", "lm_head"),
+            ("both", "both"),
+            ("score.dense", "score.dense"),
+        ] {
+            assert_eq!(homes.path(path), home);
+        }
     }
 
     #[test]
     fn two_whole_readings_are_ambiguous() {
         let found = find(&["layers.0.q"], &["text.layers.0.q", "vision.layers.0.q"]);
-        let text = Homes { strip: String::new(), add: "text.".into() };
-        let vision = Homes { strip: String::new(), add: "vision.".into() };
-        assert_eq!(found, Err(Ambiguous(text, vision)));
+        assert_eq!(found, Err(Ambiguous("text.".into(), "vision.".into())));
     }
 }

@@ -9,6 +9,7 @@ use super::tie::Tie;
 use super::{File, Output, Source};
 use crate::checkpoint::Entry;
 use crate::dtype::Dtype;
+use crate::error::show_name;
 
 /// The base's files with `drafts` in their places; what the base lacks goes at the end of the last one, a head that was tied
 /// first.
@@ -45,6 +46,15 @@ pub fn files(base: &Base, adapters: &[Adapter], mut drafts: Drafts, head: Option
         }
     }
     files
+}
+
+/// Says which tensors the output has and the base does not, apart from a head that was tied.
+pub fn new(base: &Base, drafts: &Drafts, head: Option<&Tie>) -> Option<String> {
+    let is_new = |name: &&String| base.entry(name).is_none() && head.is_none_or(|tie| tie.head != **name);
+    let names: Vec<String> = drafts.keys().filter(is_new).map(|name| show_name(name)).collect();
+    (!names.is_empty()).then(|| {
+        format!("{}: new to the base, of a module that the adapter trained whole (modules_to_save)", names.join(", "))
+    })
 }
 
 /// The tensor that an adapter holds in full.

@@ -171,6 +171,7 @@ impl Plan {
             model::untie(&mut config);
         }
         let untie = cut.is_some();
+        notes.extend(layout::new(&base, &drafts, cut.as_ref()));
         let mut files = layout::files(&base, adapters, drafts, cut.as_ref());
         if files.iter().flat_map(|file| &file.outputs).all(Output::is_copy) {
             let reason = "the adapter changes no tensor of the base; hint: it holds no weights, train or save it again";

@@ -1,6 +1,6 @@
 //! The tensors of an adapter, by the module that they belong to and the part that they play there.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 
 use crate::checkpoint::Checkpoint;
 use crate::config::Method;
@@ -80,6 +80,8 @@ pub struct Sorted<'a> {
     pub modules: BTreeMap<&'a str, Module<'a>>,
     /// Weights and biases saved whole: (key, parameter name without that prefix and the names of wrapped layers).
     pub whole: Vec<(&'a str, String)>,
+    /// Keys of modules as they were before training, of which the adapter holds the trained ones as well.
+    pub untrained: Vec<&'a str>,
     /// Keys that follow neither form.
     pub unknown: Vec<&'a str>,
 }
@@ -94,6 +96,7 @@ impl<'a> Sorted<'a> {
         };
         let (slots, prefix) = elsewhere.map_or((slots, prefix), |prefix| (&[TOKENS][..], prefix));
         let mut sorted = Self::default();
+        let mut originals = Vec::new();
         for key in adapter.names() {
             if let Some(parsed) = keys::parse(key, slots) {
                 let module = sorted.modules.entry(parsed.module).or_default();
@@ -109,9 +112,21 @@ impl<'a> Sorted<'a> {
             }
             if name.contains(prefix) || !name.contains('.') {
                 sorted.unknown.push(key);
+            } else if name.split('.').any(|part| part == keys::ORIGINAL_MODULE) {
+                originals.push((key, name));
             } else {
-                // What trained tokens wrap has a name of its own.
-                sorted.whole.push((key, keys::without_base_layer(&name.replace(".original_module.", "."))));
+                sorted.whole.push((key, keys::without_base_layer(name)));
+            }
+        }
+        let trained: HashSet<String> = sorted.whole.iter().map(|(_, name)| name.clone()).collect();
+        let rows = sorted.modules.values().any(|module| module.tokens.is_some());
+        for (key, name) in originals {
+            let plain = keys::without_base_layer(&name.replace(&format!(".{}.", keys::ORIGINAL_MODULE), "."));
+            if trained.contains(&plain) {
+                sorted.untrained.push(key);
+            } else {
+                // Embeddings of which rows are trained are kept so as well.
+                sorted.whole.push((key, if rows { plain } else { name.to_owned() }));
             }
         }
         sorted

@@ -18,7 +18,7 @@ use crate::checkpoint::{Checkpoint, Entry};
 use crate::config::{Method, Targeting};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
-use crate::keys::without_base_layer;
+use crate::keys::{MODULES_TO_SAVE, ORIGINAL_MODULE, without_base_layer};
 
 /// PEFT adds the change of an attention's output projection twice where the attention is the target, so that this is what
 /// such adapters were trained for.
@@ -33,8 +33,8 @@ pub fn homes(base: &Base, sorted: &Sorted) -> Result<Homes> {
     Homes::find(&paths, &modules).map_err(|Ambiguous(one, other)| {
         Error::Merge(format!(
             "the adapter's modules are found twice in the base, under {} and {}; hint: give the part of the base that the adapter was trained on",
-            show_name(&one.add),
-            show_name(&other.add)
+            show_name(&one),
+            show_name(&other)
         ))
     })
 }
@@ -87,13 +87,20 @@ impl Planner<'_> {
         let adapted = sorted.modules.keys().any(|module| without_base_layer(module) == path);
         let trained = self.method.bias();
         let bias = leaf == "bias" && (trained == "all" || trained.ends_with("_only") && adapted);
-        if !bias && !adapted && !is_embedding(name) && !name.ends_with("lm_head.weight") && !self.targeting.saves(path)
-        {
+        let home = format!("{}.{leaf}", self.homes.path(path));
+        let tied = self.tie.filter(|tie| tie.head == home).map(|tie| &tie.embedding);
+        let found = self.base.entry(tied.unwrap_or(&home));
+        if found.is_none() && !self.is_new(key, path, &home) {
+            let alike = |kind: fn(&str) -> bool| self.base.names().find(|other| kind(&home) && kind(other));
+            problems.homeless(key, alike(is_embedding).or_else(|| alike(is_head)));
+            return;
+        }
+        let known = is_embedding(name) || name.ends_with("lm_head.weight");
+        if !bias && !adapted && !known && self.targeting.saved(path).is_none() {
             problems.add(UNDECLARED, show_name(key));
             return;
         }
-        let home = format!("{}.{leaf}", self.homes.path(path));
-        if let Some(found) = self.base.entry(&home) {
+        if let Some(found) = found {
             if found.shape != entry.shape && !grows(&home, &found.shape, &entry.shape) {
                 let text = format!("{} {:?}, in the base {:?}", show_name(key), entry.shape, found.shape);
                 problems.add(BAD_SHAPE, text);
@@ -105,6 +112,21 @@ impl Planner<'_> {
             }
         }
         changes.entry(home).or_default().whole = Some((self.index, key.to_owned()));
+    }
+
+    /// Whether `home` is of a module that the config says is trained whole, and that the base lacks where it would be.
+    fn is_new(&self, key: &str, path: &str, home: &str) -> bool {
+        let Some(module) = self.targeting.saved(path).map(|module| self.homes.path(module)) else { return false };
+        let has = |module: &str| {
+            let within = |name: &str| name.strip_prefix(module).is_some_and(|rest| rest.starts_with('.'));
+            self.base.names().any(within)
+        };
+        let is_wrapped = key.split('.').any(|part| [MODULES_TO_SAVE, ORIGINAL_MODULE].contains(&part));
+        let is_parameter = [".weight", ".bias"].iter().any(|leaf| home.ends_with(leaf));
+        // Every base has its embedding, and its head unless the two are tied, whatever they are called.
+        let is_had = is_embedding(home) || is_head(home) && self.tie.is_some();
+        let has_parent = || module.rsplit_once('.').is_none_or(|(parent, _)| has(parent));
+        is_parameter && !is_wrapped && !is_had && !has(&module) && has_parent()
     }
 
     /// The change of a module's weight, and of its bias where that follows.
