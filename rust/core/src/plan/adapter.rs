@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use super::elsewhere::Apply;
+use super::external::Apply;
 use crate::checkpoint::{ADAPTER_CONFIG, Checkpoint, Links, read_small};
 use crate::config::AdapterConfig;
 use crate::error::{Error, Result, show_name};

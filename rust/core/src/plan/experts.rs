@@ -4,7 +4,7 @@
 //! the experts are stacked, and the projections that make one parameter stand under each other in each expert's matrix.
 
 use super::base::Base;
-use super::update::Part;
+use super::changes::Part;
 use crate::dtype::Dtype;
 
 /// A parameter of the module of all experts, and the linear layers of one expert that are stacked in it.

@@ -4,8 +4,8 @@ use std::collections::HashMap;
 
 use super::adapter::Adapter;
 use super::base::Base;
-use super::draft::{Draft, Drafts};
-use super::tie::Tie;
+use super::changes::{Draft, Drafts};
+use super::model_config::Tie;
 use super::{File, Output, Source};
 use crate::checkpoint::Entry;
 use crate::dtype::Dtype;

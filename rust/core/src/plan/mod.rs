@@ -5,24 +5,15 @@
 
 mod adapter;
 mod base;
-mod draft;
-mod elsewhere;
+mod changes;
 mod experts;
-mod finite;
-mod fit;
-mod gather;
-mod homes;
+mod external;
 mod layout;
-mod model;
-mod placed;
-mod problems;
-mod select;
-mod sort;
-mod support;
-mod tie;
-mod update;
-mod updates;
-mod vocabulary;
+mod matching;
+mod model_config;
+mod planner;
+mod refusals;
+mod slots;
 
 use serde_json::Value;
 
@@ -31,10 +22,11 @@ use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
 pub use adapter::Adapter;
 use base::Base;
-pub use elsewhere::{Apply, Effect, Elsewhere, Layer, Slot};
-pub(crate) use homes::Homes;
-pub(crate) use tie::is_embedding;
-pub use update::{Change, LowRank, Part, Scale, Turn, Update};
+pub(crate) use base::Homes;
+pub use changes::{Change, LowRank, Part, Scale, Turn, Update};
+pub use external::{Apply, Effect, Elsewhere, Layer, Slot};
+pub(crate) use model_config::is_embedding;
+use model_config::{Tie, Vocabulary};
 
 /// Where the values of an output tensor come from, before its updates.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -152,23 +144,23 @@ impl Plan {
         model: Option<&Value>,
         options: &Options,
     ) -> Result<Self> {
-        adapters.iter().try_for_each(|adapter| support::check(adapter, model))?;
+        adapters.iter().try_for_each(|adapter| refusals::check(adapter, model))?;
         let base = Base::new(checkpoint, adapters)?;
         let mut notes: Vec<String> = Vec::new();
-        let (mut drafts, prefixed) = gather::gather(&base, adapters, model, options, &mut notes)?;
-        select::select(&mut drafts, &base, &options.only, &options.skip)?;
+        let (mut drafts, prefixed) = planner::gather(&base, adapters, model, options, &mut notes)?;
+        refusals::select(&mut drafts, &base, &options.only, &options.skip)?;
         let mut config = model.cloned().unwrap_or(Value::Null);
-        model::replicate(&mut config, &base)?;
-        let tie = tie::Tie::find(&base, model, prefixed);
+        model_config::replicate(&mut config, &base)?;
+        let tie = Tie::find(&base, model, prefixed);
         tie.iter().try_for_each(|tie| tie.grow(&mut drafts, &base, adapters))?;
-        let vocabulary = vocabulary::Vocabulary::find(&base, adapters, &drafts)?;
+        let vocabulary = Vocabulary::find(&base, adapters, &drafts)?;
         if let Some(vocabulary) = &vocabulary {
             vocabulary.tell(&mut config, &mut notes)?;
         }
         let cut =
             tie.map(|tie| tie.cut(&mut drafts, adapters, vocabulary.is_some(), &mut notes)).transpose()?.flatten();
         if cut.is_some() {
-            model::untie(&mut config);
+            model_config::untie(&mut config);
         }
         let untie = cut.is_some();
         notes.extend(layout::new(&base, &drafts, cut.as_ref()));
@@ -179,7 +171,7 @@ impl Plan {
         }
         if let Some(dtype) = options.dtype {
             layout::convert(&mut files, dtype);
-            model::set_dtype(&mut config, dtype);
+            model_config::set_dtype(&mut config, dtype);
         }
         if let Some(most) = options.max_shard_bytes {
             files = layout::reshard(files, most);

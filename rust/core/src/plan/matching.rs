@@ -2,12 +2,11 @@
 
 use std::collections::HashSet;
 
-use super::draft::Drafts;
+use super::changes::Drafts;
 use super::experts::{Home, spellings, stacked, unstacked};
-use super::fit::{Fit, fits};
-use super::problems::{BAD_SHAPE, NO_HOME, NO_PARTNER, Problems};
-use super::sort::{Module, Part, Sorted};
-use super::updates::Planner;
+use super::planner::Planner;
+use super::refusals::{BAD_SHAPE, NO_HOME, NO_PARTNER, Problems};
+use super::slots::{Fit, Module, Part, Sorted, fits};
 use crate::checkpoint::Entry;
 use crate::error::{Result, show_name};
 use crate::keys::without_base_layer;

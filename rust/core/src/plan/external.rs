@@ -4,11 +4,10 @@ use std::collections::HashSet;
 use std::fmt::Debug;
 use std::sync::Arc;
 
-use super::draft::Drafts;
-use super::problems::{BAD_SHAPE, NO_HOME, Problems};
-use super::sort::Sorted;
-use super::update::Change;
-use super::updates::Planner;
+use super::changes::{Change, Drafts};
+use super::planner::Planner;
+use super::refusals::{BAD_SHAPE, NO_HOME, Problems};
+use super::slots::Sorted;
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
 use crate::keys::without_base_layer;

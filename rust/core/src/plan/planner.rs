@@ -1,24 +1,80 @@
-//! From the tensors of an adapter to changes of the base's, each shape checked against the other two.
+//! From the tensors of all adapters of a merge to changes of the base's, each shape checked against the other two.
 
 use std::collections::HashSet;
 use std::sync::Arc;
 
-use super::base::Base;
-use super::draft::Drafts;
-use super::elsewhere::Apply;
+use serde_json::Value;
+
+use super::adapter::Adapter;
+use super::base::{Ambiguous, Base, Homes};
+use super::changes::{Change, Drafts, LowRank, Scale, Turn, Update, combine};
 use super::experts::Piece;
-use super::fit::{Fit, Votes};
-use super::homes::{Ambiguous, Homes};
-use super::placed::Placed;
-use super::problems::{BAD_SHAPE, NO_HOME, NO_PARTNER, Problems, UNDECLARED, UNKNOWN, UNUSABLE};
-use super::sort::{Module, Part, Sorted};
-use super::tie::{Tie, is_embedding, is_head};
-use super::update::{Change, LowRank, Scale, Turn, Update};
+use super::external::Apply;
+use super::matching::Placed;
+use super::model_config::{Tie, is_embedding, is_head};
+use super::refusals::{BAD_SHAPE, NO_HOME, NO_PARTNER, Problems, UNDECLARED, UNKNOWN, UNUSABLE};
+use super::slots::{Fit, Module, Part, Sorted, Votes};
+use super::{Options, refusals};
 use crate::checkpoint::{Checkpoint, Entry};
 use crate::config::{Method, Targeting};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
 use crate::keys::{MODULES_TO_SAVE, ORIGINAL_MODULE, without_base_layer};
+
+/// What the adapters do to the base, and whether modules have a prefix there that an adapter lacks.
+pub fn gather(
+    base: &Base,
+    adapters: &[Adapter],
+    model: Option<&Value>,
+    options: &Options,
+    notes: &mut Vec<String>,
+) -> Result<(Drafts, bool)> {
+    let mut all = Vec::new();
+    let mut problems = Problems::default();
+    let mut prefixed = false;
+    for (index, adapter) in adapters.iter().enumerate() {
+        let method = &adapter.config.method;
+        let apply = adapter.apply.as_deref().filter(|_| refusals::elsewhere(&adapter.config).is_some());
+        let prefix = apply.map(|apply| apply.prefix(&adapter.config_text)).transpose()?;
+        let sorted = Sorted::new(&adapter.checkpoint, method, prefix.as_deref());
+        let config: Arc<str> = adapter.config_text.as_str().into();
+        let homes = homes(base, &sorted)?;
+        notes.extend(adapter.config.warnings.iter().cloned());
+        if !homes.strip.is_empty() {
+            notes.push(format!("the base lacks the adapter's prefix {}", show_name(&homes.strip)));
+        }
+        if !homes.add.is_empty() {
+            notes.push(format!("the adapter lacks the base's prefix {}", show_name(&homes.add)));
+            prefixed = true;
+        }
+        notes.extend(sorted.untrained.iter().map(|key| {
+            format!("{} is left out: the adapter holds the module as it was trained as well", show_name(key))
+        }));
+        let tie = Tie::find(base, model, prefixed);
+        let planner = Planner {
+            base,
+            adapter: &adapter.checkpoint,
+            index,
+            weight: adapter.weight,
+            config: &config,
+            apply,
+            method,
+            targeting: &adapter.config.targeting,
+            stored_transposed: method.fan_in_fan_out() || refusals::stores_transposed(model),
+            homes: &homes,
+            tie: tie.as_ref(),
+        };
+        let drafts = planner.changes(&sorted, &mut problems)?;
+        refusals::check_weight(adapter, &drafts)?;
+        if !options.allow_nonfinite {
+            refusals::find_nonfinite(&adapter.checkpoint, &mut problems)?;
+        }
+        problems.end_of(&adapter.checkpoint, base.checkpoint);
+        all.push(drafts);
+    }
+    problems.refuse()?;
+    Ok((combine(all, adapters)?, prefixed))
+}
 
 /// PEFT adds the change of an attention's output projection twice where the attention is the target, so that this is what
 /// such adapters were trained for.
