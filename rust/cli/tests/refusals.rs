@@ -60,6 +60,18 @@ fn shapes_and_ranks_that_do_not_fit() {
 }
 
 #[test]
+fn factors_of_integers_and_factors_without_elements() {
+    does_not_fit(
+        &linear().with("l.q.lora_B.weight", Tensor::new(U8, &[4, 2], 4)),
+        "1 adapter tensors are of an integer type, which their method does not have: base_model.model.l.q.lora_B.weight U8",
+    );
+    does_not_fit(
+        &linear().with("l.q.lora_B.weight", Tensor::new(F32, &[0], 4)),
+        "1 adapter tensors have shapes that do not fit: l.q [2, 6] and [0] for l.q.weight [4, 6]",
+    );
+}
+
+#[test]
 fn a_weight_of_the_base_that_the_config_does_not_declare() {
     does_not_fit(
         &linear().with("l.norm.weight", Tensor::new(F32, &[6], 5)),

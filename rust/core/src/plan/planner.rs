@@ -12,7 +12,7 @@ use super::experts::Piece;
 use super::external::Apply;
 use super::matching::Placed;
 use super::model_config::{Tie, is_embedding, is_head};
-use super::refusals::{BAD_SHAPE, NO_HOME, NO_PARTNER, Problems, UNDECLARED, UNKNOWN, UNUSABLE};
+use super::refusals::{BAD_SHAPE, INTEGER, NO_HOME, NO_PARTNER, Problems, UNDECLARED, UNKNOWN, UNUSABLE};
 use super::slots::{Fit, Module, Part, Sorted, Votes};
 use super::{Options, refusals};
 use crate::checkpoint::{Checkpoint, Entry};
@@ -120,6 +120,10 @@ impl Planner<'_> {
     pub fn changes(&self, sorted: &Sorted, problems: &mut Problems) -> Result<Drafts> {
         let mut changes = Drafts::new();
         sorted.unknown.iter().for_each(|key| problems.add(UNKNOWN, show_name(key)));
+        let integers = self.adapter.entries().filter(|(_, entry)| !entry.dtype.is_adapter_float());
+        for (key, entry) in integers.filter(|_| self.apply.is_none()) {
+            problems.add(INTEGER, format!("{} {}", show_name(key), entry.dtype.name()));
+        }
         for (key, name) in &sorted.whole {
             self.whole(key, name, sorted, &mut changes, problems);
         }

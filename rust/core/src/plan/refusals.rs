@@ -24,6 +24,7 @@ pub const BAD_SHAPE: &str = "adapter tensors have shapes that do not fit";
 pub const UNKNOWN: &str = "adapter tensors have a name that their method does not use";
 pub const UNDECLARED: &str = "adapter tensors name a weight of the base that the config does not declare";
 pub const UNUSABLE: &str = "tensors have a type that cannot be merged (a quantized base?)";
+pub const INTEGER: &str = "adapter tensors are of an integer type, which their method does not have";
 pub const NONFINITE: &str = "adapter tensors are not finite (--allow-nonfinite merges them all the same)";
 
 /// How many names an error lists of each kind.

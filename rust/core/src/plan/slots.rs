@@ -283,7 +283,7 @@ fn turn(weight: &[usize], above: &[usize], embedding: bool) -> Vec<Fit> {
 /// The size of a square matrix that has so many numbers above its diagonal.
 fn block_size(numbers: usize) -> Option<usize> {
     let size = numbers.checked_mul(8)?.checked_add(1)?.isqrt().div_ceil(2);
-    (size > 1 && size * (size - 1) / 2 == numbers).then_some(size)
+    (size * (size - 1) / 2 == numbers).then_some(size)
 }
 
 /// Which way round weights are stored that tell by their shape: for matrices and for stacks of matrices.
