@@ -83,8 +83,9 @@ def test_module_dropout_leaves_out_whole_blocks_in_training_alone(make) -> None:
 
 def test_sizes_that_do_not_divide_give_way_to_the_nearest_that_does() -> None:
     model = nn.Sequential(nn.Linear(12, 3))
-    with pytest.warns(PeftrsWarning, match="oft_block_size=5 does not divide 12 features; 4 is used"):
+    with pytest.warns(PeftrsWarning, match="oft_block_size=5 does not divide 12 features; 4 is used") as told:
         add(model, OFTConfig(target_modules=["0"], oft_block_size=5), "a")
+    assert len(told) == 1
     assert (model[0].r["a"], model[0].oft_block_size["a"]) == (3, 4)
     with pytest.warns(PeftrsWarning, match="r=40 does not divide 12 features; 12 is used"):
         add(model, OFTConfig(target_modules=["0"], r=40, oft_block_size=0), "b")

@@ -164,8 +164,8 @@ def whole_or_not(model: nn.Module, state: Activation | None = None) -> Iterator[
     Gives the model's modules. `state` is what the model's adapters share, if it was looked for already.
     """
     collecting = gc.isenabled()
-    # Thousands of objects are made here that all stay: going through them time and again takes longer than
-    # making them.
+    # Thousands of objects are made here that all stay, and need not be gone through meanwhile: 560 layers
+    # take 71 ms instead of 81 with two million other objects in the process, 86 instead of 92 without.
     gc.disable()
     state, found = state or activation(model), list(places(model))
     known, held, active = set(state.adapters()), set(state.members), state.active
