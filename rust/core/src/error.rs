@@ -93,7 +93,8 @@ pub fn show_name(name: &str) -> String {
 }
 
 /// A path as an error message may show it: the end of a long one, since the file's name says most.
-fn show_path(path: &Path) -> String {
+#[must_use]
+pub fn show_path(path: &Path) -> String {
     let text = path.to_string_lossy();
     let extra = text.chars().count().saturating_sub(2 * SHOWN);
     let tail: String = text.chars().skip(extra).flat_map(shown_char).collect();

@@ -4,12 +4,12 @@ use std::fmt::Write;
 use std::path::PathBuf;
 
 use clap::Args;
-use peftrs_core::error::{Error, Result, show_name};
+use peftrs_core::error::{Error, Result, show_name, show_path};
 use peftrs_core::inspect::{self, Adapter, Difference, Model, Row, adapter_folder};
 use serde_json::{Map, Value, json};
 
 use super::table::{maybe, table};
-use super::{Shared, pretty, shown};
+use super::{Shared, pretty};
 use crate::printer::Printer;
 
 /// How many unequal tensors a table lists before it says how many more there are.
@@ -52,7 +52,7 @@ pub fn run(arguments: &Arguments, printer: &Printer) -> Result<()> {
         }
         (one, _) => {
             let (adapter, model) = if one.is_some() { (left, right) } else { (right, left) };
-            let (adapter, model) = (shown(adapter), shown(model));
+            let (adapter, model) = (show_path(adapter), show_path(model));
             return Err(Error::Merge(format!(
                 "{adapter} is an adapter and {model} a model; hint: give two of a kind, or use peftrs verify"
             )));

@@ -3,11 +3,11 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use peftrs_core::error::{Result, show_name};
+use peftrs_core::error::{Result, show_name, show_path};
 use serde_json::{Value, json};
 
 use super::table::{count, maybe, table};
-use super::{Python, no_python, pretty, shown};
+use super::{Python, no_python, pretty};
 use crate::printer::Printer;
 
 #[derive(Debug, Args)]
@@ -94,7 +94,7 @@ pub fn run(arguments: &Arguments, printer: &Printer, python: Option<&dyn Python>
         printer.note(&warning);
     }
     printer.data(&if arguments.json { pretty(&report) } else { text(&report) });
-    printer.done(&format!("extracted into {}", shown(&arguments.request.output)));
+    printer.done(&format!("extracted into {}", show_path(&arguments.request.output)));
     Ok(())
 }
 

@@ -112,8 +112,3 @@ pub fn run(arguments: &[String], python: Option<&dyn Python>) -> i32 {
 fn pretty(value: &Value) -> String {
     format!("{value:#}\n")
 }
-
-/// A path as the user gave it.
-fn shown(path: &Path) -> String {
-    peftrs_core::error::show_name(&path.to_string_lossy())
-}

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use peftrs_core::checkpoint::{ADAPTER_CONFIG, Checkpoint, read_small};
+use peftrs_core::checkpoint::{ADAPTER_CONFIG, Checkpoint, parent, read_small};
 use peftrs_core::config::AdapterConfig;
 use peftrs_core::error::{Error, Result, show_name};
 use peftrs_core::outline::{Aim, Group, Outline, added, aim, wants_all_linear};
@@ -125,9 +125,8 @@ pub fn run(arguments: &Arguments, printer: &Printer, python: Option<&dyn Python>
 /// The config, and the task that it is for.
 fn read_config(path: &Path, arguments: &Arguments) -> Result<(AdapterConfig, Option<String>)> {
     let file = if path.is_dir() { path.join(ADAPTER_CONFIG) } else { path.to_owned() };
-    let folder = file.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(".".as_ref());
     let name = file.file_name().unwrap_or_default().to_string_lossy();
-    let bytes = read_small(folder, &name, arguments.shared.links(), MAX_CONFIG)?;
+    let bytes = read_small(parent(&file), &name, arguments.shared.links(), MAX_CONFIG)?;
     let bytes = bytes.ok_or_else(|| Error::checkpoint(&file, "is not there"))?;
     let text = String::from_utf8(bytes).map_err(|_| Error::checkpoint(&file, "is not UTF-8 text"))?;
     let config = AdapterConfig::parse(&text, &file.to_string_lossy())?;

@@ -3,12 +3,12 @@
 use std::path::PathBuf;
 
 use clap::Args;
-use peftrs_core::error::{Error, Result, show_name};
+use peftrs_core::error::{Error, Result, show_name, show_path};
 use peftrs_core::verify::{Row, Tally, Verdict, Verification, verify};
 use serde_json::{Value, json};
 
 use super::table::{count, maybe, table};
-use super::{Shared, pretty, shown};
+use super::{Shared, pretty};
 use crate::arguments::weighted;
 use crate::printer::Printer;
 
@@ -42,8 +42,8 @@ pub fn run(arguments: &Arguments, printer: &Printer) -> Result<()> {
             let count = if faults.len() == 1 { "one fault".to_owned() } else { format!("{} faults", faults.len()) };
             Err(Error::Merge(format!(
                 "{} is not {} with the adapters merged in: {count}; hint: peftrs-merge makes the merge that was expected",
-                shown(merged),
-                shown(base)
+                show_path(merged),
+                show_path(base)
             )))
         }
     }

@@ -6,7 +6,7 @@ use std::path::Path;
 use sha2::{Digest, Sha256};
 
 use super::header::Row;
-use super::open::{Folder, Links, mishap, open_regular};
+use super::open::{Folder, Links, mishap, open_regular, parent};
 use super::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, Checkpoint, Shard, index};
 use crate::dtype::Dtype;
 use crate::error::{Error, Result, show_name};
@@ -95,8 +95,7 @@ pub(super) fn model(path: &Path, links: Links) -> Result<Checkpoint> {
     }
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
     if name.ends_with(INDEX_SUFFIX) {
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        return sharded(&Folder::open(parent, links)?, name, parent);
+        return sharded(&Folder::open(parent(path), links)?, name, parent(path));
     }
     file(path)
 }

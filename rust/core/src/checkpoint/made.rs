@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fmt::Debug;
+use std::ops::Range;
 
 use super::{Checkpoint, Entry};
 use crate::dtype::Dtype;
@@ -9,8 +10,8 @@ use crate::error::{Error, Result, show_name};
 
 /// What makes a tensor of stored ones.
 pub trait Make: Debug + Send + Sync {
-    /// Fills `bytes` from byte `offset` of the tensor on; both are multiples of its element's size.
-    fn make(&self, stored: &Checkpoint, offset: u64, bytes: &mut [u8]) -> Result<()>;
+    /// Fills `bytes` with those elements of the tensor.
+    fn make(&self, stored: &Checkpoint, elements: Range<usize>, bytes: &mut [u8]) -> Result<()>;
 }
 
 /// A tensor that is not stored as it is.

@@ -24,18 +24,24 @@ use crate::threads;
 
 pub(crate) use find::{CONFIG_DIGEST, digest};
 pub use made::{Made, Make};
-pub(crate) use open::check_name;
-pub use open::{Links, read_small};
+pub use open::{Links, parent, read_json, read_small};
+pub(crate) use open::{check_name, parse_json};
 pub use shard::Shard;
 
 /// The name of an adapter's config.
 pub const ADAPTER_CONFIG: &str = "adapter_config.json";
+
+/// The name of a model's config.
+pub const MODEL_CONFIG: &str = "config.json";
 
 /// The name of an adapter's weights.
 pub const ADAPTER_WEIGHTS: &str = "adapter_model.safetensors";
 
 /// How much of a tensor is read before it is looked at: it is then still in the cache nearest to the core.
 const PIECE_BYTES: usize = 1 << 18;
+
+/// Bytes of two tensors that are compared at once.
+const COMPARED: usize = 1 << 20;
 
 /// One tensor of a checkpoint.
 #[derive(Debug, Clone)]
@@ -155,7 +161,7 @@ impl Checkpoint {
         if self.path.is_dir() {
             return &self.path;
         }
-        self.path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
+        parent(&self.path)
     }
 
     /// Every tensor's name, in the order of the files and of the bytes within them.
@@ -261,9 +267,29 @@ impl Checkpoint {
             return Err(shard.fault(format!("tensor `{name}` has {there} bytes, not {asked} from byte {offset} on")));
         }
         match self.maker(name) {
-            Some((stored, make)) => make.make(stored, offset, bytes),
+            Some((stored, make)) => {
+                // Both are multiples of an element's size, and lie within the tensor.
+                let size = entry.dtype.size();
+                let first = usize::try_from(offset).unwrap_or(entry.bytes) / size;
+                make.make(stored, first..first + bytes.len() / size, bytes)
+            }
             None => shard.read_at(bytes, entry.start.saturating_add(offset)),
         }
+    }
+
+    /// Whether a tensor has the same bytes as one of `other`, which has as many.
+    pub(crate) fn has_bytes_of(&self, name: &str, other: &Self, other_name: &str) -> Result<bool> {
+        let length = self.bytes(name)?;
+        let starts: Vec<usize> = (0..length).step_by(COMPARED).collect();
+        let equal = |start: &usize| -> Result<bool> {
+            let mut blocks = [(); 2].map(|()| vec![0; COMPARED.min(length - start)]);
+            let [first, second] = &mut blocks;
+            self.read_range(name, *start as u64, first)?;
+            other.read_range(other_name, *start as u64, second)?;
+            Ok(first == second)
+        };
+        let equal: Vec<bool> = threads::install(|| starts.par_iter().map(equal).collect())?;
+        Ok(equal.into_iter().all(|equal| equal))
     }
 
     /// The header of one of [`Checkpoint::files`] as it stands there, its length first.

@@ -5,6 +5,8 @@ use std::fs::{File, Metadata};
 use std::io::{ErrorKind, Read};
 use std::path::{Component, Path, PathBuf};
 
+use serde_json::Value;
+
 use crate::error::{Error, Result, show_name};
 
 /// Which symbolic links in a checkpoint's folder are followed.
@@ -145,6 +147,26 @@ pub(crate) fn open_regular(path: &Path) -> Result<(File, Metadata)> {
 /// if nothing has that name.
 pub fn read_small(folder: &Path, name: &str, links: Links, limit: u64) -> Result<Option<Vec<u8>>> {
     Folder::open(folder, links)?.read(name, limit)
+}
+
+/// The longest config or record of a merge that is read, in bytes.
+const MAX_JSON: u64 = 64 << 20;
+
+/// A small JSON file of a checkpoint's folder, or none if nothing has that name.
+pub fn read_json(folder: &Path, name: &str, links: Links) -> Result<Option<Value>> {
+    let bytes = read_small(folder, name, links, MAX_JSON)?;
+    bytes.map(|bytes| parse_json(&folder.join(name), &bytes)).transpose()
+}
+
+/// The value that a JSON file's bytes are.
+pub(crate) fn parse_json(path: &Path, bytes: &[u8]) -> Result<Value> {
+    serde_json::from_slice(bytes).map_err(|error| Error::checkpoint(path, format!("is not JSON: {error}")))
+}
+
+/// The folder that a file is in.
+#[must_use]
+pub fn parent(path: &Path) -> &Path {
+    path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."))
 }
 
 /// Why `name` cannot be a file of a checkpoint's folder: it has to be one component of a path on every system.

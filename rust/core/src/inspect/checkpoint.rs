@@ -7,16 +7,10 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use super::values::{Statistics, statistics};
-use crate::checkpoint::{ADAPTER_CONFIG, Checkpoint, Links, read_small};
-use crate::error::{Error, Result, show_name};
+use crate::checkpoint::{ADAPTER_CONFIG, Checkpoint, Links, MODEL_CONFIG, read_json};
+use crate::error::{Result, show_name};
 use crate::threads;
 use crate::writer::MARKER;
-
-/// The longest config or record that is read, in bytes.
-const RECORD_LIMIT: u64 = 64 << 20;
-
-/// The name of a model's config.
-const MODEL_CONFIG: &str = "config.json";
 
 /// The last parts of names under which packed weights keep what unpacks them.
 const PACKED: [&str; 10] = [
@@ -128,19 +122,12 @@ impl Model {
         }
         found
     }
-
-    /// The statistics of every float tensor; this reads all of the checkpoint.
-    pub fn scan(&self) -> Result<Scan> {
-        let names: Vec<&str> = self.weights.names().collect();
-        let one = |name: &&str| Ok(statistics(&self.weights, name)?.map(|found| ((*name).to_owned(), found)));
-        let found: Vec<Option<(String, Statistics)>> = threads::install(|| names.par_iter().map(one).collect())?;
-        Ok(found.into_iter().flatten().collect())
-    }
 }
 
-/// A small JSON file of a checkpoint's folder, or none if it is not there.
-fn read_json(folder: &Path, name: &str, links: Links) -> Result<Option<Value>> {
-    let Some(bytes) = read_small(folder, name, links, RECORD_LIMIT)? else { return Ok(None) };
-    let fault = |error: serde_json::Error| Error::checkpoint(&folder.join(name), format!("is not JSON: {error}"));
-    serde_json::from_slice(&bytes).map(Some).map_err(fault)
+/// The statistics of every float tensor; this reads all of the checkpoint.
+pub fn scan(checkpoint: &Checkpoint) -> Result<Scan> {
+    let names: Vec<&str> = checkpoint.names().collect();
+    let one = |name: &&str| Ok(statistics(checkpoint, name)?.map(|found| ((*name).to_owned(), found)));
+    let found: Vec<Option<(String, Statistics)>> = threads::install(|| names.par_iter().map(one).collect())?;
+    Ok(found.into_iter().flatten().collect())
 }

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::threads;
 
 /// How two tensors, or two updates of one weight, differ.
-#[derive(Debug, Clone, Copy, PartialEq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct Difference {
     /// Whether they are the same, bit for bit.
     pub identical: bool,
@@ -181,14 +181,7 @@ fn tensors(left: (&Checkpoint, &str), right: (&Checkpoint, &str), name: String) 
         Difference::new(squares, inner, distance.sqrt(), identical)
     } else {
         let none = one.elements() == 0;
-        Difference {
-            identical: identical || none,
-            left: None,
-            right: None,
-            distance: None,
-            factors: None,
-            cosine: None,
-        }
+        Difference { identical: identical || none, ..Difference::default() }
     };
     Ok(Row::Tensor(name, found))
 }

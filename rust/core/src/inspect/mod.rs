@@ -7,13 +7,13 @@ mod gram;
 mod values;
 
 pub use adapter::{Adapter, LowRank, Module, Norms};
-pub use checkpoint::{Model, Scan, Share};
+pub use checkpoint::{Model, Scan, Share, scan};
 pub use diff::{Difference, Row, adapters, checkpoints, fields};
-pub use values::{Statistics, statistics};
+pub use values::Statistics;
 
 use std::path::{Path, PathBuf};
 
-use crate::checkpoint::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
+use crate::checkpoint::{ADAPTER_CONFIG, ADAPTER_WEIGHTS, parent};
 
 /// The adapter's folder that `path` means, if it means one: the folder itself, or one of the two files in it.
 ///
@@ -22,8 +22,7 @@ use crate::checkpoint::{ADAPTER_CONFIG, ADAPTER_WEIGHTS};
 pub fn adapter_folder(path: &Path) -> Option<PathBuf> {
     let name = path.file_name().unwrap_or_default();
     if path.is_file() && (name == ADAPTER_CONFIG || name == ADAPTER_WEIGHTS) {
-        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        return Some(parent.unwrap_or(Path::new(".")).to_owned());
+        return Some(parent(path).to_owned());
     }
     let pickled = ["adapter_model.bin", ADAPTER_WEIGHTS].iter().any(|name| path.join(name).exists());
     let models = path.join("model.safetensors").exists() || path.join("model.safetensors.index.json").exists();

@@ -22,7 +22,7 @@ pub mod values;
 
 pub use element::{Element, Wide};
 pub use factors::{Factors, ROWS, block_rows};
-pub use norms::{scale_columns, scale_rows, sum_of_squares};
+pub use norms::sum_of_squares;
 
 #[cfg(test)]
 mod tests;

@@ -7,7 +7,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::restore::RESTORE;
 use super::{Checked, Merge, Way, Written};
-use crate::checkpoint::{Checkpoint, Shard, digest, read_small};
+use crate::checkpoint::{Checkpoint, MODEL_CONFIG, Shard, digest, parent, parse_json, read_small};
 use crate::error::{Error, Result, show_name};
 use crate::plan::{Adapter, Change, Plan};
 use crate::quantized;
@@ -19,9 +19,6 @@ const LARGEST: u64 = 64 << 20;
 
 /// How deep the folders go that are copied along.
 const DEEPEST: usize = 3;
-
-/// The name of a model's config.
-pub const MODEL_CONFIG: &str = "config.json";
 
 const README: &str = "README.md";
 
@@ -37,7 +34,7 @@ pub fn folder_of(base: &Path) -> PathBuf {
     if base.is_dir() {
         return base.to_owned();
     }
-    base.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new(".")).to_owned()
+    parent(base).to_owned()
 }
 
 impl Merge {
@@ -78,7 +75,7 @@ impl Merge {
         let folder = folder_of(&self.base_path);
         for name in names(&folder)?.iter().filter(|name| name.ends_with(".safetensors.index.json")) {
             let Some(bytes) = read_small(&folder, name, self.links, 256 << 20)? else { continue };
-            let mut index: Value = parse(&folder.join(name), &bytes)?;
+            let mut index = parse_json(&folder.join(name), &bytes)?;
             let Some(map) = index.get("weight_map").and_then(Value::as_object) else { continue };
             if !self.plan.files.iter().any(|file| map.values().any(|value| *value == file.name)) {
                 continue;
@@ -209,10 +206,6 @@ fn names(folder: &Path) -> Result<Vec<String>> {
     }
     names.sort_unstable();
     Ok(names)
-}
-
-pub fn parse(path: &Path, bytes: &[u8]) -> Result<Value> {
-    serde_json::from_slice(bytes).map_err(|error| Error::checkpoint(path, format!("is not JSON: {error}")))
 }
 
 fn pretty(value: &Value) -> Result<Vec<u8>> {

@@ -147,18 +147,15 @@ impl<'a, E: Element> Matrices<'a, E> {
     fn updated<'s>(&self, tile: &Range<usize>, scratch: &'s mut Scratch) -> Result<&'s mut [E]> {
         let rows = self.row(tile)..self.row(tile) + tile.len() / size_of::<E>() / self.view.columns.max(1);
         let factors = match self.steps.as_slice() {
-            _ if !self.values.are::<E>() => {
-                let (values, sums) = self.sums(tile, scratch)?;
-                E::round(sums, values);
-                return Ok(values);
-            }
-            steps if !steps.iter().any(|step| step.touches(&rows)) => &[],
-            [Step::Add(factors)] => factors.as_slice(),
-            _ => {
-                let (values, sums) = self.sums(tile, scratch)?;
-                E::round(sums, values);
-                return Ok(values);
-            }
+            _ if !self.values.are::<E>() => None,
+            steps if !steps.iter().any(|step| step.touches(&rows)) => Some(&[][..]),
+            [Step::Add(factors)] => Some(factors.as_slice()),
+            _ => None,
+        };
+        let Some(factors) = factors else {
+            let (values, sums) = self.sums(tile, scratch)?;
+            E::round(sums, values);
+            return Ok(values);
         };
         let values = room::<E>(&mut scratch.values, tile.len() / size_of::<E>())?;
         self.values.read(tile.start / size_of::<E>(), values)?;

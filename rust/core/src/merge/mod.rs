@@ -23,8 +23,6 @@ mod write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use serde_json::Value;
-
 pub use check::Checked;
 pub use choice::Choice;
 pub use moved::Moved;
@@ -32,7 +30,7 @@ pub use subtract::Subtracted;
 pub use unmerge::Way;
 pub use write::{Writing, Written};
 
-use crate::checkpoint::{Checkpoint, Links, read_small};
+use crate::checkpoint::{Checkpoint, Links, MODEL_CONFIG, read_json};
 use crate::error::Result;
 use crate::plan::{Adapter, Apply, Options, Plan};
 use crate::quantized;
@@ -86,9 +84,7 @@ impl Merge {
         let adapters: Vec<Adapter> = adapters.iter().map(open).collect::<Result<_>>()?;
         let base = Checkpoint::open_model(base, links)?;
         let folder = files::folder_of(&base_path);
-        let model = read_small(&folder, files::MODEL_CONFIG, links, MAX_CONFIG)?;
-        let mut model: Option<Value> =
-            model.map(|bytes| files::parse(&folder.join(files::MODEL_CONFIG), &bytes)).transpose()?;
+        let mut model = read_json(&folder, MODEL_CONFIG, links)?;
         let (base, dequantized) = quantized::open(base, model.as_mut())?;
         let mut plan = Plan::new(&base, &adapters, model.as_ref(), &options)?;
         if let Some(note) = dequantized {

@@ -9,18 +9,13 @@ use super::matrices::View;
 use super::steps::{Step, steps};
 use super::terms::read;
 use super::work::{Inputs, Values};
-use crate::checkpoint::Checkpoint;
-use crate::dtype::Dtype;
 use crate::error::Result;
-use crate::kernels::values::widen;
 use crate::plan::{Change, LowRank, Output};
 use crate::threads;
 
 /// How the rows of one output are made.
 pub struct Reference<'a> {
-    source: &'a Checkpoint,
-    name: &'a str,
-    dtype: Dtype,
+    values: Values<'a>,
     view: View,
     parts: Vec<Part<'a>>,
 }
@@ -43,9 +38,8 @@ pub struct Rows {
 
 impl<'a> Reference<'a> {
     pub fn new(inputs: Inputs<'a>, output: &'a Output) -> Result<Self> {
-        let (source, name) = inputs.source(output)?;
-        let dtype = source.entry(name).map_or(output.dtype, |entry| entry.dtype);
-        let mut reference = Self { source, name, dtype, view: View::of(output), parts: Vec::new() };
+        let values = Values::new(inputs, output)?;
+        let mut reference = Self { values, view: View::of(output), parts: Vec::new() };
         // Experts of one tensor may share factors.
         let mut factors: HashMap<(usize, &str), Arc<Vec<f64>>> = HashMap::new();
         let mut factor = |index: usize, key: &'a str| -> Result<Arc<Vec<f64>>> {
@@ -67,7 +61,7 @@ impl<'a> Reference<'a> {
                 Change::Tokens { .. } | Change::Scale(_) | Change::Turn(_) | Change::Elsewhere(_) => {
                     let alone = Output { updates: vec![update.clone()], ..output.clone() };
                     let parts = &mut reference.parts;
-                    steps(inputs, &alone, Values::new(inputs, output)?, reference.view, &mut |step| {
+                    steps(inputs, &alone, values, reference.view, &mut |step| {
                         parts.push(Part::Step(step));
                         Ok(())
                     })?;
@@ -103,10 +97,9 @@ impl<'a> Reference<'a> {
 
     /// So many rows, the first of which is number `first` of all matrices'.
     pub fn rows(&self, first: usize, count: usize) -> Result<Rows> {
-        let (columns, size) = (self.view.columns, self.dtype.size());
-        let mut bytes = vec![0; count * columns * size];
-        self.source.read_range(self.name, (first * columns * size) as u64, &mut bytes)?;
-        let mut values: Vec<f64> = widen(self.dtype, &bytes)?;
+        let columns = self.view.columns;
+        let mut values = vec![0.0_f64; count * columns];
+        self.values.read_wide(first * columns, &mut values)?;
         let mut reach: Vec<f64> = values.iter().map(|value| value.abs()).collect();
         for part in &self.parts {
             let rows = values.chunks_exact_mut(columns.max(1)).zip(reach.chunks_exact_mut(columns.max(1)));

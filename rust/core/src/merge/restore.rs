@@ -5,8 +5,8 @@
 use std::collections::{BTreeMap, HashSet};
 
 use super::Merge;
-use super::files::{MODEL_CONFIG, folder_of};
-use crate::checkpoint::read_small;
+use super::files::folder_of;
+use crate::checkpoint::{MODEL_CONFIG, read_small};
 use crate::error::{Error, Result};
 use crate::plan::{File, Output, Source};
 use crate::writer::FolderWriter;

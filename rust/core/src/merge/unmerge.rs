@@ -6,20 +6,15 @@
 use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 
-use rayon::prelude::*;
 use serde_json::Value;
 
-use super::files::{MODEL_CONFIG, folder_of, parse, weights_digest};
+use super::files::{folder_of, weights_digest};
 use super::restore::{ADDED, ORIGINALS, RESTORE};
-use super::{MAX_CONFIG, Merge, Settings};
-use crate::checkpoint::{Checkpoint, Links, read_small};
-use crate::error::{Error, Result, show_name};
+use super::{Merge, Settings};
+use crate::checkpoint::{Checkpoint, Links, MODEL_CONFIG, read_json};
+use crate::error::{Error, Result, show_name, show_path};
 use crate::plan::{Adapter, Change, File, Output, Plan, Source};
-use crate::threads;
 use crate::writer::MARKER;
-
-/// Bytes of tensors that are compared at once.
-const BLOCK: usize = 1 << 20;
 
 impl Merge {
     /// Opens the merged checkpoint at `merged` and plans to take `adapters` out of it: by the tensors of `base`, by those
@@ -32,8 +27,7 @@ impl Merge {
     ) -> Result<Self> {
         let links = settings.links;
         let folder = folder_of(merged);
-        let record = read_small(&folder, MARKER, links, MAX_CONFIG)?;
-        let record = record.map(|bytes| parse(&folder.join(MARKER), &bytes)).transpose()?;
+        let record = read_json(&folder, MARKER, links)?;
         let opened: Vec<Adapter> =
             adapters.iter().map(|(path, weight)| Adapter::open(path, *weight, links)).collect::<Result<_>>()?;
         let (weights, others) = recorded(merged, record.as_ref(), &opened)?;
@@ -42,7 +36,7 @@ impl Merge {
             Some(_) if !others.is_empty() => {
                 let others = others.join(", ");
                 let hint = "hint: merge these into the base again instead";
-                return Err(Error::Merge(format!("{} also holds {others}; {hint}", shown(merged))));
+                return Err(Error::Merge(format!("{} also holds {others}; {hint}", show_path(merged))));
             }
             Some(base) => Some(Checkpoint::open_model(base, links)?),
             None if others.is_empty() && side.is_file() && record.is_some() => Some(Checkpoint::open_file(&side)?),
@@ -137,7 +131,7 @@ fn recorded(merged: &Path, record: Option<&Value>, adapters: &[Adapter]) -> Resu
         let digest = weights_digest(&adapter.checkpoint)?;
         let is_this = |row: &&Value| row.get("weights_sha256").and_then(Value::as_str) == Some(digest.as_str());
         let Some(at) = rows.iter().position(is_this) else {
-            let (merged, adapter, names) = (shown(merged), shown(&adapter.path), names.join(", "));
+            let (merged, adapter, names) = (show_path(merged), show_path(&adapter.path), names.join(", "));
             return Err(Error::Merge(format!(
                 "{adapter} is not among what was merged into {merged}; hint: that was {names}"
             )));
@@ -157,30 +151,18 @@ fn changed(record: Option<&Value>) -> Option<HashSet<&str>> {
 /// Refuses a base of which the merged checkpoint is no merge: what no adapter changed has to be the same in both.
 fn compare(merged: &Checkpoint, base: &Checkpoint, record: Option<&Value>, path: &Path) -> Result<()> {
     let Some(changed) = changed(record) else {
-        let merged = shown(merged.path());
+        let merged = show_path(merged.path());
         return Err(Error::Merge(format!(
             "{merged} was not merged by peftrs, or holds no {MARKER}; hint: leave out --base"
         )));
     };
     let same = |name: &str| -> Result<bool> {
         let (Some(a), Some(b)) = (merged.entry(name), base.entry(name)) else { return Ok(false) };
-        if a.dtype != b.dtype || a.shape != b.shape {
-            return Ok(false);
-        }
-        let blocks: Vec<usize> = (0..a.bytes()).step_by(BLOCK).collect();
-        let equal = |at: &usize| -> Result<bool> {
-            let length = BLOCK.min(a.bytes() - at);
-            let (mut one, mut other) = (vec![0; length], vec![0; length]);
-            merged.read_range(name, *at as u64, &mut one)?;
-            base.read_range(name, *at as u64, &mut other)?;
-            Ok(one == other)
-        };
-        let equal: Vec<bool> = threads::install(|| blocks.par_iter().map(equal).collect())?;
-        Ok(equal.into_iter().all(|equal| equal))
+        Ok(a.dtype == b.dtype && a.shape == b.shape && merged.has_bytes_of(name, base, name)?)
     };
     for name in base.names().filter(|name| !changed.contains(name) && merged.entry(name).is_some()) {
         if !same(name)? {
-            let (merged, name, base) = (shown(merged.path()), show_name(name), shown(path));
+            let (merged, name, base) = (show_path(merged.path()), show_name(name), show_path(path));
             return Err(Error::Merge(format!(
                 "{merged} is no merge into {base}: {name} differs, which no adapter changed; hint: name the base it was made from"
             )));
@@ -226,10 +208,5 @@ fn files(merged: &Checkpoint, originals: &Checkpoint, added: &HashSet<String>, r
 }
 
 fn config(folder: &Path, links: Links) -> Result<Option<Value>> {
-    let text = if folder.is_dir() { read_small(folder, MODEL_CONFIG, links, MAX_CONFIG)? } else { None };
-    text.map(|text| parse(&folder.join(MODEL_CONFIG), &text)).transpose()
-}
-
-fn shown(path: &Path) -> String {
-    show_name(&path.to_string_lossy())
+    if folder.is_dir() { read_json(folder, MODEL_CONFIG, links) } else { Ok(None) }
 }

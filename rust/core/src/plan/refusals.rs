@@ -11,7 +11,7 @@ use super::base::Base;
 use super::changes::{Draft, Drafts};
 use crate::checkpoint::Checkpoint;
 use crate::config::{AdapterConfig, Init, Method, OftFields};
-use crate::error::{Error, Result, show_name};
+use crate::error::{Error, Result, show_name, show_path};
 use crate::kernels::values::all_finite;
 use crate::pattern::{Budget, Name, Pattern, Role};
 use crate::target::nearest_end;
@@ -86,7 +86,12 @@ impl Problems {
             if kinds.iter().flat_map(|(_, items)| items).any(|item| item.contains(".experts")) {
                 self.hint = Some(EXPERTS);
             }
-            self.told.push(format!("{} does not fit {}: {}", file_of(adapter), file_of(base), lists.join("; ")));
+            self.told.push(format!(
+                "{} does not fit {}: {}",
+                show_path(adapter.path()),
+                show_path(base.path()),
+                lists.join("; ")
+            ));
         }
     }
 
@@ -98,11 +103,6 @@ impl Problems {
         let hint = self.hint.unwrap_or("check that this is the base that the adapter was trained on");
         Err(Error::Merge(format!("{}; hint: {hint}", self.told.join("; "))))
     }
-}
-
-/// The path that a checkpoint was opened from.
-fn file_of(checkpoint: &Checkpoint) -> String {
-    show_name(&checkpoint.path().to_string_lossy())
 }
 
 /// Starts that are taken out of the base when training begins, so that the adapter alone is not what was trained.

@@ -1,9 +1,11 @@
 //! bitsandbytes' 8-bit weights: signed bytes and the largest value of each row, which 127 stands for.
 
+use std::ops::Range;
+
 use super::{Found, bytes};
 use crate::checkpoint::{Checkpoint, Made, Make};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result, show_name};
+use crate::error::Result;
 
 /// One over 127 as bitsandbytes writes it.
 const STEP: f32 = 7.874_016e-3;
@@ -39,11 +41,8 @@ pub fn find(checkpoint: &Checkpoint, dtype: Dtype, found: &mut Found) {
 }
 
 impl Make for Eight {
-    fn make(&self, stored: &Checkpoint, offset: u64, bytes: &mut [u8]) -> Result<()> {
-        let size = self.dtype.size();
-        let wrong = |_| Error::Merge(format!("{} does not fit this machine", show_name(&self.weight)));
-        let first = usize::try_from(offset).map_err(wrong)? / size;
-        let count = bytes.len() / size;
+    fn make(&self, stored: &Checkpoint, elements: Range<usize>, bytes: &mut [u8]) -> Result<()> {
+        let (first, count) = (elements.start, elements.len());
         let row = first / self.columns.max(1);
         let rows = (first + count).div_ceil(self.columns.max(1)) - row;
         let scales = bytes::floats(stored, &self.scales, row, rows)?;

@@ -1,11 +1,13 @@
 //! 8-bit floats with a scale for the whole weight, for each row, or for each block of rows and columns.
 
+use std::ops::Range;
+
 use serde_json::Value;
 
 use super::{Found, bytes};
 use crate::checkpoint::{Checkpoint, Made, Make};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result, show_name};
+use crate::error::{Result, show_name};
 
 /// What follows a layer's name in the names of scales, in the formats in which they multiply the weight.
 const SCALES: [&str; 2] = ["weight_scale_inv", "weight_scale"];
@@ -97,11 +99,8 @@ fn edge(size: usize, count: usize, stated: Option<usize>) -> Option<usize> {
 }
 
 impl Make for Float8 {
-    fn make(&self, stored: &Checkpoint, offset: u64, bytes: &mut [u8]) -> Result<()> {
-        let size = self.dtype.size();
-        let wrong = |_| Error::Merge(format!("{} does not fit this machine", show_name(&self.weight)));
-        let first = usize::try_from(offset).map_err(wrong)? / size;
-        let count = bytes.len() / size;
+    fn make(&self, stored: &Checkpoint, elements: Range<usize>, bytes: &mut [u8]) -> Result<()> {
+        let (first, count) = (elements.start, elements.len());
         let [high, wide] = self.block;
         let row = |element: usize| element / self.columns.max(1);
         let (start, end) = (row(first) / high, (row((first + count).saturating_sub(1)) / high) + 1);

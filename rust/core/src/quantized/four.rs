@@ -3,12 +3,14 @@
 //! With double quantization the scales are 8-bit indices into 256 values themselves, with scales of their own and an offset.
 //! All is computed in float32 in the order in which bitsandbytes computes it, so that the bits are the same.
 
+use std::ops::Range;
+
 use serde_json::Value;
 
 use super::{Found, bytes, float_named};
 use crate::checkpoint::{Checkpoint, Made, Make};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result, show_name};
+use crate::error::{Error, Result};
 
 /// What the name of the tensor holds that says how a weight is quantized.
 pub const STATE: &str = ".quant_state.bitsandbytes__";
@@ -114,11 +116,8 @@ impl Four {
 }
 
 impl Make for Four {
-    fn make(&self, stored: &Checkpoint, offset: u64, bytes: &mut [u8]) -> Result<()> {
-        let size = self.dtype.size();
-        let wrong = |_| Error::Merge(format!("{} does not fit this machine", show_name(&self.weight)));
-        let first = usize::try_from(offset).map_err(wrong)? / size;
-        let end = first + bytes.len() / size;
+    fn make(&self, stored: &Checkpoint, elements: Range<usize>, bytes: &mut [u8]) -> Result<()> {
+        let Range { start: first, end } = elements;
         let packed = bytes::read(stored, &self.weight, first / 2, end.div_ceil(2) - first / 2)?;
         let block = first / self.block;
         let scales = self.scales(stored, block, end.div_ceil(self.block) - block)?;

@@ -4,6 +4,7 @@
 //! other, 16 words an output. `scales` and `qzeros` are `(groups, out)`, with rows of nothing at their end, and a weight is
 //! `code * scale + zero`: the zero is stored times its scale, negative.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -11,7 +12,7 @@ use serde_json::Value;
 use super::{Found, bytes};
 use crate::checkpoint::{Checkpoint, Made, Make};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result, show_name};
+use crate::error::{Result, show_name};
 
 /// Outputs that share their words' rows.
 const WOVEN: usize = 4;
@@ -85,12 +86,9 @@ fn place(output: usize, input: usize, inputs: usize) -> (usize, usize) {
 }
 
 impl Make for GemvFast {
-    fn make(&self, stored: &Checkpoint, offset: u64, bytes: &mut [u8]) -> Result<()> {
+    fn make(&self, stored: &Checkpoint, elements: Range<usize>, bytes: &mut [u8]) -> Result<()> {
         let whole = |name: &str| self.recent.whole(stored, &format!("{}.{name}", self.layer));
         let (codes, scales, zeros) = (whole("qweight")?, whole("scales")?, whole("qzeros")?);
-        let wrong = |_| Error::Merge(format!("{} does not fit this machine", show_name(&self.layer)));
-        let first = usize::try_from(offset).map_err(wrong)? / self.dtype.size();
-        let count = bytes.len() / self.dtype.size();
         let float = |raw: &[u8], at: usize| {
             bytes::widened(Dtype::F16, raw.get(2 * at..2 * at + 2).unwrap_or_default())
                 .first()
@@ -106,7 +104,7 @@ impl Make for GemvFast {
             let code = code as f32;
             code * float(&scales, at) + float(&zeros, at)
         };
-        bytes::put(self.dtype, bytes, (first..first + count).map(value));
+        bytes::put(self.dtype, bytes, elements.map(value));
         Ok(())
     }
 }

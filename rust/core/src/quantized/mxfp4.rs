@@ -3,12 +3,13 @@
 //! What is stored is `(experts, out, in)`, two values a byte with the first in the lower half, as `NAME_blocks` and
 //! `NAME_scales`; the weight that they make is `(experts, in, out)`, as transformers has it unpacked.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::{Found, bytes};
 use crate::checkpoint::{Checkpoint, Made, Make};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result, show_name};
+use crate::error::Result;
 
 /// What follows a weight's name in the names of its parts.
 pub const PARTS: [&str; 2] = ["_blocks", "_scales"];
@@ -53,13 +54,11 @@ pub fn find(checkpoint: &Checkpoint, dtype: Dtype) -> Found {
 }
 
 impl Make for Mxfp4 {
-    fn make(&self, stored: &Checkpoint, offset: u64, bytes: &mut [u8]) -> Result<()> {
+    fn make(&self, stored: &Checkpoint, elements: Range<usize>, bytes: &mut [u8]) -> Result<()> {
         let size = self.dtype.size();
-        let wrong = |_| Error::Merge(format!("{} does not fit this machine", show_name(&self.weight)));
-        let first = usize::try_from(offset).map_err(wrong)? / size;
         let (inputs, outputs) = (self.inputs, self.outputs);
         let each = (inputs * outputs).max(1);
-        let mut at = first;
+        let mut at = elements.start;
         let mut rest = bytes;
         while !rest.is_empty() {
             // One expert at a time: its values lie across what a tile needs.

@@ -4,6 +4,7 @@
 //! less than they are; AWQ packs eight outputs into a word, in the order 0, 2, 4, 6, 1, 3, 5, 7, but stores `(out, in)` and packs
 //! inputs in their own order for its "gemv" kernel.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use serde_json::Value;
@@ -11,7 +12,7 @@ use serde_json::Value;
 use super::{Found, bytes};
 use crate::checkpoint::{Checkpoint, Made, Make};
 use crate::dtype::Dtype;
-use crate::error::{Error, Result, show_name};
+use crate::error::{Result, show_name};
 
 /// Where in a word of AWQ each of eight outputs is.
 const ORDER: [usize; 8] = [0, 4, 1, 5, 2, 6, 3, 7];
@@ -170,14 +171,11 @@ fn one(
 }
 
 impl Make for Packed {
-    fn make(&self, stored: &Checkpoint, offset: u64, bytes: &mut [u8]) -> Result<()> {
+    fn make(&self, stored: &Checkpoint, elements: Range<usize>, bytes: &mut [u8]) -> Result<()> {
         let part = |name: &str| format!("{}.{name}", self.layer);
         let whole = |name: &str| self.recent.whole(stored, &part(name));
         let (weights, zeros, scales) = (whole("qweight")?, whole("qzeros")?, whole("scales")?);
         let index = if self.indexed { Some(whole("g_idx")?) } else { None };
-        let wrong = |_| Error::Merge(format!("{} does not fit this machine", show_name(&self.layer)));
-        let first = usize::try_from(offset).map_err(wrong)? / self.dtype.size();
-        let count = bytes.len() / self.dtype.size();
         let (layout, inputs, outputs) = (&self.layout, self.inputs, self.outputs);
         let mask = u32::MAX >> (32 - layout.bits);
         let size = layout.group.unwrap_or(inputs).max(1);
@@ -207,7 +205,7 @@ impl Make for Packed {
             let steps = (i64::from(code) - i64::from(zero)) as f32;
             steps * self::scale(self.scales, &scales, scale)
         };
-        bytes::put(self.dtype, bytes, (first..first + count).map(value));
+        bytes::put(self.dtype, bytes, elements.map(value));
         Ok(())
     }
 }

@@ -88,11 +88,13 @@ fn needs_look(row: &Row) -> bool {
 /// Finds among tensors of one kind those that stand in each other's places.
 fn swaps(members: &[Wrong], rows: &mut [Row]) {
     let best = |own: &Wrong| {
-        let limit = LEFT * own.sample.left(&own.sample, 1.0, own.grid);
+        let limit = LEFT * own.sample.left(&own.sample, &own.sample, 1.0, own.grid);
         let others = members.iter().filter(|other| other.row != own.row);
         let left = |other: &Wrong| {
-            let left = own.sample.left(&other.sample, 1.0, own.grid).min(own.sample.differs(&other.sample, own.grid));
-            (left, other.row)
+            // Its change in this place, or all of it as it should be.
+            let [changed, moved] =
+                [&own.sample, &other.sample].map(|base| own.sample.left(base, &other.sample, 1.0, own.grid));
+            (changed.min(moved), other.row)
         };
         let found = others.map(left).min_by(|one, other| one.0.total_cmp(&other.0))?;
         (found.0 <= limit).then_some(found.1)
@@ -111,21 +113,15 @@ fn swaps(members: &[Wrong], rows: &mut [Row]) {
 }
 
 impl Sample {
-    /// What is left of the values here if they are the base's with `scale` times the change of `other`: the sum of squares.
-    fn left(&self, other: &Self, scale: f64, grid: Grid) -> f64 {
-        let elements = self.base.iter().zip(&other.change).zip(&self.merged);
+    /// What is left of the values here if they are `base`'s with `scale` times the change of `other`: the sum of squares.
+    fn left(&self, base: &Self, other: &Self, scale: f64, grid: Grid) -> f64 {
+        let elements = base.base.iter().zip(&other.change).zip(&self.merged);
         elements.map(|((base, change), merged)| (merged - grid.nearest(base + scale * change)).powi(2)).sum()
-    }
-
-    /// The same if they are `other`'s as they should be.
-    fn differs(&self, other: &Self, grid: Grid) -> f64 {
-        let elements = other.base.iter().zip(&other.change).zip(&self.merged);
-        elements.map(|((base, change), merged)| (merged - grid.nearest(base + change)).powi(2)).sum()
     }
 
     /// How many times the change is in the values, if that explains them.
     fn scale(&self, grid: Grid) -> Option<f64> {
-        let left = |scale: f64| self.left(self, scale, grid);
+        let left = |scale: f64| self.left(self, self, scale, grid);
         let (mut best, mut step) = (0.0, 0.25);
         // A grid over all scales, then ever finer ones around the best.
         let mut reach = MAX_SCALE;

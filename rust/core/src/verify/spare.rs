@@ -51,7 +51,7 @@ fn twin<'a>(checkpoint: &'a Checkpoint, name: &str) -> Result<Option<&'a str>> {
             && (&found.shape, found.dtype) == (&entry.shape, entry.dtype)
     };
     for (other, _) in checkpoint.entries().filter(alike) {
-        if equal(checkpoint, name, other, entry.bytes())? {
+        if checkpoint.has_bytes_of(name, checkpoint, other)? {
             return Ok(Some(other));
         }
     }
@@ -63,20 +63,4 @@ fn is_within(inner: &str, outer: &str) -> bool {
     let parent = |name: &'_ str| name.rsplit_once('.').map(|(module, leaf)| (module.to_owned(), leaf.to_owned()));
     let (Some((module, leaf)), Some((other, own))) = (parent(inner), parent(outer)) else { return false };
     leaf == own && module.rsplit_once('.').is_some_and(|(above, _)| above == other)
-}
-
-/// Bytes compared at once.
-const BLOCK: usize = 1 << 18;
-
-fn equal(checkpoint: &Checkpoint, one: &str, other: &str, bytes: usize) -> Result<bool> {
-    for start in (0..bytes).step_by(BLOCK) {
-        let mut blocks = [vec![0; BLOCK.min(bytes - start)], vec![0; BLOCK.min(bytes - start)]];
-        let [first, second] = &mut blocks;
-        checkpoint.read_range(one, start as u64, first)?;
-        checkpoint.read_range(other, start as u64, second)?;
-        if first != second {
-            return Ok(false);
-        }
-    }
-    Ok(true)
 }

@@ -4,14 +4,13 @@ use std::collections::BTreeMap;
 
 use peftrs_core::checkpoint::Shard;
 use peftrs_core::config::Names;
-use peftrs_core::error::{Result, show_name};
-use peftrs_core::inspect::{Adapter, LowRank, Module, Norms, Statistics, statistics};
+use peftrs_core::error::{Result, show_name, show_path};
+use peftrs_core::inspect::{Adapter, LowRank, Module, Norms, Statistics, scan};
 use peftrs_core::keys::without_base_layer;
 use peftrs_core::threads;
 use rayon::prelude::*;
 use serde_json::{Value, json};
 
-use super::super::shown;
 use super::super::table::{count, maybe, number, table, warnings};
 use super::{below, scan_json, scan_table, scan_warnings};
 use crate::printer::size;
@@ -62,10 +61,7 @@ impl Values {
         let updates: Vec<(&str, &LowRank)> = adapter.updates().collect();
         let one = |(path, update): &(&str, &LowRank)| Ok(((*path).to_owned(), adapter.norms(update)?));
         let updates: Vec<(String, Norms)> = threads::install(|| updates.par_iter().map(one).collect())?;
-        let keys: Vec<&str> = adapter.weights.names().collect();
-        let one = |key: &&str| Ok(statistics(&adapter.weights, key)?.map(|found| ((*key).to_owned(), found)));
-        let tensors: Vec<Option<(String, Statistics)>> = threads::install(|| keys.par_iter().map(one).collect())?;
-        let tensors: Vec<(String, Statistics)> = tensors.into_iter().flatten().collect();
+        let tensors = scan(&adapter.weights)?;
         let mut warnings = scan_warnings(Some(&tensors));
         let untrained = updates.iter().filter(|(_, norms)| norms.up == 0.0 || norms.down == 0.0).count();
         if untrained > 0 {
@@ -145,7 +141,7 @@ fn dtypes(adapter: &Adapter) -> BTreeMap<&'static str, usize> {
 }
 
 pub fn text(adapter: &Adapter, values: Option<&Values>) -> String {
-    let mut lines = vec![format!("{}: adapter, {}", shown(&adapter.path), show_name(&adapter.config.peft_type))];
+    let mut lines = vec![format!("{}: adapter, {}", show_path(&adapter.path), show_name(&adapter.config.peft_type))];
     lines.extend(adapter.config.base_model.iter().map(|name| format!("base model: {}", show_name(name))));
     if let (Some(lora), Some(scaling)) = (adapter.config.lora(), scaling(adapter)) {
         lines.push(format!("rank {}, alpha {}, scaling {}", lora.r, lora.lora_alpha, number(scaling)));

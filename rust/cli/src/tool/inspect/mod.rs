@@ -7,7 +7,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use peftrs_core::error::{Result, show_name};
-use peftrs_core::inspect::{Adapter, Model, Scan, Statistics, adapter_folder};
+use peftrs_core::inspect::{Adapter, Model, Scan, Statistics, adapter_folder, scan};
 use serde_json::{Value, json};
 
 use super::table::{count, number, table};
@@ -39,7 +39,7 @@ pub fn run(arguments: &Arguments, printer: &Printer) -> Result<()> {
         }
     } else {
         let model = Model::open(&arguments.path, links)?;
-        let scan = arguments.norms.then(|| model.scan()).transpose()?;
+        let scan = arguments.norms.then(|| scan(&model.weights)).transpose()?;
         if arguments.shared.json {
             pretty(&model::json(&model, scan.as_ref()))
         } else {

@@ -2,12 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use peftrs_core::error::show_name;
+use peftrs_core::error::{show_name, show_path};
 use peftrs_core::inspect::{Model, Scan};
 use peftrs_core::outline::{Outline, described};
 use serde_json::{Value, json};
 
-use super::super::shown;
 use super::super::table::{count, ranges, sizes, table, warnings};
 use super::{below, scan_json, scan_table, scan_warnings};
 use crate::printer::size;
@@ -65,7 +64,7 @@ pub fn json(model: &Model, scan: Option<&Scan>) -> Value {
 }
 
 pub fn text(model: &Model, scan: Option<&Scan>) -> String {
-    let mut lines = vec![format!("{}: checkpoint", shown(model.weights.path()))];
+    let mut lines = vec![format!("{}: checkpoint", show_path(model.weights.path()))];
     lines.extend(described(model.config.as_ref()).map(|name| format!("model: {}", show_name(&name))));
     lines.extend(model.record.as_ref().map(|record| format!("merged: {}", merged(record))));
     lines.extend(model.quantized().map(|method| format!("quantized by {method}")));
