@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Self, cast
 
 from peftrs import _native, registry
 from peftrs.errors import ConfigError, PeftrsWarning, UnfitError
-from peftrs.hub import Pushable, local_folder, split_options
+from peftrs.hub import Pushable, for_hub, local_folder
 
 CONFIG_NAME = "adapter_config.json"
 FORMAT_VERSION = "0.21.2"
@@ -198,8 +198,9 @@ class PeftConfig(Absent, Pushable):
         they load, mean nothing here. Raises `CheckpointError` for an unreadable file, `ConfigError` for one
         whose fields are wrong.
         """
-        hub, options = split_options(kwargs)
+        hub = for_hub(kwargs)
         folder = local_folder(pretrained_model_name_or_path, [CONFIG_NAME], subfolder, **hub)
+        options = {key: value for key, value in kwargs.items() if key not in hub}
         text, notes = _native.read_config(folder)
         origin = os.path.join(folder, CONFIG_NAME)
         for note in notes:

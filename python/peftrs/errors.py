@@ -92,6 +92,12 @@ def shown(name: str, limit: int = 120) -> str:
     return repr(name if len(name) <= limit else f"{name[: limit - 1]}…")
 
 
+def joined(faults: list[str], limit: int = 8) -> str:
+    """The faults for an error message: all of a few, the first of many and how many more there are."""
+    first = "; ".join(faults[:limit])
+    return first if len(faults) <= limit else f"{first}; and {len(faults) - limit} more"
+
+
 def listed(names: list[str], limit: int = 8) -> str:
     """The names for an error message: all of a few, the first of many and how many more there are."""
     first = ", ".join(map(shown, names[:limit]))

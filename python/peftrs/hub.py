@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from peftrs.errors import CheckpointError
@@ -26,10 +26,9 @@ HUB_OPTIONS = frozenset(
 """Keyword arguments that choose what is downloaded; all others belong to configs and loaders."""
 
 
-def split_options(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The keyword arguments for the hub, and the rest."""
-    hub = {key: value for key, value in options.items() if key in HUB_OPTIONS}
-    return hub, {key: value for key, value in options.items() if key not in HUB_OPTIONS}
+def for_hub(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Those keyword arguments that `local_folder` takes."""
+    return {key: value for key, value in options.items() if key in HUB_OPTIONS or key == "subfolder"}
 
 
 def local_folder(

@@ -15,7 +15,7 @@ from peftrs import registry
 from peftrs.bases.experts import Fusion, fusion_of
 from peftrs.config import PeftConfig, PeftType, TargetedConfig
 from peftrs.core.select import ALL_LINEAR
-from peftrs.core.tree import places
+from peftrs.core.tree import places, users_model
 from peftrs.io.checkpoint import PREFIX, MemorySource
 from peftrs.io.experts import fused, joined_down, joined_up
 from peftrs.planning.experts import converted
@@ -34,7 +34,7 @@ def convert_peft_config_for_transformers(
     """
     if peft_config.peft_type != PeftType.LORA:
         return
-    inner = _inside(model)
+    inner = users_model(model)
     for name, value in converted(peft_config, peft_config.target_modules, inner, list(places(inner))).items():
         setattr(peft_config, name, value)
 
@@ -135,7 +135,3 @@ def _joining(conversion: Any, side: str, adapter: str, depth: int) -> Any:
         target_patterns=[f"{holder}.lora_{side}.{adapter}.weight"],
         operations=[MergeModulelist(dim=0), Join()],
     )
-
-
-def _inside(model: nn.Module) -> nn.Module:
-    return cast(nn.Module, cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,8 @@ from peftrs.core import merge as merging
 from peftrs.core.inject import activation, adapters
 from peftrs.core.manage import check_known, delete_adapter, progress
 from peftrs.core.slots import FittedAdapter
-from peftrs.core.tree import adapted_layers
-from peftrs.errors import AdapterError
+from peftrs.core.tree import adapted_layers, users_model
+from peftrs.errors import AdapterError, joined
 from peftrs.io.checkpoint import PREFIX, write
 from peftrs.io.state import get_peft_model_state_dict
 from peftrs.methods.lora import LoraConfig
@@ -43,15 +43,13 @@ def convert_to_lora(
     Raises `AdapterError` for an unknown adapter, a rank that cannot be, or layers whose change is none of
     their weight.
     """
-    inner = cast(nn.Module, cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model
+    inner = users_model(model)
     energy = check_rank(rank)
     check_known(inner, [adapter_name])
     config = peft_configs(inner)[adapter_name]
     held = [layer.adapters[adapter_name] for layer in adapted_layers(inner) if adapter_name in layer.adapters]
     if faults := _faults(held, config):
-        raise AdapterError(
-            "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
-        )
+        raise AdapterError(joined(faults, 4))
     with torch.no_grad():
         own = [fitted for fitted in held if not fitted.shares]
         chosen = progress(own, "Converting") if progressbar else own

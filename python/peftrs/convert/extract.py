@@ -22,7 +22,7 @@ from peftrs.convert.combine import approximated
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.target import Target
 from peftrs.core.tree import Wrapped, original, wrappers
-from peftrs.errors import AdapterError, CheckpointError, ConfigError, PeftrsWarning, listed
+from peftrs.errors import AdapterError, CheckpointError, ConfigError, PeftrsWarning, joined, listed
 from peftrs.io.card import CARD_NAME, card
 from peftrs.io.checkpoint import PREFIX, FileSource, MemorySource, Source, write
 from peftrs.io.state import get_peft_model_state_dict
@@ -283,8 +283,7 @@ def _check(targets: list[Target], differences: _Differences) -> None:
         if one.spec.groups > 1
     ]
     if faults:
-        more = f"; and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise CheckpointError(f"{'; '.join(faults[:4])}{more}; hint: exclude these layers")
+        raise CheckpointError(f"{joined(faults, 4)}; hint: exclude these layers")
 
 
 def _change(

@@ -16,21 +16,20 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from peftrs.config import CONFIG_NAME, PeftConfig, PeftType, TargetedConfig
+from peftrs.config import PeftConfig, PeftType, TargetedConfig
 from peftrs.convert.padding import folded, padded, targeted
 from peftrs.core.inject import activation
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.method import method_for
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
-from peftrs.core.tree import adapted_layers, uncompiled, wrappers
-from peftrs.errors import AdapterError, PeftrsWarning, listed
-from peftrs.hub import HUB_OPTIONS, local_folder
-from peftrs.io.checkpoint import WEIGHTS_NAME, FileSource, MemorySource, Renamed, Source
+from peftrs.core.tree import adapted_layers, uncompiled, users_model, wrappers
+from peftrs.errors import AdapterError, PeftrsWarning, joined, listed
+from peftrs.hub import for_hub
+from peftrs.io.checkpoint import MemorySource, Source
 from peftrs.io.entries import entries, plain
 from peftrs.io.experts import fused
-from peftrs.io.fingerprint import difference
-from peftrs.io.load import load
+from peftrs.io.load import load, opened
 from peftrs.planning.attach import attach, peft_configs, whole_or_not
 from peftrs.planning.settle import changed
 
@@ -69,16 +68,11 @@ def hotswap_adapter(
     unknown or a merged adapter, for another kind of adapter, and where a compiled model would have to change;
     `CheckpointError` for a file that does not fit. The model is then as it was.
     """
-    hub = {key: value for key, value in kwargs.items() if key in HUB_OPTIONS}
-    config = PeftConfig.from_pretrained(model_name_or_path, subfolder=kwargs.get("subfolder"), **hub)
+    config = PeftConfig.from_pretrained(model_name_or_path, **for_hub(kwargs))
     check_hotswap_configs_compatible(_current(model, adapter_name), config)
-    folder = local_folder(model_name_or_path, [CONFIG_NAME, WEIGHTS_NAME], kwargs.get("subfolder"), **hub)
-    file = FileSource(folder)
-    if text := difference(file.notes, _base(model)):
-        warnings.warn(f"{file.origin}: {text}", PeftrsWarning, stacklevel=2)
-    source: Source = file
-    if kwargs.get("key_mapping"):
-        source = Renamed(source, kwargs["key_mapping"])
+    source = opened(
+        users_model(uncompiled(model)), model_name_or_path, kwargs.pop("key_mapping", None), **kwargs
+    )
     _swap(model, adapter_name, config, source, None)
 
 
@@ -110,7 +104,7 @@ def hotswap_adapter_from_state_dict(
 
 
 def _current(model: nn.Module, adapter: str) -> PeftConfig:
-    base = _base(model)
+    base = users_model(uncompiled(model))
     configs = peft_configs(base)
     if adapter not in configs:
         raise AdapterError(f"Adapter {adapter} not found. The model has {list(configs)}.")
@@ -123,15 +117,6 @@ def _current(model: nn.Module, adapter: str) -> PeftConfig:
     return configs[adapter]
 
 
-def _base(model: nn.Module) -> nn.Module:
-    inner: Any = uncompiled(model)
-    return (
-        cast(nn.Module, inner.get_base_model())
-        if hasattr(inner, "get_base_model")
-        else cast(nn.Module, inner)
-    )
-
-
 def _compiled(model: nn.Module) -> bool:
     return uncompiled(model) is not model or any(
         getattr(one, "_compiled_call_impl", None) is not None for one in model.modules()
@@ -141,7 +126,7 @@ def _compiled(model: nn.Module) -> bool:
 def _swap(
     model: nn.Module, adapter: str, config: PeftConfig, source: Source, names: Mapping[str, Any] | None
 ) -> None:
-    root, base = uncompiled(model), _base(model)
+    root, base = uncompiled(model), users_model(uncompiled(model))
     configs, state = peft_configs(base), activation(base)
     fixed = _compiled(model) or any(isinstance(one.scaling, Tensor) for one in _fitted(base, adapter))
     active, trained = state.active, _trains(base, adapter)
@@ -150,10 +135,9 @@ def _swap(
         attach(base, incoming, INCOMING, low_cpu_mem_usage=True, names=names, strict=False)
         load(root, INCOMING, incoming, fused(root, INCOMING, incoming, source), strict=True)
         if fixed and (faults := _faults(base, adapter)):
-            more = f"; and {len(faults) - 4} more" if len(faults) > 4 else ""
             raise AdapterError(
                 f"{source.origin}: cannot take the place of {adapter!r} in a compiled model:"
-                f" {'; '.join(faults[:4])}{more}; hint: load the adapter with the most layers first, and"
+                f" {joined(faults, 4)}; hint: load the adapter with the most layers first, and"
                 " prepare_model_for_compiled_hotswap(model, target_rank=...)"
             )
     del configs[INCOMING]
@@ -279,7 +263,7 @@ def prepare_model_for_compiled_hotswap(
         if check_compiled == "error":
             raise AdapterError(text)
         warnings.warn(f"{text}: it will be compiled anew", PeftrsWarning, stacklevel=2)
-    base = _base(model)
+    base = users_model(uncompiled(model))
     found = [
         one
         for layer in adapted_layers(base)

@@ -6,15 +6,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from peftrs.core.layer import AdaptedLayer
 from peftrs.core.slots import FittedAdapter
-from peftrs.core.tree import wrappers
-from peftrs.errors import AdapterError, CheckpointError, listed
+from peftrs.core.tree import users_model, wrappers
+from peftrs.errors import AdapterError, CheckpointError, joined, listed
 from peftrs.io.checkpoint import PREFIX, FileSource
 from peftrs.methods.lora.inits.loftq import factors
 
@@ -37,7 +36,7 @@ def replace_lora_weights_loftq(
     for which it returns False gets its values back. Raises `AdapterError` for a model without such layers,
     `CheckpointError` for a checkpoint that lacks some or has other shapes, with nothing changed.
     """
-    model = cast(Any, peft_model).get_base_model()
+    model = users_model(peft_model)
     held = _held(model, adapter_name)
     path = (
         model_path if model_path is not None else getattr(getattr(model, "config", None), "_name_or_path", "")
@@ -94,10 +93,7 @@ def _names(source: FileSource, held: dict[str, FittedAdapter], prefix: str) -> d
         else:
             found[name] = own
     if lost:
-        raise CheckpointError(
-            f"{source.origin}: {'; '.join(lost[:8])}"
-            + (f"; and {len(lost) - 8} more" if len(lost) > 8 else "")
-        )
+        raise CheckpointError(f"{source.origin}: {joined(lost)}")
     return found
 
 

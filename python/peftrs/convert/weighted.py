@@ -27,7 +27,7 @@ from peftrs.core.manage import check_known
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
 from peftrs.core.tree import wrappers
-from peftrs.errors import AdapterError, PeftrsWarning, listed
+from peftrs.errors import AdapterError, PeftrsWarning, joined, listed
 from peftrs.planning.attach import attach, peft_configs, whole_or_not
 
 Merge = Callable[[Sequence[Tensor], Tensor], Tensor]
@@ -195,9 +195,7 @@ def _check_sources(
         if (fault := _fault(wrapper, held, recipe, factors))
     ]
     if faults:
-        raise AdapterError(
-            "; ".join(faults[:4]) + (f"; and {len(faults) - 4} more" if len(faults) > 4 else "")
-        )
+        raise AdapterError(joined(faults, 4))
 
 
 def _fault(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from peftrs import _native
 from peftrs.core.activation import Activation
 from peftrs.core.prompt import CHILD, CacheEncoder, Encoder, Prompts, prompts_of
+from peftrs.core.tree import embedding_layers
 from peftrs.errors import AdapterError, PeftrsWarning
 
 
@@ -224,12 +225,12 @@ def widen(call: dict[str, Any], side: Side, count: int) -> None:
 
 def word_embeddings(model: nn.Module) -> nn.Module:
     """What embeds the model's tokens. Raises `AdapterError` where the model does not say."""
-    try:
-        return cast(nn.Module, cast(Any, model).get_input_embeddings())
-    except (AttributeError, NotImplementedError):
+    found, _ = embedding_layers(model)
+    if found is None:
         raise AdapterError(
             f"{type(model).__name__} does not say what embeds its tokens (`get_input_embeddings`)"
-        ) from None
+        )
+    return found
 
 
 def load_tokenizer(name: str, options: dict[str, Any]) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 
@@ -77,6 +77,26 @@ def original(module: nn.Module) -> nn.Module:
     while isinstance(module, _WRAPPED):
         module = module.base_layer if isinstance(module, AdaptedLayer) else module.original_module
     return module
+
+
+def users_model(model: nn.Module) -> nn.Module:
+    """The user's model, with adapters in it or not: what is inside a `PeftModel`, and any other as it is."""
+    getter: Any = getattr(model, "get_base_model", None)
+    return model if getter is None else cast(nn.Module, getter())
+
+
+def embedding_layers(model: nn.Module) -> tuple[nn.Module | None, nn.Module | None]:
+    """What the model says embeds its inputs, and what turns its states into outputs; None where it does not
+    say.
+    """
+
+    def said(getter: str) -> nn.Module | None:
+        try:
+            return cast("nn.Module | None", getattr(model, getter)())
+        except (AttributeError, NotImplementedError):
+            return None
+
+    return said("get_input_embeddings"), said("get_output_embeddings")
 
 
 def uncompiled(model: nn.Module) -> nn.Module:

@@ -17,7 +17,7 @@ from torch import Tensor
 from peftrs import _native
 from peftrs.config import CONFIG_NAME
 from peftrs.errors import AdapterError, CheckpointError, shown
-from peftrs.hub import HUB_OPTIONS, local_folder
+from peftrs.hub import for_hub, local_folder
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
@@ -84,6 +84,10 @@ class FileSource:
                 )
             self._described = {name: (DTYPES[dtype], tuple(shape)) for name, dtype, shape in rows}
         return self._described
+
+    def renamed(self, key_mapping: Mapping[str, str] | None) -> Source:
+        """The same under the names that the patterns of `key_mapping` give, if any; see `Renamed`."""
+        return Renamed(self, key_mapping) if key_mapping else self
 
     def originals(self, name: str) -> tuple[str, ...]:
         return (name,)
@@ -214,11 +218,9 @@ def load_peft_weights(
 
     Raises `CheckpointError` for a file that breaks the format, or is missing; pickled weights are never read.
     """
-    subfolder = hub.pop("subfolder", None)
-    options = {key: value for key, value in hub.items() if key in HUB_OPTIONS}
-    source: Source = FileSource(local_folder(model_id, [CONFIG_NAME, WEIGHTS_NAME], subfolder, **options))
-    if key_mapping:
-        source = Renamed(source, key_mapping)
+    source = FileSource(local_folder(model_id, [CONFIG_NAME, WEIGHTS_NAME], **for_hub(hub))).renamed(
+        key_mapping
+    )
     return {name: source.read(name).to(device) for name in source.described()}
 
 

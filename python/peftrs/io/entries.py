@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +30,7 @@ from peftrs.core.prompt import Prompts, home_of
 from peftrs.core.prompt_call import word_embeddings
 from peftrs.core.replace import ReplacedModule
 from peftrs.core.slots import FittedAdapter
-from peftrs.core.tree import Holder, Wrapped, modules, places, wrappers
+from peftrs.core.tree import Holder, Wrapped, embedding_layers, modules, places, wrappers
 from peftrs.io.checkpoint import PREFIX
 
 SHORT_PREFIX = "base_model."
@@ -247,19 +247,19 @@ def embeddings(model: nn.Module, adapter: str, *, targeted: bool = False) -> Ite
     """
     held = [(plain(path), wrapper) for path, wrapper in wrappers(model)]
     alone, before = _alone(held, adapter), _before_merging(held)
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = _ask(model, getter)
-        path = (
-            None
-            if module is None
-            else next((plain(name) for name, other in modules(model) if other is module), None)
-        )
-        if path is None or (isinstance(module, ReplacedModule) and adapter in module.adapter_names()):
+    for module in embedding_layers(model):
+        path = next((plain(name) for name, other in modules(model) if other is module), None)
+        if (
+            module is None
+            or path is None
+            or (isinstance(module, ReplacedModule) and adapter in module.adapter_names())
+        ):
             continue
         own = None
         while isinstance(module, Wrapped):
             own = module.adapters.get(adapter, own) if isinstance(module, AdaptedLayer) else own
-            path, module = f"{path}.{_inner(module)}", module._modules[_inner(module)]
+            path = f"{path}.{_inner(module)}"
+            module = cast(nn.Module, module._modules[_inner(module)])
         if targeted and own is None:
             continue
         file = alone(path)
@@ -272,10 +272,3 @@ def embeddings(model: nn.Module, adapter: str, *, targeted: bool = False) -> Ite
             yield Entry(
                 f"{file}.{leaf}", f"{path}.{leaf}", shown, bind, required=False, undeclared=own is None
             )
-
-
-def _ask(model: nn.Module, getter: str) -> Any:
-    try:
-        return getattr(model, getter)()
-    except (AttributeError, NotImplementedError):
-        return None

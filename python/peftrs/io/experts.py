@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftrs.bases.experts import Experts, Holder, experts_of, holders
 from peftrs.config import TargetedConfig
-from peftrs.core.tree import original, places
+from peftrs.core.tree import original, places, users_model
 from peftrs.io.checkpoint import PREFIX, Source
 from peftrs.io.entries import entries
 
@@ -96,7 +96,7 @@ def fused(model: nn.Module, adapter: str, config: TargetedConfig, source: Source
     """The source as the model needs it: itself, unless it holds factors of experts that are one parameter
     here.
     """
-    inner = cast(nn.Module, cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model
+    inner = users_model(model)
     experts = experts_of(inner)
     if not experts.fusions:
         return source

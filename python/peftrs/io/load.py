@@ -5,15 +5,17 @@ changed.
 from __future__ import annotations
 
 import difflib
+import os
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from peftrs.bases.sharded import reshard, shape, whole
-from peftrs.config import TargetedConfig
+from peftrs.config import CONFIG_NAME, TargetedConfig
 from peftrs.core import merge as merging
 from peftrs.core.slots import FittedAdapter
 from peftrs.errors import (
@@ -23,11 +25,14 @@ from peftrs.errors import (
     Strict,
     complain,
     is_strict,
+    joined,
     listed,
     shown,
 )
-from peftrs.io.checkpoint import PREFIX, Source
+from peftrs.hub import for_hub, local_folder
+from peftrs.io.checkpoint import PREFIX, WEIGHTS_NAME, FileSource, Source
 from peftrs.io.entries import Entry, device_of, embeddings, entries, plain
+from peftrs.io.fingerprint import difference
 
 FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 STRANGERS = 100_000
@@ -132,6 +137,19 @@ def load(
     return match.report(source)
 
 
+def opened(
+    model: nn.Module, model_id: str | os.PathLike[str], key_mapping: Mapping[str, str] | None, **options: Any
+) -> Source:
+    """The tensors in an adapter's folder or repository, under the names that `key_mapping` gives.
+
+    Warns where the adapter was made for another model than this one, the user's.
+    """
+    file = FileSource(local_folder(model_id, [CONFIG_NAME, WEIGHTS_NAME], **for_hub(options)))
+    if text := difference(file.notes, model):
+        warnings.warn(f"{file.origin}: {text}", PeftrsWarning, stacklevel=4)
+    return file.renamed(key_mapping)
+
+
 def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Source) -> Match:
     """Which tensors of the source are the adapter's, going by names, shapes and dtypes alone."""
     expected = [*entries(model, adapter, config), *embeddings(model, adapter)]
@@ -176,14 +194,14 @@ def compare(model: nn.Module, adapter: str, config: TargetedConfig, source: Sour
 def _judge(
     match: Match, adapter: str, source: Source, *, strict: Strict, report: bool, ignore_mismatched_sizes: bool
 ) -> None:
-    fatal = [f"{len(match.broken)} do not fit: {_few(match.broken)}"] if match.broken else []
+    fatal = [f"{len(match.broken)} do not fit: {joined(match.broken, 2)}"] if match.broken else []
     if match.foreign:
         fatal.append(
             f"{len(match.foreign)} would overwrite weights of the model that the config does not name:"
             f" {listed(match.foreign, 4)}"
         )
     if match.misshapen and not ignore_mismatched_sizes:
-        fatal.append(f"{len(match.misshapen)} of another shape: {_few(match.misshapen)}")
+        fatal.append(f"{len(match.misshapen)} of another shape: {joined(match.misshapen, 2)}")
     lenient = []
     missing = [entry for entry in match.missing if not (ignore_mismatched_sizes and match.misshapen)]
     if missing and not report:
@@ -249,7 +267,3 @@ def _mapping(match: Match) -> str:
                 escaped = more.replace(".", chr(92) + ".") if long is first else more
                 return f"; hint: key_mapping={mapping.format(escaped)}"
     return ""
-
-
-def _few(faults: list[str], limit: int = 2) -> str:
-    return "; ".join(faults[:limit]) + (f"; and {len(faults) - limit} more" if len(faults) > limit else "")

@@ -6,14 +6,14 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 from torch import Tensor, nn
 
 from peftrs.bases.sharded import reshard, whole
 from peftrs.config import PeftType, TargetedConfig
 from peftrs.core.select import select
-from peftrs.core.tree import places, uncompiled
+from peftrs.core.tree import places, uncompiled, users_model
 from peftrs.errors import AdapterError, PeftrsWarning, complain, listed
 from peftrs.hub import cached_file
 from peftrs.io.checkpoint import MemorySource, Source
@@ -179,15 +179,10 @@ def adapts_embeddings(model: nn.Module, config: TargetedConfig) -> bool:
         return any(name in targets for name in EMBEDDING_LAYER_NAMES)
     found = [
         place
-        for place in places(_base_model(model))
+        for place in places(users_model(model))
         if place.name.rpartition(".")[2] in EMBEDDING_LAYER_NAMES
     ]
     return bool(found) and bool(select(found, config).targets)
-
-
-def _base_model(model: nn.Module) -> nn.Module:
-    getter: Any = getattr(model, "get_base_model", None)
-    return cast(nn.Module, getter()) if getter is not None else model
 
 
 def _resized(model: nn.Module) -> bool:

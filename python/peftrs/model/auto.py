@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from peftrs.config import PeftConfig
 from peftrs.errors import ConfigError, listed
-from peftrs.hub import HUB_OPTIONS, cached_file
+from peftrs.hub import cached_file, for_hub
 from peftrs.model.peft_model import PeftModel
 from peftrs.model.tasks import (
     MODEL_TYPE_TO_PEFT_MODEL_MAPPING,
@@ -58,7 +58,9 @@ class AutoPeftModel:
         `import_allowlist` can only narrow the libraries that the base's class may come from. Raises
         `ConfigError` where the config names another task, or a class that is none of these libraries' models.
         """
-        stated = PeftConfig.from_pretrained(pretrained_model_name_or_path, revision=revision, **_hub(kwargs))
+        stated = PeftConfig.from_pretrained(
+            pretrained_model_name_or_path, revision=revision, **for_hub(kwargs)
+        )
         base_class = cls._base_class(stated, import_allowlist)
         if stated.base_model_name_or_path is None:
             raise ConfigError(
@@ -77,7 +79,7 @@ class AutoPeftModel:
             is_trainable=is_trainable,
             config=config,
             revision=revision,
-            **_hub(kwargs),
+            **for_hub(kwargs),
         )
 
     @classmethod
@@ -105,10 +107,6 @@ class AutoPeftModel:
         else:
             return _mapped(config, allowed)
         return getattr(_library("transformers"), cls.base)
-
-
-def _hub(options: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in options.items() if key in HUB_OPTIONS or key == "subfolder"}
 
 
 def _library(name: str) -> Any:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peftrs.core.prompt import Prompts
-from peftrs.core.tree import adapted_layers, original
+from peftrs.core.tree import adapted_layers, original, users_model
 from peftrs.errors import MergeError, MismatchError, listed
 from peftrs.torch_private import IncompatibleKeys
 
@@ -22,7 +22,7 @@ def get_base_model_state_dict(model: nn.Module) -> dict[str, Tensor]:
     While adapters are merged, the weights hold them.
     """
     found: dict[str, Tensor] = {}
-    _gather(_inside(model), "", found)
+    _gather(users_model(model), "", found)
     return found
 
 
@@ -61,11 +61,6 @@ def cast_mixed_precision_params(model: nn.Module, dtype: torch.dtype) -> None:
     """Makes what is trained float32, and all other parameters `dtype`, for training under autocast."""
     for parameter in model.parameters():
         parameter.data = parameter.to(torch.float32 if parameter.requires_grad else dtype)
-
-
-def _inside(model: nn.Module) -> nn.Module:
-    getter: Any = getattr(model, "get_base_model", None)
-    return model if getter is None else cast(nn.Module, getter())
 
 
 def _gather(module: nn.Module, prefix: str, found: dict[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from peftrs.core import manage
 from peftrs.core.inject import adapters
 from peftrs.core.method import method_for
 from peftrs.core.prompt import PromptMethod
+from peftrs.core.tree import users_model
 from peftrs.errors import ConfigError, PeftrsWarning
 from peftrs.model.peft_model import PeftModel
 from peftrs.model.saving import name_of
@@ -78,7 +79,7 @@ def inject_adapter_in_model(
         raise ConfigError(
             f"{peft_config.peft_type} is a prompt, not a change to layers: use `get_peft_model`"
         )
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    inner = users_model(model)
     attach(inner, peft_config, adapter_name, low_cpu_mem_usage=low_cpu_mem_usage, names=state_dict)
     manage.set_adapter(inner, adapter_name, peft_config.inference_mode)
     return model

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, Self, cast
@@ -11,18 +10,16 @@ from typing import Any, ClassVar, Literal, Self, cast
 import torch
 from torch import Tensor, nn
 
-from peftrs.bases.sharded import reshard
 from peftrs.config import CONFIG_NAME, PeftConfig, PeftType, TargetedConfig
 from peftrs.core import manage
 from peftrs.core.inject import activation, adapters
 from peftrs.core.tree import modules
-from peftrs.errors import AdapterError, ConfigError, PeftrsWarning, Strict, TargetError, complain
-from peftrs.hub import HUB_OPTIONS, Pushable, local_folder
-from peftrs.io.checkpoint import WEIGHTS_NAME, FileSource, Renamed, Source
+from peftrs.errors import AdapterError, ConfigError, Strict, TargetError, complain
+from peftrs.hub import Pushable
 from peftrs.io.experts import fused
-from peftrs.io.fingerprint import difference
-from peftrs.io.load import LoadReport, load
+from peftrs.io.load import LoadReport, load, opened
 from peftrs.model import saving, status
+from peftrs.model.adapters import Adapters
 from peftrs.model.prompting import Prompting, generating
 from peftrs.model.tuner import Tuner
 from peftrs.planning.attach import attach, whole_or_not
@@ -43,7 +40,7 @@ without being told.
 """
 
 
-class PeftModel(Prompting, Pushable, nn.Module):
+class PeftModel(Prompting, Pushable, Adapters):
     """A model with adapters. What it does not know itself, it asks the model inside for.
 
     Raises `ConfigError` or `TargetError` where the adapter does not fit the model, which is then left as it
@@ -109,21 +106,6 @@ class PeftModel(Prompting, Pushable, nn.Module):
     # Adapters.
 
     @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """The configs by adapter name."""
-        return self.base_model.peft_config
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that act, in order."""
-        return self.base_model.active_adapters
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The one adapter that acts, or all of several."""
-        return self.base_model.active_adapter
-
-    @property
     def active_peft_config(self) -> PeftConfig:
         """The config of the first adapter that acts. Raises `AdapterError` if there is none."""
         if not self.active_adapters:
@@ -153,7 +135,6 @@ class PeftModel(Prompting, Pushable, nn.Module):
         return getattr(self.get_base_model(), "dtype", None)
 
     def get_base_model(self) -> nn.Module:
-        """The user's model, with the adapters in it."""
         return self.base_model.model
 
     def add_adapter(
@@ -181,35 +162,6 @@ class PeftModel(Prompting, Pushable, nn.Module):
             heads=self.heads,
             strict=strict,
         )
-
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes one or several adapters act, in this order, and trains them alone (none with
-        `inference_mode`).
-        """
-        self.base_model.set_adapter(adapter_name, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Sets whether adapters are trained, leaving the others as they are."""
-        self.base_model.set_requires_grad(adapter_names, requires_grad)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out of the model.
-
-        Raises `AdapterError` for an unknown one or while it is merged.
-        """
-        self.base_model.delete_adapter(adapter_name)
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges adapters (the active ones unless named) into the weights, or none of them; weights are
-        always checked.
-        """
-        reshard(self)
-        self.base_model.merge_adapter(adapter_names, safe_merge)
-
-    def unmerge_adapter(self) -> None:
-        """Restores the weights' bits from before the merge."""
-        reshard(self)
-        self.base_model.unmerge_adapter()
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -352,17 +304,10 @@ class PeftModel(Prompting, Pushable, nn.Module):
         strict: Strict,
         options: Mapping[str, Any],
     ) -> LoadReport:
-        hub = {key: value for key, value in options.items() if key in HUB_OPTIONS}
-        folder = local_folder(model_id, [CONFIG_NAME, WEIGHTS_NAME], options.get("subfolder"), **hub)
-        file = FileSource(folder)
-        if text := difference(file.notes, self.get_base_model()):
-            warnings.warn(f"{file.origin}: {text}", PeftrsWarning, stacklevel=3)
-        source: Source = file
+        base, config = self.get_base_model(), cast(TargetedConfig, self.peft_config[adapter])
         if key_mapping is None:
-            key_mapping = getattr(self.get_base_model(), "_checkpoint_conversion_mapping", None)
-        if key_mapping:
-            source = Renamed(source, key_mapping)
-        config = cast(TargetedConfig, self.peft_config[adapter])
+            key_mapping = getattr(base, "_checkpoint_conversion_mapping", None)
+        source = opened(base, model_id, key_mapping, **options)
         report = load(self, adapter, config, fused(self, adapter, config, source), strict=strict)
         self.load_reports[adapter] = report
         return report

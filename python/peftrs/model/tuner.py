@@ -14,21 +14,20 @@ from torch import Tensor, nn
 
 from peftrs import registry
 from peftrs.bases.kinds import LayerKind
-from peftrs.bases.sharded import reshard
 from peftrs.config import PeftConfig
 from peftrs.convert.weighted import add_weighted
 from peftrs.core import manage
-from peftrs.core.inject import activation, adapters
 from peftrs.core.manage import progress
 from peftrs.core.merge import Track
-from peftrs.core.tree import adapted_layers
-from peftrs.errors import AdapterError, PeftrsWarning
+from peftrs.core.tree import adapted_layers, embedding_layers
+from peftrs.errors import PeftrsWarning
+from peftrs.model.adapters import Adapters
 from peftrs.model.kbit import no_longer_quantized
 from peftrs.model.recast import check_castable, recast
-from peftrs.planning.attach import attach, peft_configs
+from peftrs.planning.attach import attach
 
 
-class Tuner(nn.Module):
+class Tuner(Adapters):
     """A model with adapters in it. What it does not know itself, it asks the model for."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -46,27 +45,14 @@ class Tuner(nn.Module):
     def forward(self, *inputs: Any, **options: Any) -> Any:
         return self.model(*inputs, **options)
 
-    @property
-    def peft_config(self) -> dict[str, PeftConfig]:
-        """The configs by adapter name."""
-        return peft_configs(self.model)
+    def get_base_model(self) -> nn.Module:
+        return self.model
 
     @property
     def prefix(self) -> str:
         """How the names of the first adapter's tensors begin."""
         config = next(iter(self.peft_config.values()), None)
         return "" if config is None else registry.method(cast(str, config.peft_type)).prefix
-
-    @property
-    def active_adapters(self) -> list[str]:
-        """The adapters that act, in order."""
-        return list(activation(self.model).active)
-
-    @property
-    def active_adapter(self) -> str | list[str]:
-        """The one adapter that acts, or all of several."""
-        active = self.active_adapters
-        return active[0] if len(active) == 1 else active
 
     @property
     def targeted_module_names(self) -> list[str]:
@@ -103,16 +89,6 @@ class Tuner(nn.Module):
             **options,
         )
 
-    def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Makes one or several adapters act, in this order, and trains them alone (none with
-        `inference_mode`).
-        """
-        manage.set_adapter(self.model, adapter_name, inference_mode)
-
-    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Sets whether adapters are trained, leaving the others as they are."""
-        manage.set_requires_grad(self.model, adapter_names, requires_grad)
-
     def disable_adapter_layers(self) -> None:
         """Makes the model run without its adapters.
 
@@ -136,17 +112,6 @@ class Tuner(nn.Module):
                     PeftrsWarning,
                     stacklevel=4,
                 )
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        """Takes an adapter out of the model.
-
-        Raises `AdapterError` for an unknown one or while it is merged.
-        """
-        if adapter_name not in self.peft_config:
-            raise AdapterError(f"Adapter {adapter_name} does not exist")
-        if adapter_name in adapters(self.model):
-            manage.delete_adapter(self.model, adapter_name)
-        del self.peft_config[adapter_name]
 
     def add_weighted_adapter(
         self,
@@ -192,20 +157,6 @@ class Tuner(nn.Module):
             density=density,
             sign=majority_sign_method,
         )
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merges adapters (the active ones unless named) into the weights, or none of them; weights are
-        always checked.
-        """
-        manage.merge(self.model, adapter_names)
-
-    def unmerge_adapter(self) -> None:
-        """Restores the weights' bits from before the merge."""
-        reshard(self.model)
-        layers = list(adapted_layers(self.model))
-        if not any(layer.merged for layer in layers):
-            warnings.warn("nothing is merged, nothing to do", PeftrsWarning, stacklevel=2)
-        manage.unmerge(layers)
 
     def merge_and_unload(
         self,
@@ -257,12 +208,13 @@ def untie(model: nn.Module) -> None:
     settings = getattr(model, "config", None)
     if not getattr(settings, "tie_word_embeddings", False):
         return
-    first, last = (_weight_of(model, getter) for getter in ("get_input_embeddings", "get_output_embeddings"))
+    ends = embedding_layers(model)
+    first, last = (cast("Tensor | None", getattr(one, "weight", None)) for one in ends)
     if first is None or last is None or first.data_ptr() == last.data_ptr():
         return
     if torch.equal(first, last):
         # Merged alike, they are one again: some models compute otherwise where they are said to differ.
-        cast(Any, model).get_output_embeddings().weight = cast(Any, model).get_input_embeddings().weight
+        cast(Any, ends[1]).weight = first
         return
     cast(Any, settings).tie_word_embeddings = False
     warnings.warn(
@@ -271,10 +223,3 @@ def untie(model: nn.Module) -> None:
         PeftrsWarning,
         stacklevel=4,
     )
-
-
-def _weight_of(model: nn.Module, getter: str) -> Tensor | None:
-    try:
-        return cast("Tensor | None", getattr(getattr(model, getter)(), "weight", None))
-    except (AttributeError, NotImplementedError):
-        return None

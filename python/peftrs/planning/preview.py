@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 from torch import nn
 
@@ -13,6 +13,7 @@ from peftrs import registry
 from peftrs.config import NO_TARGETS, PeftConfig, PromptLearningConfig, TargetedConfig
 from peftrs.core.prompt import PromptMethod
 from peftrs.core.target import Plan, Target
+from peftrs.core.tree import users_model
 from peftrs.errors import ConfigError, PeftrsWarning
 from peftrs.planning.coverage import Coverage, coverage
 from peftrs.planning.prompt_sizes import sizes
@@ -74,7 +75,7 @@ def plan(model: nn.Module, config: PeftConfig) -> TargetPlan:
     Entries that match nothing are told, not refused. Raises what those raise for anything else: `TargetError`
     where nothing at all matches, `ConfigError` for layers that cannot be adapted as asked.
     """
-    inner = cast(nn.Module, cast(Any, model).get_base_model()) if hasattr(model, "get_base_model") else model
+    inner = users_model(model)
     if config.peft_type is None or not isinstance(config, TargetedConfig):
         raise ConfigError(
             f"{type(config).__name__} does not say what kind of adapter it is for: use one such as LoraConfig"

@@ -8,7 +8,7 @@ import copy
 import re
 import warnings
 from collections.abc import Iterable
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
@@ -18,7 +18,7 @@ from peftrs.config import NO_FIELD, PeftType, TargetedConfig, TaskType
 from peftrs.core.method import Method
 from peftrs.core.select import ALL_LINEAR
 from peftrs.core.target import Plan
-from peftrs.core.tree import Place, original, places
+from peftrs.core.tree import Place, embedding_layers, original, places
 from peftrs.errors import ConfigError, PeftrsWarning, Strict
 from peftrs.planning import targets as planning
 from peftrs.planning.coverage import coverage
@@ -176,7 +176,7 @@ def output_layers(model: nn.Module, found: list[Place], task_type: Any = None) -
     """The layers that "all-linear" leaves out: the output embedding, else a classifier's head."""
     if not hasattr(model, "get_output_embeddings"):
         return frozenset()
-    output = _ask(model, "get_output_embeddings")
+    output = embedding_layers(model)[1]
     if output is None and task_type == TaskType.SEQ_CLS:
         output = next(
             (head for name in CLASSIFIERS if (head := getattr(model, name, None)) is not None), None
@@ -186,15 +186,8 @@ def output_layers(model: nn.Module, found: list[Place], task_type: Any = None) -
 
 def input_embeddings(model: nn.Module, found: list[Place]) -> str | None:
     """The name of the layer that embeds the model's inputs, where it says so."""
-    layer = _ask(model, "get_input_embeddings")
+    layer = embedding_layers(model)[0]
     return None if layer is None else next(iter(_name_of(found, layer)), None)
-
-
-def _ask(model: nn.Module, getter: str) -> nn.Module | None:
-    try:
-        return cast("nn.Module | None", getattr(model, getter)())
-    except (AttributeError, NotImplementedError):
-        return None
 
 
 def _name_of(found: list[Place], layer: nn.Module) -> list[str]:

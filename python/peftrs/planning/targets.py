@@ -27,6 +27,7 @@ from peftrs.errors import (
     TargetError,
     UnfitError,
     complain,
+    joined,
     listed,
     shown,
 )
@@ -67,7 +68,7 @@ def make(
     saved = tying.saved(found, config, selection.modules_to_save)
     faults += _saved_faults(saved, targets)
     if faults:
-        raise UnfitError("; ".join(faults[:8]) + (f"; and {len(faults) - 8} more" if len(faults) > 8 else ""))
+        raise UnfitError(joined(faults))
     return Plan(found, targets, saved, selection)
 
 

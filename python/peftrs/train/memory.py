@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 
 from peftrs.config import PeftConfig, TargetedConfig
 from peftrs.core.inject import base_parameters
-from peftrs.core.tree import places
+from peftrs.core.tree import places, users_model
 from peftrs.errors import CheckpointError, ConfigError
 from peftrs.io.checkpoint import FileSource
 from peftrs.model.create import get_peft_model
@@ -127,7 +127,7 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     """A loss over a batch: the model's own where it predicts the tokens themselves, else the mean of what it
     gives first.
     """
-    kind = type(cast(Any, model).get_base_model()).__name__
+    kind = type(users_model(model)).__name__
     if kind.endswith(("CausalLM", "LMHeadModel", "MaskedLM")):
         return cast(Tensor, model(input_ids=tokens, labels=tokens).loss)
     return cast(Tensor, model(input_ids=tokens)[0].float().mean())
