@@ -30,7 +30,7 @@ ORDER = [
     {"ops"},
     {"config"},
     {"registry", "hub"},
-    {"errors", "torch_private"},
+    {"errors", "dtype", "torch_private"},
     {"_native"},
 ]
 HEIGHT = {room: -place for place, rooms in enumerate(ORDER) for room in rooms}

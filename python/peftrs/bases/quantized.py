@@ -21,6 +21,7 @@ from peftrs.bases.dense import LINEAR
 from peftrs.bases.kinds import Affine, LayerKind
 from peftrs.bases.store import Change, Replaced, Rounding, Undo
 from peftrs.errors import MergeError
+from peftrs.torch_private import hooks_of
 
 BLOCK = 256
 """Rows that are looked at together when what rounding did is measured."""
@@ -248,9 +249,8 @@ def through(base: Quantized, module: nn.Module) -> None:
 
     Once a layer.
     """
-    if not base.differentiable(module) and not any(
-        isinstance(hook, _Through) for hook in module._forward_hooks.values()
-    ):
+    there = any(isinstance(hook, _Through) for hooks in hooks_of(module) for hook in hooks.values())
+    if not there and not base.differentiable(module):
         module.register_forward_hook(_Through(base))
 
 

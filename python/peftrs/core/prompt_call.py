@@ -18,7 +18,9 @@ from peftrs import _native
 from peftrs.core.activation import Activation
 from peftrs.core.prompt import CHILD, CacheEncoder, Encoder, Prompts, prompts_of
 from peftrs.core.tree import embedding_layers
+from peftrs.dtype import DTYPES, FLOATS
 from peftrs.errors import AdapterError, PeftrsWarning
+from peftrs.torch_private import hooks_of
 
 
 @dataclass(frozen=True)
@@ -108,8 +110,8 @@ def uproot(model: nn.Module) -> None:
         return
     del model._modules[CHILD]
     for module in model.modules():
-        for hooks, kind in ((module._forward_pre_hooks, Before), (module._forward_hooks, After)):
-            for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+        for hooks in hooks_of(module):
+            for key in [key for key, hook in hooks.items() if isinstance(hook, Before | After)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
@@ -246,9 +248,12 @@ def read_tensors(path: str) -> dict[str, Tensor]:
     Raises `CheckpointError`; pickles are not read.
     """
     file = _native.Checkpoint.model(path)
-    kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    rows = [(name, kinds[kind], shape) for name, kind, shape in file.entries() if kind in kinds]
-    return {name: torch.frombuffer(file.read(name), dtype=kind).view(shape) for name, kind, shape in rows}
+    rows = [(name, DTYPES.get(kind), shape) for name, kind, shape in file.entries()]
+    return {
+        name: torch.frombuffer(file.read(name), dtype=dtype).view(shape)
+        for name, dtype, shape in rows
+        if dtype in FLOATS
+    }
 
 
 # Keys and values.

@@ -21,8 +21,8 @@ from peftrs.config import CONFIG_NAME, PeftConfig, TargetedConfig
 from peftrs.core.dtype import adapter_dtype
 from peftrs.core.method import Additive, Method, method_for
 from peftrs.core.target import PROJECTION
+from peftrs.dtype import DTYPES
 from peftrs.errors import ConfigError, MergeError
-from peftrs.io.checkpoint import DTYPES
 
 
 class Layer(TypedDict):

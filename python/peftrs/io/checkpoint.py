@@ -16,20 +16,13 @@ from torch import Tensor
 
 from peftrs import _native
 from peftrs.config import CONFIG_NAME
+from peftrs.dtype import DTYPES, NAMES, SAVED
 from peftrs.errors import AdapterError, CheckpointError, shown
 from peftrs.hub import for_hub, local_folder
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """How the names of tensors begin in files: the path from `PeftModel` to the user's model."""
-
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "U8": torch.uint8,
-    "I8": torch.int8, "BOOL": torch.bool,
-}  # fmt: skip
-NAMES = {dtype: name for name, dtype in DTYPES.items() if name not in {"I8", "BOOL"}}
-"""What adapters' files hold; the others are models' alone."""
 
 
 class Source(Protocol):
@@ -238,12 +231,16 @@ def write(
     """
     rows, held = [], []
     for name, tensor in tensors.items():
-        dtype = NAMES.get(tensor.dtype)
-        if dtype is None or tensor.device.type == "meta":
-            fault = "without values" if dtype else f"of {tensor.dtype}, which adapters' files do not hold"
-            hint = "; gather sharded parameters first and pass them as `state_dict`" if dtype else ""
-            raise AdapterError(f"{name}: cannot save a tensor {fault}{hint}")
+        if tensor.dtype not in SAVED:
+            raise AdapterError(
+                f"{name}: cannot save a tensor of {tensor.dtype}, which adapters' files do not hold"
+            )
+        if tensor.device.type == "meta":
+            raise AdapterError(
+                f"{name}: cannot save a tensor without values; hint: gather sharded parameters first and pass"
+                " them as `state_dict`"
+            )
         plain = tensor.detach().cpu().contiguous()
         held.append(plain)
-        rows.append((name, dtype, list(plain.shape), _memory(plain)))
+        rows.append((name, NAMES[plain.dtype], list(plain.shape), _memory(plain)))
     _native.write_adapter(os.fspath(folder), config, rows, files=files, notes=notes)

@@ -18,6 +18,7 @@ from peftrs.bases.sharded import reshard, shape, whole
 from peftrs.config import CONFIG_NAME, TargetedConfig
 from peftrs.core import merge as merging
 from peftrs.core.slots import FittedAdapter
+from peftrs.dtype import FLOATS
 from peftrs.errors import (
     CheckpointError,
     MismatchError,
@@ -34,7 +35,6 @@ from peftrs.io.checkpoint import PREFIX, WEIGHTS_NAME, FileSource, Source
 from peftrs.io.entries import Entry, device_of, embeddings, entries, plain
 from peftrs.io.fingerprint import difference
 
-FLOATS = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 STRANGERS = 100_000
 """More tensors than this that are not the adapter's are not looked at one by one: the file is another one, or
 an attack.

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from peftrs.config import PeftConfig, PeftType, TaskType
 from peftrs.convert.plain import to_plain
 from peftrs.core.tree import original, places
+from peftrs.dtype import FLOATS
 from peftrs.errors import AdapterError, listed
 from peftrs.io.card import CARD_NAME, card
 from peftrs.io.checkpoint import is_finite, write
 from peftrs.io.fingerprint import KEY, fingerprint
-from peftrs.io.load import FLOATS
 from peftrs.io.state import collect
 
 if TYPE_CHECKING:

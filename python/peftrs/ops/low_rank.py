@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from peftrs import _native
+from peftrs.dtype import FLOATS, NAMES
 
 ROWS = 256
 """Rows a block in torch: the wide copy of a block stays small beside the weight (256 rows of 14,336 are 14 MB
 in float32).
 """
 
-NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 NATIVE = {torch.float32: torch.float64, torch.float16: torch.float64, torch.bfloat16: torch.float32}
 """The weight dtypes that the Rust kernel takes, with the dtype in which it accumulates."""
 
@@ -171,13 +171,13 @@ def _largest(factor: Tensor) -> float:
 
     On the CPU it is not torch that looks, whose threads would spin on while the kernel's want to work.
     """
-    if factor.device.type == "cpu" and factor.dtype in NAMES:
+    if factor.device.type == "cpu" and factor.dtype in FLOATS:
         return max(_native.largest_magnitude(_given(matrix)) for matrix in matrices(factor.detach()))
     return max(map(abs, map(float, torch.aminmax(factor))))
 
 
 def _factor(factor: Tensor, weight: Tensor) -> Tensor:
-    return factor.detach().to(weight.device, factor.dtype if factor.dtype in NAMES else torch.float32)
+    return factor.detach().to(weight.device, factor.dtype if factor.dtype in FLOATS else torch.float32)
 
 
 _Given = tuple[int, str, tuple[int, int], tuple[int, int]]

@@ -28,7 +28,7 @@ from peftrs.ops import is_fused
 from peftrs.ops.lora_linear.function import LoraLinear, forward, has_kernels
 from peftrs.ops.lora_linear.library import operator
 from peftrs.ops.lora_linear.reference import Dropout, Factors, Unstored, composed, joined
-from peftrs.torch_private import is_transformed
+from peftrs.torch_private import is_tracing, is_transformed
 
 __all__ = [
     "Factors",
@@ -125,7 +125,7 @@ def lora_linear(
     if compiling:
         if isinstance(weight, Unstored) or not is_compiled(x.device):
             return None
-    elif torch._C._get_tracing_state() is not None:
+    elif is_tracing():
         return None
     if type(x) not in PLAIN or unfit(weight, down, up, dropout) is not None:
         return None
