@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from peftrs.core import manage
 from peftrs.core.tree import adapted_layers
+from peftrs.errors import PeftrsWarning
 from tests.laws.cases import CASES, KINDS, adapted, fitted, ids
 
 cases = pytest.mark.parametrize("case", CASES, ids=ids)
@@ -59,6 +60,22 @@ def test_a_copy_after_a_training_step_is_the_same_model_and_another_one(case, co
     assert {layer.activation.active for layer in adapted_layers(model)} == {("a",)}
     manage.set_adapter(model, "b")
     assert torch.equal(model(*inputs), changed)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+def test_a_copy_of_a_merged_model_is_unmerged_when_other_adapters_are_to_act(copied) -> None:
+    model = adapted(["lora", "lora"], "linear")
+    inputs = KINDS["linear"].inputs(torch.float32)
+    manage.set_adapter(model, "b")
+    expected = model(*inputs)
+    manage.set_adapter(model, "a")
+    manage.merge(model)
+    other = copied(model)
+    assert torch.equal(other(*inputs), model(*inputs))
+    with pytest.warns(PeftrsWarning, match="were merged and are unmerged now"):
+        manage.set_adapter(other, "b")
+    assert torch.equal(other(*inputs), expected)
+    assert all(layer.merged_adapters == ["a"] for layer in adapted_layers(model))
 
 
 @cases

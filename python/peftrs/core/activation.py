@@ -171,8 +171,12 @@ class Switched:
         activation.joined.append(held)
         if self.whole:
             activation.whole.append(held)
-        activation.merged = activation.merged or self.__dict__.get("ledger") is not None  # of a copy
+        activation.merged = activation.merged or self.is_merged()  # of a copy
         activation.change()
+
+    def is_merged(self) -> bool:
+        """Whether adapters are in the module's own weights."""
+        return False
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[misc]

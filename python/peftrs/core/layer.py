@@ -145,6 +145,9 @@ class AdaptedLayer(TunerLayer, Switched, nn.Module):
             warnings.warn(text, PeftrsWarning, 4)
             self.unmerge()
 
+    def is_merged(self) -> bool:
+        return self.frozen.ledger is not None
+
     def adapter_names(self) -> tuple[str, ...]:
         return tuple(self.adapters)
 
