@@ -176,7 +176,7 @@ def _run_rows(
         inputs = (options.pop(frozen.base.first),)
     x, *rest = inputs
     where = frozen.spec.name
-    if any(isinstance(value, Tensor) for value in (*rest, *options.values())):
+    if (rest or options) and any(isinstance(value, Tensor) for value in (*rest, *options.values())):
         raise AdapterError(
             f"{where}: is given more than one tensor, so that rows cannot have adapters of their own"
         )
@@ -333,9 +333,10 @@ def _quick(
             down, up, scaling = downs.get(low), ups.get(high), adapter.scaling
             if not (type(down) is type(up) is type(weight) is nn.Parameter and type(scaling) is float):
                 return slow(inputs, options)
-            if down.dtype is not (wide or down.dtype) or down.is_meta:
+            if wide is None:
+                wide = down.dtype
+            if down.is_meta or (factors and down.dtype is not wide):
                 return slow(inputs, options)
-            wide = down.dtype
             factors.append((down, up, scaling, dropout if settings["training"] else 0.0))
         if weight.dtype is not dtype or (bias is not None and bias.dtype is not dtype):
             return slow(inputs, options)
